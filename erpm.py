@@ -1,0 +1,3377 @@
+"""erpm.py makes a large pretrained image classifier robust to real-world shift, cheaply, and
+without losing what the model already knew.
+
+    python erpm.py demo                                       # everything, on data made here, CPU
+    torchrun --nproc-per-node 8 erpm.py distill --recipe imagenet-rn101 data.root=/data
+    python erpm.py eval --run runs/imagenet-rn101 --set imagenet,imagenet-c,imagenet-r
+    python erpm.py report --run runs/imagenet-rn101
+    python erpm.py COMMAND --help                             # every key, its default and meaning
+
+                                        +-> original tail + head (frozen) -> z0   teacher of "clean"
+    images --> frozen backbone, once ---+
+    x and x~ = augment(x)               +-> shared tail --+-> clean head      <- x    [A] eq. 3
+         |                                  (tuned,       +-> combined head   <- x, x~
+         |                                   dropout)     +-> robust head     <- x~   [A] eq. 4
+         +--> small robust network -> zt                          teacher of "robust"
+    At inference T dropout passes of tail and heads give sigma; sigma and the KL divergence to the
+    combined head choose whether the clean or the robust head answers ([A] eq. 6).
+
+Sections:
+    1. BASICS
+    2. CONFIG
+    3. CORRUPTIONS
+    4. AUGMENTATIONS
+    5. DATA
+    6. MODELS
+    7. METHOD
+    8. TRAINING
+    9. EVALUATION
+    10. REPORT
+    11. COMMANDS
+
+Papers:
+    [A] Jain, Behl, Rawat, Vineet. Efficiently Robustify Pre-Trained Models. ICCV 2023.
+    [B] Zhou, Wang, Wang, Wang. Distilling Out-of-Distribution Robustness from Vision-Language
+        Foundation Models. NeurIPS 2023.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import yaml
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.io import decode_image, decode_jpeg, encode_jpeg
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+
+# ==== 1. BASICS ====
+# Errors for people, seeds as functions of keys, and what a process knows of its siblings.
+# Nothing here touches a global generator.
+
+
+class UserError(ValueError):
+    """A mistake that a person can mend: the message says what, where and what to do (exit 2)."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM reached a safe point: the state is saved and the same command goes on."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint `; did you mean 'x'?` for a misspelt word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def choose(table: dict, name: str, what: str):
+    """table[name].  Raises: UserError that lists the names and the nearest one."""
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}{nearest(name, list(table))} "
+                        f"(known: {', '.join(table)})")
+    return table[name]
+
+
+def fold(*key) -> int:
+    """63-bit seed, a function of the key alone."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(),
+                          "little") >> 1
+
+
+def rng(*key, device="cpu") -> torch.Generator:
+    """Generator whose stream is a function of the key alone."""
+    return torch.Generator(device).manual_seed(fold(*key))
+
+
+def uniforms(seed: int, index: np.ndarray, n: int) -> np.ndarray:
+    """n uniform numbers in [0, 1) for every index, a function of (seed, index) alone (SplitMix64).
+
+    Shapes: index (B,) -> (B, n) float32.  Used where one generator an image would cost too much."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(fold(seed)) + np.asarray(index, np.uint64)[:, None] * np.uint64(n)
+        z = (z + np.arange(1, n + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / 2.0 ** 24
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    """Returns when every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(text: str) -> None:
+    """Prints a line on the first process only."""
+    if world()[0] == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress(total: int, what: str, initial: int = 0) -> tqdm:
+    """Progress bar in images (rate, time left) on the first process's terminal, silent elsewhere."""
+    quiet = world()[0] != 0 or not sys.stderr.isatty()
+    return tqdm(total=total, desc=what, initial=initial, unit="img", unit_scale=True, leave=False,
+                disable=quiet)
+
+
+def pick_device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls write(temporary path) and moves the result to path: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    os.replace(part, path)
+
+
+def file_sha(path: Path | str) -> str:
+    """First 12 hex digits of the file's SHA-256."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on: this file, Python and the packages."""
+    return {"erpm": file_sha(__file__), "python": platform.python_version(),
+            "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__}
+
+
+# ==== 2. CONFIG ====
+# The frozen dataclasses are schema, default, type and help.  config.yaml holds recipes: what
+# differs from the defaults.  Precedence: default < recipe (or the run's own file) < key=value.
+
+
+def opt(default, text: str):
+    """Dataclass field with a default and a help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training set, and how sets are cut."""
+    name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
+    root: str = opt("data", "folder that holds the data sets")
+    size_px: int = opt(0, "side of the square images in pixels; 0 = the set's own")
+    n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all")
+    n_test: int = opt(0, "images used at most of each evaluated set (likewise); 0 = all")
+    allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
+    workers: int = opt(0, "loader processes; images that are decoded from files want 4 or more")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The two networks.  A name with a pretrained tag (timm:resnet50.tv_in1k) loads its weights."""
+    student: str = opt("cifar:resnet20-w2-s2", "the large network M of [A]")
+    student_weights: str = opt("", "its weights file; empty = by tag, or made by pretrain")
+    teacher: str = opt("cifar:resnet14-s2", "the small network M_t of [A]")
+    teacher_weights: str = opt("", "weights of a ready robust teacher; empty = made by robustify")
+
+
+@dataclass(frozen=True)
+class Train:
+    """One training stage."""
+    epochs: float = opt(8.0, "passes over the stage's images")
+    n_images: int = opt(0, "training images of this stage at most (drawn by seed 0); 0 = all")
+    batch: int = opt(128, "images a step, over all processes")
+    accum: int = opt(1, "micro-batches that a step is made of")
+    optimizer: str = opt("adamw", "adamw or sgd (momentum 0.9, Nesterov)")
+    lr: float = opt(3e-3, "peak learning rate; cosine to zero")
+    weight_decay: float = opt(0.05, "decoupled for adamw; none on biases and norms")
+    warmup: float = opt(0.5, "epochs of linear warm-up")
+    clip: float = opt(1.0, "largest gradient norm; 0 = off")
+    ema: float = opt(0.0, "decay of the averaged weights that are kept; 0 = off")
+    smoothing: float = opt(0.0, "label smoothing")
+    tune: int = opt(-1, "last stages that are trained, the classifier always; -1 = all, "
+                        "0 = linear probe")
+
+
+@dataclass(frozen=True)
+class Robustify(Train):
+    """How the small teacher is made robust; its augmentation also makes x~ for distill."""
+    augment: str = opt("augmix", "augmentations, joined by +")
+    severity: float = opt(3.0, "strength of augmix; [A]'s sources use 1 on ImageNet, 3 on CIFAR")
+    jsd: float = opt(12.0, "weight of AugMix's consistency loss; 0 = cross-entropy on x and x~")
+
+
+@dataclass(frozen=True)
+class Distill(Train):
+    """How the large network is tuned.  tune = last stages tuned, head = of these, own a head."""
+    method: str = opt("erpm", "erpm, or the baselines apt (same part, one head, no teacher), "
+                              "lp (linear probe on x and x~)")
+    tune: int = opt(3, "last stages that are tuned")
+    head: int = opt(3, "of the tuned stages the last ones that every head has for itself; "
+                       "0 = linear heads on a shared tail")
+    dropout: float = opt(0.1, "dropout rate in the tuned part and before each classifier")
+    dropout_in: str = opt("tail", "tail = tuned stages and classifiers as [A]; head = classifiers")
+    alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation")
+    temperature: float = opt(2.0, "softmax temperature of the distillation")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What is scored and how."""
+    sets: str = opt("", "sets, joined by commas; empty = the training set, its -c and its -r")
+    rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
+    passes: int = opt(10, "dropout passes; 0 = closed form")
+    batch: int = opt(256, "images a forward")
+    jpeg: bool = opt(True, "JPEG round trip (quality 85) of generated -c sets, as in the files")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What changes speed and safety, not meaning."""
+    amp: str = opt("auto", "auto, bf16, fp16 or none: autocast type of networks")
+    log_every: int = opt(20, "steps between lines of log.jsonl")
+    save_every: int = opt(200, "steps between checkpoints")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything.  `python erpm.py COMMAND section.key=value ...` changes it."""
+    recipe: str = opt("demo", "recipe of config.yaml")
+    run: str = opt("", "name of the run; empty = recipe, data set if changed, seed if not 0")
+    out: str = opt("runs", "folder of the runs")
+    seed: int = opt(0, "seed of everything but the cuts of the data")
+    data: Data = Data()
+    model: Model = Model()
+    pretrain: Train = Train()
+    robustify: Robustify = Robustify()
+    distill: Distill = Distill()
+    eval: Eval = Eval()
+    runtime: Runtime = Runtime()
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.out) / self.run
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key that stands twice (plain YAML keeps the last silently)."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for k in keys:
+            if keys.count(k) > 1:
+                raise UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: "
+                                f"the key {k!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """The file's mapping.  Raises: UserError on a missing file, bad YAML or a duplicate key."""
+    if not path.is_file():
+        raise UserError(f"no file {path}: give --config PATH")
+    try:
+        with open(path) as f:
+            tree = yaml.load(f, _Loader) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping at the top")
+    return tree
+
+
+def typed(value, kind: str, path: str):
+    """value as the field's type.  Raises: UserError naming path, expected and got."""
+    text = isinstance(value, str)
+    with contextlib.suppress(ValueError):
+        if kind == "bool" and (isinstance(value, bool) or value in ("true", "false")):
+            return value in (True, "true")
+        if kind in ("int", "float") and not isinstance(value, bool):
+            number = {"int": int, "float": float}[kind](value)
+            if text or number == value:
+                return number
+        if kind == "str" and text:
+            return value
+    hint = " (quote it: YAML reads no, on, 12:30 as other types)" if kind == "str" else ""
+    raise UserError(f"{path}: expected {kind}, got {value!r}{hint}")
+
+
+def merge(base, tree: dict, where: str, path: str = ""):
+    """base with the values of tree put over it.  Raises: UserError on an unknown key or type."""
+    fields, changed = {f.name: f for f in dataclasses.fields(base)}, {}
+    for key, value in tree.items():
+        at = f"{path}{key}"
+        if key not in fields:
+            raise UserError(f"{where}: unknown key {at!r}{nearest(str(key), list(fields))} "
+                            f"(known: {', '.join(fields)})")
+        old = getattr(base, key)
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {at} is a section, got {value!r}; "
+                                f"write {at}.KEY=VALUE")
+            changed[key] = merge(old, value, where, at + ".")
+        else:
+            changed[key] = typed(value, fields[key].type, f"{where}: {at}")
+    return dataclasses.replace(base, **changed)
+
+
+def words_tree(words: Sequence[str]) -> dict:
+    """Nested mapping of `a.b=c` words."""
+    tree: dict = {}
+    for word in words:
+        path, eq, value = word.partition("=")
+        if not eq:
+            raise UserError(f"{word!r} is not of the form key=value (see --help)")
+        *sections, key = path.split(".")
+        node = tree
+        for s in sections:
+            node = node.setdefault(s, {})
+            if not isinstance(node, dict):
+                raise UserError(f"command line: {s} is given a value and used as a section")
+        node[key] = value
+    return tree
+
+
+def resolve(recipe: str, words: Sequence[str], file: Path | None = None,
+            run: Path | None = None) -> Config:
+    """The frozen Config: default < recipe (or the run's config.yaml) < key=value words."""
+    base = Config()
+    if run is not None:
+        base = merge(base, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+    else:
+        file = file or Path(__file__).with_name("config.yaml")
+        recipes = read_yaml(file) if file.is_file() or recipe != "demo" else {"demo": {}}
+        base = merge(base, choose(recipes, recipe, f"recipe in {file}") or {}, f"{file}: {recipe}")
+        base = dataclasses.replace(base, recipe=recipe)
+    cfg = merge(base, words_tree(words), "command line")
+    check(cfg)
+    if not cfg.run:
+        data = [] if cfg.data.name == base.data.name else [re.sub(r"\W+", "-", cfg.data.name)]
+        seed = [f"s{cfg.seed}"] if cfg.seed else []
+        cfg = dataclasses.replace(cfg, run="-".join([cfg.recipe, *data, *seed]))
+    return cfg
+
+
+def check(cfg: Config) -> None:
+    """Raises: UserError where a value of the right type makes no sense."""
+    d = cfg.distill
+    positive = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in ("pretrain", "robustify", "distill")
+                for k in ("epochs", "batch", "accum", "lr")}
+    positive |= {"eval.batch": cfg.eval.batch, "runtime.log_every": cfg.runtime.log_every,
+                 "runtime.save_every": cfg.runtime.save_every, "distill.temperature": d.temperature}
+    for key, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{key}: expected a value above 0, got {value}")
+    for key, value in {"distill.dropout": d.dropout, "distill.alpha": d.alpha}.items():
+        if not 0 <= value <= 1 or value == 1 and key == "distill.dropout":
+            raise UserError(f"{key}: expected a value from 0 to 1, got {value}")
+    if not 0 <= d.head <= d.tune:
+        raise UserError(f"distill.head: expected 0 to distill.tune = {d.tune}, got {d.head}")
+    if cfg.data.size_px and not 32 <= cfg.data.size_px <= 512:
+        raise UserError(f"data.size_px: expected 0 or 32 to 512, got {cfg.data.size_px}")
+    for key, value, known in (("distill.dropout_in", d.dropout_in, ("tail", "head")),
+                              ("distill.method", d.method, ("erpm", "apt", "lp")),
+                              ("runtime.amp", cfg.runtime.amp, ("auto", "bf16", "fp16", "none"))):
+        choose(dict.fromkeys(known), value, key)
+
+
+def as_tree(cfg) -> dict:
+    """Plain nested mapping of a config, ready for YAML or JSON."""
+    return dataclasses.asdict(cfg)
+
+
+def config_help(cfg=None, path: str = "") -> str:
+    """Every key, its default and meaning, a line each."""
+    lines = []
+    cfg = cfg or Config()
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if dataclasses.is_dataclass(value):
+            lines += ["", f"{f.name}: {value.__doc__}", config_help(value, f"{f.name}.")]
+        else:
+            lines.append(f"  {path + f.name + '=' + str(value):<42} {f.metadata['help']}")
+    return "\n".join(lines)
+
+
+# ==== 3. CORRUPTIONS ====
+# ImageNet-C's 15 + 4 corruptions as batched tensor code: uint8 (B,3,H,W) in and out, on the device of the
+# images. Randomness is a function of (seed, image index, name, severity), never of the batch.
+
+# Constants of severities 1..5. imagenet: make_imagenet_c.py (224 px); tiny: make_tinyimagenet_c.py (64 px);
+# cifar: make_cifar_c.py (32 px), all of hendrycks/robustness.
+CONSTANTS = {
+    "gaussian_noise": dict(  # standard deviation
+        imagenet=(.08, .12, .18, .26, .38), tiny=(.04, .08, .12, .15, .18),
+        cifar=(.04, .06, .08, .09, .10)),
+    "shot_noise": dict(  # photons at white
+        imagenet=(60, 25, 12, 5, 3), tiny=(250, 100, 50, 30, 15), cifar=(500, 250, 100, 75, 50)),
+    "impulse_noise": dict(  # share of the elements hit
+        imagenet=(.03, .06, .09, .17, .27), tiny=(.01, .02, .05, .08, .14),
+        cifar=(.01, .02, .03, .05, .07)),
+    "defocus_blur": dict(  # radius of the disk, sigma of its smoothing
+        imagenet=((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
+        tiny=((.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)),
+        cifar=((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
+    "glass_blur": dict(  # sigma, reach, passes
+        imagenet=((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+        tiny=((.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)),
+        cifar=((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
+    "motion_blur": dict(  # radius, sigma
+        imagenet=((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+        tiny=((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
+        cifar=((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": dict(  # the factors: from 1 to below this, in steps of that
+        imagenet=((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
+        tiny=((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01)),
+        cifar=((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))),
+    "snow": dict(  # mean, standard deviation, zoom, threshold, radius, sigma, share not whitened
+        imagenet=((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7),
+                  (.55, .3, 4, .9, 12, 8, .7), (.55, .3, 4.5, .85, 12, 8, .65),
+                  (.55, .3, 2.5, .85, 12, 12, .55)),
+        tiny=((.1, .2, 1, .6, 8, 3, .8), (.1, .2, 1, .5, 10, 4, .8), (.15, .3, 1.75, .55, 10, 4, .7),
+              (.25, .3, 2.25, .6, 12, 6, .65), (.3, .3, 1.25, .65, 14, 12, .6)),
+        cifar=((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
+               (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
+    "frost": dict(  # weight of the image, weight of the ice
+        imagenet=((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
+        tiny=((1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)),
+        cifar=((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
+    "fog": dict(  # weight of the fog, decay of its amplitude per octave
+        imagenet=((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+        tiny=((.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
+        cifar=((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
+    "brightness": dict(  # added to V
+        imagenet=(.1, .2, .3, .4, .5), tiny=(.1, .2, .3, .4, .5), cifar=(.05, .1, .15, .2, .3)),
+    "contrast": dict(  # factor
+        imagenet=(.4, .3, .2, .1, .05), tiny=(.4, .3, .2, .1, .05), cifar=(.75, .5, .4, .3, .15)),
+    "elastic_transform": dict(  # amplitude, sigma, affine jitter; shares of the side
+        imagenet=((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02)),
+        tiny=((0, 0, .08), (.05, .3, .06), (.1, .08, .06), (.1, .03, .03), (.16, .03, .02)),
+        cifar=((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))),
+    "pixelate": dict(  # share of the side that is kept
+        imagenet=(.6, .5, .4, .3, .25), tiny=(.9, .8, .7, .6, .5), cifar=(.95, .9, .85, .75, .65)),
+    "jpeg_compression": dict(  # quality
+        imagenet=(25, 18, 15, 10, 7), tiny=(65, 58, 50, 40, 25), cifar=(80, 65, 58, 50, 40)),
+    "speckle_noise": dict(  # standard deviation at white
+        imagenet=(.15, .2, .35, .45, .6), tiny=(.15, .2, .25, .3, .35), cifar=(.06, .1, .12, .16, .2)),
+    "gaussian_blur": dict(  # sigma
+        imagenet=(1, 2, 3, 4, 6), tiny=(.5, .75, 1, 1.25, 1.5), cifar=(.4, .6, .7, .8, 1)),
+    "spatter": dict(  # mean, standard deviation, sigma, threshold, strength or second sigma, mud?
+        imagenet=((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
+                  (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
+        tiny=((.62, .1, .7, .7, .6, 0), (.65, .1, .8, .7, .6, 0), (.65, .3, 1, .69, .6, 0),
+              (.65, .1, .7, .68, .6, 1), (.65, .1, .5, .67, .6, 1)),
+        cifar=((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
+               (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
+    "saturate": dict(  # factor on S, then added to S
+        imagenet=((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
+        tiny=((.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)),
+        cifar=((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
+}
+CORRUPTIONS = tuple(CONSTANTS)
+CORRUPTIONS_15 = CORRUPTIONS[:15]  # the benchmark; the other four are for validation
+
+
+def draw(gens, shape, fill, dtype=torch.float32):
+    """(B,*shape) on the generators' device, row k filled by fill(row, generator k): the numbers of an image
+    do not depend on its batch."""
+    out = torch.empty(len(gens), *shape, dtype=dtype, device=gens[0].device)
+    for g, row in zip(gens, out):
+        fill(row, g)
+    return out
+
+
+def normal(gens, *shape):
+    """Standard normal (B,*shape)."""
+    return draw(gens, shape, lambda row, g: row.normal_(generator=g))
+
+
+def uniform(gens, *shape, low=0.0, high=1.0):
+    """Uniform on [low, high), (B,*shape)."""
+    return draw(gens, shape, lambda row, g: row.uniform_(low, high, generator=g))
+
+
+def integers(gens, high, *shape):
+    """Uniform on 0..high-1, int32 (B,*shape)."""
+    return draw(gens, shape, lambda row, g: row.random_(0, high, generator=g), torch.int32)
+
+
+def truncate(y):
+    """uint8 of float values on 0..255, cut and not rounded, as the benchmark's files are; overwrites y.
+    1/512 absorbs the float error that would turn an exact 100 into 99; by way of int16 it is 3x faster."""
+    return y.add_(1 / 512).clamp_(0, 255).to(torch.int16).to(torch.uint8)
+
+
+def pad_edge(x, left, right, top, bottom):
+    """(...,H,W) with the edge repeated, float32; several times faster than F.pad on one core."""
+    h, w = x.shape[-2:]
+    out = x.new_empty(*x.shape[:-2], h + top + bottom, w + left + right, dtype=torch.float32)
+    rows = out[..., top:top + h, :]
+    rows[..., left:left + w] = x
+    rows[..., :left], rows[..., left + w:] = x[..., :1], x[..., -1:]
+    out[..., :top, :], out[..., top + h:, :] = rows[..., :1, :], rows[..., -1:, :]
+    return out
+
+
+def slide(x, taps, dim):
+    """Correlation with taps along dim, which shrinks by len(taps) - 1. Sums of shifted views: an image stays
+    in cache, and the rounding does not depend on the batch."""
+    n = x.shape[dim] - len(taps) + 1
+    out = x.narrow(dim, 0, n) * taps[0]
+    for i, t in enumerate(taps[1:], 1):
+        out.add_(x.narrow(dim, i, n), alpha=t)
+    return out
+
+
+def gaussian_taps(sigma, cut):
+    """Normalised Gaussian on -r..r, r = int(cut * sigma + 0.5), float64."""
+    g = np.arange(-int(cut * sigma + 0.5), int(cut * sigma + 0.5) + 1)
+    k = np.exp(-0.5 * (g / max(sigma, 1e-9)) ** 2)
+    return k / k.sum()
+
+
+def gaussian(x, sigma):
+    """Gaussian blur of (...,H,W), edge repeated, cut at 4 sigma."""
+    taps = gaussian_taps(sigma, 4.0).tolist()
+    r = len(taps) // 2
+    return slide(slide(pad_edge(x, r, r, r, r), taps, -1), taps, -2)
+
+
+def motion(x, radius, sigma, angles):
+    """(B,C,H,W) smeared along one angle (degrees) an image: a one-sided half Gaussian of 2 radius + 1 taps at
+    whole-pixel offsets, edge repeated, so the content shifts. ImageMagick's definition."""
+    h, w = x.shape[-2:]
+    taps = gaussian_taps(sigma, 2 * radius / sigma)[2 * radius:]
+    taps = (taps / taps.sum()).tolist()
+    ways = [(math.cos(math.radians(a)), math.sin(math.radians(a))) for a in angles]
+    steps = [[(math.ceil(i * s - 0.5), math.ceil(i * c - 0.5)) for i in range(len(taps))] for c, s in ways]
+    top, left = (-min(step[k] for path in steps for step in path) for k in (0, 1))
+    bottom, right = (max(step[k] for path in steps for step in path) for k in (0, 1))
+    padded, out = pad_edge(x, left, right, top, bottom), x.new_zeros(x.shape, dtype=torch.float32)
+    for p, o, path in zip(padded, out, steps):
+        for (dy, dx), t in zip(path, taps):
+            o.add_(p[:, top + dy:top + dy + h, left + dx:left + dx + w], alpha=t)
+    return out
+
+
+def gaussian_noise(x, c, gens):
+    """x + normal noise."""
+    return truncate(normal(gens, *x.shape[1:]).mul_(255 * c).add_(x))
+
+
+def speckle_noise(x, c, gens):
+    """x + x * normal noise."""
+    return truncate(normal(gens, *x.shape[1:]).mul_(c).add_(1).mul_(x))
+
+
+@functools.lru_cache(maxsize=8)
+def poisson_table(photons, device, levels=4096):
+    """uint8 (256 * levels,): the noisy value of pixel value v at quantile (q + 0.5) / levels, row v."""
+    n = torch.arange(photons + 1, dtype=torch.float64)  # more photons than white are clipped anyway
+    rate = torch.arange(256, dtype=torch.float64)[:, None] * (photons / 255)
+    cdf = torch.special.gammaincc(n + 1, rate)  # P(count <= n)
+    q = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    counts = torch.searchsorted(cdf, q.expand(256, -1).contiguous()).clamp_(max=photons)
+    return truncate(counts * (255 / photons)).flatten().to(device)
+
+
+def shot_noise(x, c, gens):
+    """Poisson counts with c photons at white, by the inverse of the distribution function in a table."""
+    key = integers(gens, 4096, *x.shape[1:]).add_(x.int(), alpha=4096)
+    return poisson_table(c, x.device).index_select(0, key.flatten()).view_as(x)
+
+
+def impulse_noise(x, c, gens):
+    """A share c of the elements (not pixels) set to 0 or 255."""
+    u = uniform(gens, *x.shape[1:])
+    return x.masked_fill(u < c, 255).masked_fill_(u < c / 2, 0)
+
+
+@functools.lru_cache(maxsize=8)
+def disk_spectrum(radius, sigma, h, w, device):
+    """Transfer function on a torus (h,w) of a disk smoothed by a 3x3 or 5x5 Gaussian, and the reach of its
+    kernel. The smoothing mirrors the kernel at its own edge: at radius 8 and 10 it brightens the image."""
+    reach, half = (8, 1) if radius <= 8 else (radius, 2)
+    g = torch.arange(-reach, reach + 1)
+    k = (g[:, None] ** 2 + g ** 2 <= radius ** 2).double()
+    k = F.pad((k / k.sum())[None], (half,) * 4, mode="reflect")[0]
+    taps = gaussian_taps(sigma, (half + 0.1) / sigma).tolist()
+    k = slide(slide(k, taps, 0), taps, 1)
+    k = F.pad(k, (0, w - len(g), 0, h - len(g))).roll((-reach, -reach), (0, 1))
+    return torch.fft.rfft2(k).to(device, torch.complex64), reach
+
+
+def defocus_blur(x, c):
+    """Disk blur, mirrored about the edge pixel; by FFT, as fast at radius 10 as at 3."""
+    h, w = x.shape[-2:]
+    r = 8 if c[0] <= 8 else c[0]
+    spectrum, r = disk_spectrum(*c, h + 2 * r, w + 2 * r, x.device)
+    y = torch.fft.rfft2(F.pad(x.float(), (r, r, r, r), mode="reflect")).mul_(spectrum)
+    return truncate(torch.fft.irfft2(y, s=(h + 2 * r, w + 2 * r))[..., r:r + h, r:r + w])
+
+
+def gaussian_blur(x, c):
+    """Gaussian blur."""
+    return truncate(gaussian(x, c))
+
+
+@functools.lru_cache(maxsize=8)
+def shuffle_plan(n, h, w, d, device):
+    """For n images end to end, int32: pixel numbers (n*h*w,); 1 where the shuffle writes (rows and columns
+    d+1 .. size-d), else 0; the (2d)^2 offsets -d..d-1 in pixel numbers (the reference has no +d)."""
+    active = torch.zeros(n, h, w, dtype=torch.int32)
+    active[:, d + 1:h - d + 1, d + 1:w - d + 1] = 1
+    steps = torch.arange(-d, d, dtype=torch.int32)
+    steps = (steps[:, None] * w + steps).flatten()
+    here = torch.arange(n * h * w, dtype=torch.int32)
+    return here.to(device), active.flatten().to(device), steps.to(device)
+
+
+def glass_blur(x, c, gens):
+    """Gaussian, local shuffle, Gaussian. The shuffle visits the pixels in reverse raster order and copies into
+    each the pixel at a random offset (the reference's swap of two views is a copy), which may itself be a
+    copy made earlier in the pass. Chains of copies are followed by pointer doubling, up to 32 links."""
+    sigma, d, passes = c
+    n, _, h, w = x.shape
+    here, active, steps = shuffle_plan(n, h, w, d, x.device)
+    source = here
+    for _ in range(passes):
+        step = steps.index_select(0, integers(gens, 4 * d * d, h * w).flatten()).mul_(active)
+        j = here + step
+        made = active.index_select(0, j).mul_(step > 0)  # 1: the pixel at j is itself a copy of this pass
+        link = step.mul_(made).add_(here)
+        for _ in range(5 if d > 1 else 0):  # an offset of reach 1 never points to such a pixel
+            link = link.index_select(0, link)
+        source = source.index_select(0, j.index_select(0, link))
+    y = truncate(gaussian(x, sigma)).transpose(0, 1).reshape(3, -1).index_select(1, source)
+    return truncate(gaussian(y.view(3, n, h, w).transpose(0, 1), sigma))
+
+
+def motion_blur(x, c, gens):
+    """Smear along an angle within 45 degrees of the horizontal."""
+    return truncate(motion(x, *c, uniform(gens, 1, low=-45, high=45).flatten().tolist()))
+
+
+def zoom_taps(n, zoom):
+    """Source pixels and weights (n,2) of the centre of n pixels enlarged by `zoom`: bilinear with aligned
+    corners, to round(ceil(n / zoom) * zoom) pixels, trimmed to n."""
+    crop = math.ceil(n / zoom)
+    size = round(crop * zoom)
+    s = (torch.arange(n, dtype=torch.float64) + (size - n) // 2) * ((crop - 1) / (size - 1))
+    i = s.floor().clamp_(max=crop - 2)
+    i, f = i.long() + (n - crop) // 2, s - i
+    return torch.stack([i, i + 1], 1), torch.stack([1 - f, f], 1)
+
+
+@functools.lru_cache(maxsize=4)
+def zoom_matrix(h, w, stop, step, device):
+    """Sparse (h*w, h*w) matrix of zoom blur: columns, row starts (int32), values. A few seconds at 512 px."""
+    factors = np.arange(1, stop, step).tolist()
+    taps = [(zoom_taps(h, z), zoom_taps(w, z)) for z in [1.0] + factors]  # the image itself, and as factor 1
+    columns, counts, values = [], [], []
+    for r in range(0, h, 16):  # a few rows at a time, or the unmerged entries fill the memory
+        index = [a[r:r + 16, None, :, None] * w + b[None, :, None] for (a, _), (b, _) in taps]
+        value = [a[r:r + 16, None, :, None] * b[None, :, None] for (_, a), (_, b) in taps]
+        index, value = (torch.stack(t, 2).flatten(0, 1).flatten(1) for t in (index, value))
+        index += torch.arange(len(index))[:, None] * (h * w)
+        keep = value > 1e-9
+        key, entry = torch.unique(index[keep], return_inverse=True)
+        values.append(torch.zeros(len(key), dtype=value.dtype).index_add_(0, entry, value[keep]))
+        columns.append(key % (h * w))
+        counts.append(torch.bincount(key // (h * w), minlength=len(index)))
+    starts = F.pad(torch.cat(counts).cumsum(0)[:-1], (1, 0)).int().to(device)
+    return torch.cat(columns).int().to(device), starts, (torch.cat(values) / len(taps)).float().to(device)
+
+
+def zoom_blur(x, c):
+    """Mean of the image and of its centre enlarged by each factor: one sparse matrix for all, applied to the
+    planes of several images side by side."""
+    b, _, h, w = x.shape
+    columns, starts, values = zoom_matrix(h, w, *c, x.device)
+    planes = x.reshape(3 * b, h * w).t().contiguous().float()  # (HW,3B)
+    y = F.embedding_bag(columns, planes, starts, mode="sum", per_sample_weights=values)
+    return truncate(y).t().reshape(b, 3, h, w)
+
+
+def snow(x, c, gens):
+    """Whitened image + flakes (thresholded noise, enlarged, smeared) + the flakes turned by 180 degrees."""
+    mean, std, zoom, threshold, radius, sigma, keep = c
+    h, w = x.shape[-2:]
+    flakes = normal(gens, 1, math.ceil(h / zoom), math.ceil(w / zoom)).mul_(std).add_(mean)
+    size = [round(n * zoom) for n in flakes.shape[-2:]]
+    flakes = F.interpolate(flakes, size=size, mode="bilinear", align_corners=True)
+    flakes = flakes[..., (size[0] - h) // 2:, (size[1] - w) // 2:][..., :h, :w]
+    angles = uniform(gens, 1, low=-135, high=-45).flatten().tolist()
+    flakes = truncate(flakes * (flakes >= threshold) * 255)  # an 8-bit image before and after its smear
+    flakes = motion(flakes, radius, sigma, angles).add_(1 / 512).floor_()
+    y = x.float()
+    white = (y[:, :1] * 0.299).add_(y[:, 1:2], alpha=0.587).add_(y[:, 2:], alpha=0.114).mul_(1.5).add_(127.5)
+    white = torch.maximum(y, white).mul_(1 - keep)
+    return truncate(white.add_(y, alpha=keep).add_(flakes + flakes.flip(-2, -1)))
+
+
+def frost(x, c, gens, folder=None):
+    """Weighted sum of the image and a random crop of one of five pictures of ice."""
+    h, w = x.shape[-2:]
+    textures = frost_textures(folder, scale_of(h, w), h, w, x.device)
+    out = x.float().mul_(c[0])
+    for o, (which, u, v) in zip(out, uniform(gens, 3).tolist()):
+        ice = textures[int(which * 5)]
+        top, left = int(u * (ice.shape[1] - h)), int(v * (ice.shape[2] - w))
+        o.add_(ice[:, top:top + h, left:left + w], alpha=c[1])
+    return truncate(out)
+
+
+def fog(x, c, gens):
+    """Image + plasma, scaled back by the image's own maximum."""
+    h, w = x.shape[-2:]
+    peak = x.amax((1, 2, 3)).float()[:, None, None, None]
+    y = plasma(gens, 1 << (max(h, w) - 1).bit_length(), c[1])[:, None, :h, :w]
+    return truncate((y * (255 * c[0]) + x).mul_(peak / (peak + 255 * c[0])))
+
+
+def plasma(gens, side, decay):
+    """Diamond-square heights on a torus, scaled to [0,1]: (B,side,side)."""
+    u = uniform(gens, side, side, low=-1)
+    m = torch.zeros_like(u)
+    step, amplitude = side, 100.0 ** 2  # the reference multiplies its wobble by itself
+    while step > 1:
+        half = step // 2
+        noise = u[:, ::half, ::half] * amplitude
+        corners = m[:, ::step, ::step].clone()
+        rows = corners + corners.roll(-1, 1)
+        centres = (rows + rows.roll(-1, 2)).mul_(0.25).add_(noise[:, 1::2, 1::2])
+        m[:, half::step, half::step] = centres
+        s = centres + centres.roll(1, 1) + corners + corners.roll(-1, 2)
+        m[:, ::step, half::step] = s.mul_(0.25).add_(noise[:, ::2, 1::2])
+        s = centres + centres.roll(1, 2) + corners + corners.roll(-1, 1)
+        m[:, half::step, ::step] = s.mul_(0.25).add_(noise[:, 1::2, ::2])
+        step, amplitude = half, amplitude / decay ** 2
+    m -= m.amin((1, 2), keepdim=True)
+    return m.div_(m.amax((1, 2), keepdim=True))
+
+
+def brightness(x, c):
+    """V + c in HSV: at fixed hue and saturation all channels scale with V; black turns grey."""
+    y = x.float()
+    v = y.amax(1, keepdim=True)
+    new = (v + 255 * c).clamp_(max=255)
+    return truncate(torch.where(v == 0, new, y.mul_(new / v)))
+
+
+def saturate(x, c):
+    """S * c0 + c1 in HSV: distances below V scale with S. Grey has hue 0: more saturation makes it red."""
+    y = x.float()
+    v, low = y.amax(1, keepdim=True), y.amin(1, keepdim=True)
+    s = (v - low) / v.clamp(min=1)
+    new = (s * c[0] + c[1]).clamp_(max=1)
+    y = v - (v - y).mul_(new / s)
+    red = torch.cat([v, v * (1 - new), v * (1 - new)], 1)
+    return truncate(torch.where(s == 0, red, y))
+
+
+def contrast(x, c):
+    """Distance to each channel's own mean, times c."""
+    y = x.float()
+    return truncate(torch.lerp(y.mean((2, 3), keepdim=True), y, c))
+
+
+@functools.lru_cache(maxsize=32)
+def blur_matrix(n, sigma, device):
+    """(n,n) Gaussian blur, cut at 3 sigma, mirrored about the edge as often as it takes."""
+    taps = torch.from_numpy(gaussian_taps(sigma, 3.0))
+    r = len(taps) // 2
+    i = (torch.arange(n)[:, None] + torch.arange(-r, r + 1)) % (2 * n)
+    i = torch.where(i < n, i, 2 * n - 1 - i)
+    m = torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, i, taps.expand(n, -1))
+    return m.to(device, torch.float32)
+
+
+def elastic_transform(x, c, gens):
+    """A random affine map (mirrored about the edge pixel), then a smooth random field (about the edge)."""
+    b, _, h, w = x.shape
+    side = min(h, w) * (244 / 224 if scale_of(h, w) == "imagenet" else 1)  # 244: the reference's slip
+    amplitude, sigma, jitter = (side * k for k in c)
+    a = affine(h, w, uniform(gens, 3, 2, low=-jitter, high=jitter)).to(x.device)[..., None]
+    u, v = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
+    grid = (a[:, :, 0] * u + a[:, :, 2])[:, :, None] + (a[:, :, 1] * v)[..., None]  # (B,2,H,W)
+    y = F.grid_sample(x.float(), grid.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=True)
+    if amplitude:
+        field = uniform(gens, 2, h, w, low=-amplitude, high=amplitude)
+        rows, columns = blur_matrix(h, sigma, x.device), blur_matrix(w, sigma, x.device)
+        for f in field:  # one by one, or the matrix product rounds by the size of the batch
+            f.copy_(rows @ f @ columns.T)
+        field.mul_(field.new_tensor([2 / w, 2 / h]).view(2, 1, 1))
+        field[:, 0].add_(u * ((w - 1) / w))
+        field[:, 1].add_(v[:, None] * ((h - 1) / h))
+        y = F.grid_sample(y, field.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
+    return truncate(y)
+
+
+def affine(h, w, shift):
+    """(B,2,3) float32, from output to input coordinates with the corners at -1 and 1: the map that moves
+    three points around the centre by shift (B,3,2) pixels."""
+    half, s = torch.tensor([[h // 2, w // 2]]), min(h, w) // 3
+    points = (half + torch.tensor([[s, s], [s, -s], [-s, -s]])).double()
+    moved = torch.cat([points + shift.cpu(), torch.ones(len(shift), 3, 1)], 2)
+    a = torch.linalg.solve(moved, torch.cat([points, torch.ones(3, 1)], 1).expand_as(moved)).mT
+    unit = torch.tensor([[2 / (w - 1), 0, -1], [0, 2 / (h - 1), -1], [0, 0, 1]], dtype=torch.float64)
+    return (unit @ a @ torch.linalg.inv(unit))[:, :2].float()
+
+
+@functools.lru_cache(maxsize=64)
+def box_windows(n, m, planes, device):
+    """For `planes` stacks of n rows: all row numbers; the first of each of m windows a stack, as Pillow's box
+    filter cuts them (whole pixels); for each row of n, its window, as Pillow enlarges."""
+    first = (torch.arange(m, dtype=torch.float64) * (n / m) + 0.5).long()
+    first = (torch.arange(planes)[:, None] * n + first).flatten()
+    back = ((torch.arange(n, dtype=torch.float64) + 0.5) * (m / n)).long()
+    return torch.arange(planes * n, device=device), first.to(device), back.to(device)
+
+
+def shrink(x, m):
+    """(B,3,H,W) -> (B,3,m,W): means of m windows of rows, rounded."""
+    b, _, n, w = x.shape
+    rows, first, _ = box_windows(n, m, 3 * b, x.device)
+    y = F.embedding_bag(rows, x.reshape(-1, w).float(), first, mode="mean")
+    return y.add_(0.5).floor_().view(b, 3, m, w)
+
+
+def pixelate(x, c):
+    """Box reduction, then box enlargement; equal to Pillow's bit for bit. Rows are cheap to gather and columns
+    dear, so columns are handled as rows of the transpose."""
+    b, _, h, w = x.shape
+    m, n = int(h * c), int(w * c)
+    y = shrink(shrink(x.mT.contiguous(), n).mT.contiguous(), m).to(torch.uint8)  # (B,3,m,n)
+    y = y.mT.contiguous().index_select(2, box_windows(w, n, 3 * b, x.device)[2])
+    return y.mT.contiguous().index_select(2, box_windows(h, m, 3 * b, x.device)[2])
+
+
+def jpeg_compression(x, c):
+    """JPEG at quality c, chroma 4:2:0, by the CPU's codec."""
+    out = torch.empty(x.shape, dtype=torch.uint8)
+    for image, o in zip(x.cpu(), out):
+        pixels = torch.stack(image.unbind(), -1).permute(2, 0, 1)  # the order that the encoder reads
+        o.copy_(decode_jpeg(encode_jpeg(pixels, quality=c)))
+    return out.to(x.device)
+
+
+def spatter(x, c, gens):
+    """Drops of water (a thickness) or mud (a mask) where smoothed noise is high."""
+    mean, std, sigma, threshold, strength, mud = c
+    liquid = gaussian(normal(gens, 1, *x.shape[-2:]).mul_(std).add_(mean), sigma)
+    if mud:
+        m = gaussian(liquid > threshold, strength)
+        m.mul_(m >= 0.8)
+        return truncate(x * (1 - m) + m * m.new_tensor([63, 42, 20]).view(3, 1, 1))
+    liquid = truncate(liquid * (liquid >= threshold) * 255).float()
+    depth = equalise(box(distance(edges(liquid)).clamp_(max=20)).floor_())
+    near = neighbours(depth, "reflect")
+    lit = -2 * near[0] - near[1] - near[3] + near[4] + near[5] + near[7] + 2 * near[8]
+    m = liquid * box(lit.clamp_(0, 255)).round_()
+    m.mul_(strength / m.amax((2, 3), keepdim=True).clamp_(min=1))
+    return truncate(x + m * m.new_tensor([175, 238, 238]).view(3, 1, 1))
+
+
+def neighbours(x, mode):
+    """The nine shifted copies of (B,1,H,W), row by row."""
+    h, w = x.shape[-2:]
+    p = F.pad(x, (1, 1, 1, 1), mode=mode)
+    return [p[..., i:i + h, j:j + w] for i in range(3) for j in range(3)]
+
+
+def box(x):
+    """3x3 mean of (B,1,H,W), mirrored about the edge pixel."""
+    return slide(slide(F.pad(x, (1, 1, 1, 1), mode="reflect"), [1 / 3] * 3, -1), [1 / 3] * 3, -2)
+
+
+def edges(x):
+    """Canny outline of (B,1,H,W) on 0..255, bool: thresholds 50 and 150 on |gx| + |gy| of Sobel."""
+    a, b, c, d, _, e, f, g, k = neighbours(x, "replicate")
+    gx, gy = c + 2 * e + k - a - 2 * d - f, f + 2 * g + k - a - 2 * b - c
+    size = gx.abs() + gy.abs()
+    a, b, c, d, _, e, f, g, k = neighbours(size, "constant")
+    flat, steep = gy.abs() < math.tan(math.pi / 8) * gx.abs(), gx.abs() < math.tan(math.pi / 8) * gy.abs()
+    diagonal = torch.where(gx * gy >= 0, (size > a) & (size > k), (size > c) & (size > f))
+    peak = torch.where(steep, (size > b) & (size >= g), diagonal)
+    peak = torch.where(flat, (size > d) & (size >= e), peak)
+    weak, strong = peak & (size > 50), peak & (size > 150)
+    while True:  # weak edges count where they touch strong ones
+        grown = weak & sum(neighbours(strong.half(), "constant")).bool()
+        if torch.equal(grown, strong):
+            return strong
+        strong = grown
+
+
+def distance(mask, reach=20):
+    """Euclidean distance to the nearest True of (B,1,H,W), exact up to `reach`, which stands for all beyond."""
+    d = torch.where(mask, 0.0, float(reach))
+    for s in (1, 2, 4, 8, 16):  # along columns: the steps of any k <= 31 add up from these
+        up, down = d[..., s:, :] + s, d[..., :-s, :] + s
+        torch.minimum(d[..., :-s, :], up, out=d[..., :-s, :])
+        torch.minimum(d[..., s:, :], down, out=d[..., s:, :])
+    d.square_()
+    for k in range(1, reach):  # along rows: k^2 = 1 + 3 + 5 + ..., one more pixel a turn
+        right, left = d[..., 1:] + (2 * k - 1), d[..., :-1] + (2 * k - 1)
+        torch.minimum(d[..., :-1], right, out=d[..., :-1])
+        torch.minimum(d[..., 1:], left, out=d[..., 1:])
+    return d.sqrt_()
+
+
+def equalise(x):
+    """Histogram equalisation of (B,1,H,W), whole numbers on 0..255."""
+    v, n = x.long().flatten(1), x[0].numel()
+    count = x.new_zeros(len(x), 256).scatter_add_(1, v, torch.ones_like(v, dtype=x.dtype))
+    first = count.gather(1, v.amin(1, keepdim=True))
+    table = ((count.cumsum(1) - first) * (255 / (n - first).clamp(min=1))).round_()
+    return torch.where(first == n, v.float(), table.gather(1, v)).view_as(x)
+
+
+# Per texture of the original: height, width, mean RGB, standard deviation RGB, sign of the needles, and the
+# power (dB) of a 224 px crop in eight bands from 2/224 to 1/2 cycle a pixel, evenly spaced in log frequency.
+ICE = (
+    (600, 900, (.305, .585, .650), (.106, .065, .060), 1, (37.1, 29.9, 24.0, 18.9, 15.9, 14.2, 12.6, 7.7)),
+    (315, 560, (.787, .805, .841), (.084, .087, .089), -1, (35.5, 32.0, 29.3, 27.3, 23.0, 18.5, 14.8, 8.8)),
+    (315, 560, (.787, .805, .841), (.084, .087, .089), -1, (35.5, 32.0, 29.3, 27.3, 23.0, 18.5, 14.8, 8.8)),
+    (350, 527, (.540, .599, .648), (.112, .112, .117), 1, (35.4, 33.0, 30.6, 28.8, 25.6, 23.0, 19.8, 14.3)),
+    (495, 660, (.441, .484, .528), (.174, .170, .163), 1, (42.2, 39.7, 36.0, 31.7, 27.8, 23.6, 19.4, 15.4)))
+ICE_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")  # 6 is never drawn
+ICE_SCALE = {"imagenet": 1.0, "tiny": 0.3, "cifar": 0.2}
+
+
+def frost_folder(folder=None):
+    """The folder that holds the original textures: `folder`, or a PyPI package's; None if there is none."""
+    if folder:
+        return Path(folder)
+    specs = [importlib.util.find_spec(p) for p in ("imagecorruptions", "imagenet_c")]  # imports nothing
+    folders = [Path(s.origin).parent / "frost" for s in specs if s and s.origin]
+    return next((f for f in folders if all((f / n).is_file() for n in ICE_FILES)), None)
+
+
+def frost_source(folder=None):
+    """"original" or "procedural": the textures that frost draws from."""
+    return "original" if frost_folder(folder) else "procedural"
+
+
+@functools.lru_cache(maxsize=8)
+def frost_textures(folder, kind, h, w, device):
+    """Five uint8 (3,H',W') pictures of ice at the size of this kind of image, larger where (h,w) needs it."""
+    folder, out = frost_folder(folder), []
+    for i, name in enumerate(ICE_FILES):
+        ice = decode_image(str(folder / name), mode=ImageReadMode.RGB) if folder else procedural_ice(i)
+        size, scale = ice.shape[1:], ICE_SCALE[kind]
+        if scale * size[0] < h or scale * size[1] < w:
+            scale = 1.1 * max(h / size[0], w / size[1])
+        if scale != 1:
+            size = [round(n * scale) for n in size]
+            ice = truncate(F.interpolate(ice[None].float(), size=size, mode="bilinear")[0] + 0.5)
+        out.append(ice.to(device))
+    return out
+
+
+def procedural_ice(i):
+    """uint8 (3,H,W) with the mean, deviation and spectrum of texture i: needles of eight directions, each in
+    its own patches, equalised to the measured power at every radius."""
+    h, w, mean, std, sign, bands = ICE[i]
+    g = rng("ice", i)
+    fy, fx = torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)[None]
+    radius = torch.hypot(fy, fx)
+    total = torch.zeros(h, w // 2 + 1, dtype=torch.complex64)
+    for k in range(8):
+        angle = (k + torch.rand(1, generator=g).item()) * math.pi / 8
+        along, across = fx * math.cos(angle) + fy * math.sin(angle), fy * math.cos(angle) - fx * math.sin(angle)
+        patch = torch.fft.irfft2(torch.fft.rfft2(torch.randn(h, w, generator=g)) * torch.exp(-(60 * radius) ** 2),
+                                 s=(h, w))
+        seeds = (torch.rand(h, w, generator=g) < 0.02) * (patch > patch.std() / 2) * sign
+        total += torch.fft.rfft2(seeds.float()) * torch.exp(-(40 * along) ** 2 - (2 * across) ** 2)
+    ring = (radius * 300).long()
+    power = torch.bincount(ring.flatten(), total.abs().square().flatten()) / torch.bincount(ring.flatten()).clamp(min=1)
+    centres = np.log(np.geomspace(2 / 224, 0.5, 17)[1::2])
+    gain = torch.from_numpy(10 ** (np.interp(np.log(radius.numpy() + 1e-9), centres, bands) / 20)).float()
+    ice = torch.fft.irfft2(total * gain / power.sqrt()[ring].clamp(min=1e-12), s=(h, w))
+    ice = (ice - ice.mean()) / ice.std()
+    return truncate(255 * (torch.tensor(mean)[:, None, None] + torch.tensor(std)[:, None, None] * ice))
+
+
+FIXED = {"defocus_blur": defocus_blur, "zoom_blur": zoom_blur, "brightness": brightness, "contrast": contrast,
+         "pixelate": pixelate, "jpeg_compression": jpeg_compression, "gaussian_blur": gaussian_blur,
+         "saturate": saturate}
+RANDOM = {"gaussian_noise": gaussian_noise, "shot_noise": shot_noise, "impulse_noise": impulse_noise,
+          "glass_blur": glass_blur, "motion_blur": motion_blur, "snow": snow, "frost": frost, "fog": fog,
+          "elastic_transform": elastic_transform, "speckle_noise": speckle_noise, "spatter": spatter}
+
+
+def scale_of(h, w):
+    """Whose constants: "cifar" up to 48 px on the longer side, "tiny" up to 128, "imagenet" above."""
+    side = max(h, w)
+    return "cifar" if side <= 48 else "tiny" if side <= 128 else "imagenet"
+
+
+def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
+    """uint8 (B,3,H,W) on x's device: x corrupted, a function of (image, its index, seed, name, severity).
+
+    index: B ints, the identities of the images, by default 0..B-1; frost_dir: folder of the original frost
+    textures; jpeg: the round trip at quality 85 that the published files went through. Sides of 32 to 512
+    px; the constants go by size (`scale_of`): those of make_imagenet_c.py, make_tinyimagenet_c.py and
+    make_cifar_c.py. CPU and GPU draw different random numbers.
+    Paper: Hendrycks and Dietterich, ICLR 2019. Raises: ValueError for any other input."""
+    index = check_corrupt(x, name, severity, index)
+    c = CONSTANTS[name][scale_of(*x.shape[-2:])][severity - 1]
+    size = 1 << 26 if x.is_cuda else 1 << 21 if name == "zoom_blur" else 1 << 18  # CPU: stay in cache
+    n, out = max(1, size // x[:1].numel()), torch.empty_like(x)
+    for i in range(0, len(x), n):
+        if name in FIXED:
+            y = FIXED[name](x[i:i + n], c)
+        else:
+            gens = [rng("corrupt", seed, k, name, severity, device=x.device) for k in index[i:i + n]]
+            y = RANDOM[name](x[i:i + n], c, gens, **({"folder": frost_dir} if name == "frost" else {}))
+        out[i:i + n] = jpeg_compression(y, 85) if jpeg else y
+    return out
+
+
+def check_corrupt(x, name, severity, index):
+    """The identities of the images, a list. Raises: ValueError with what was expected and what came."""
+    if name not in CONSTANTS:
+        near = difflib.get_close_matches(str(name), CORRUPTIONS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"unknown corruption {name!r}{hint}; known: {', '.join(CORRUPTIONS)}")
+    if severity not in (1, 2, 3, 4, 5):
+        raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
+        raise ValueError(f"expected images as a uint8 tensor on 0..255, got {getattr(x, 'dtype', type(x))}")
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"expected images (B,3,H,W), got {tuple(x.shape)}")
+    if min(x.shape[2:]) < 32 or max(x.shape[2:]) > 512:
+        raise ValueError(f"expected sides of 32 to 512 px, got {tuple(x.shape[2:])}")
+    index = list(range(len(x))) if index is None else [int(k) for k in index]
+    if len(index) != len(x):
+        raise ValueError(f"{len(x)} images but {len(index)} indices")
+    return index
+
+
+# ==== 4. AUGMENTATIONS ====
+# In: uint8 (B,3,H,W) on any device, a torch.Generator. Out: uint8 (B,3,H,W), drawn anew for each
+# image. Always: a function of (x, generator state), and the global generator stays as it was.
+# A CPU generator gives the same draws whatever the device of x, and never waits for a GPU.
+
+PIXELS = ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))  # ImageNet's mean and deviation, 0..255
+
+
+def _uniform(generator, *shape):
+    """NumPy float64 of the given shape, uniform in [0, 1)."""
+    return torch.rand(shape, generator=generator, device=generator.device).cpu().double().numpy()
+
+
+def _gamma(generator, alpha, *shape):
+    """NumPy float64 of the given shape, Gamma(alpha, 1)."""
+    full = torch.full(shape, float(alpha), dtype=torch.float64, device=generator.device)
+    return torch._standard_gamma(full, generator=generator).cpu().numpy()
+
+
+def _beta(generator, a, b, *shape):
+    """NumPy float64 of the given shape, Beta(a, b)."""
+    p, q = _gamma(generator, a, *shape), _gamma(generator, b, *shape)
+    return p / (p + q)
+
+
+def _column(v, x, dtype=torch.float32):
+    """NumPy v (N,) as a tensor (N,1,1,1) on the device of x."""
+    return torch.from_numpy(v).to(x.device, dtype).view(-1, 1, 1, 1)
+
+
+def _bytes(x):
+    """uint8: x in 0..255, rounded and clipped."""
+    return (x + 0.5).clamp_(0, 255).to(torch.int16).to(torch.uint8)  # int16 between: 4 times faster
+
+
+# The nine operations of AugMix, as PIL does them; each takes x and a level (N,), NumPy float64.
+
+
+def _histogram(x):
+    """(N,3,256) int64: how often each grey level occurs, per image and channel."""
+    planes = x.flatten(2).flatten(0, 1)
+    if x.device.type == "cpu":
+        return torch.stack([p.bincount(minlength=256) for p in planes]).view(-1, 3, 256)
+    index, counts = planes.long(), torch.zeros(len(planes), 256, device=x.device).long()
+    return counts.scatter_add_(1, index, torch.ones_like(index)).view(-1, 3, 256)
+
+
+def _lookup(x, table):
+    """uint8 like x: table (N,3,256) applied per image and channel."""
+    table = table.to(torch.uint8).view(-1, 256)
+    planes = x.reshape(len(table), -1)
+    if x.device.type == "cpu":  # bytes.translate looks up a byte in under a nanosecond
+        done = (p.tobytes().translate(t.tobytes()) for p, t in zip(planes.numpy(), table.numpy()))
+        return torch.frombuffer(bytearray(b"".join(done)), dtype=torch.uint8).view(x.shape)
+    return table.gather(1, planes.long()).view(x.shape)
+
+
+def autocontrast(x, level):
+    """x stretched per channel so that its darkest value is 0 and its brightest 255."""
+    flat, ramp = x.flatten(2), torch.arange(256, device=x.device)
+    low, high = flat.amin(2, keepdim=True).double(), flat.amax(2, keepdim=True).double()
+    scale = torch.full_like(low, 255) / (high - low)  # 255 / tensor would round twice
+    return _lookup(x, torch.where(high > low, (ramp * scale - low * scale).clamp(0, 255), ramp))
+
+
+def equalize(x, level):
+    """x with a flat histogram per channel, by PIL's integer rule."""
+    counts = _histogram(x)
+    below = counts.cumsum(-1) - counts
+    step = below.gather(-1, x.flatten(2).amax(2, keepdim=True).long()) // 255
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
+    return _lookup(x, torch.where(step > 0, table, torch.arange(256, device=x.device)))
+
+
+def posterize(x, level):
+    """x with its upper 4 - int(0.4 level) bits kept."""
+    return x & _column(256 - (16 << (level * 4 / 10).astype(int)), x, torch.uint8)
+
+
+def solarize(x, level):
+    """x with the values from 256 - int(25.6 level) on inverted."""
+    over = _column(255 - (level * 256 / 10).astype(int), x, torch.int16) - x  # < 0 where inverted
+    return x ^ over.bitwise_right_shift_(15).to(torch.uint8)  # a comparison is several times slower
+
+
+def rotate(x, level):
+    """x turned by int(3 level) degrees about its centre: bilinear, 0 outside."""
+    n, _, h, w = x.shape
+    turn = np.exp(1j * np.deg2rad((level * 30 / 10).astype(int)))[:, None]
+    scale = lambda z: torch.from_numpy((z.real * (2 / w) + z.imag * (2j / h)).astype(np.complex64))
+    col = scale((np.arange(w) + 0.5 - w / 2) * turn).to(x.device)[:, None]
+    row = scale((np.arange(h) + 0.5 - h / 2) * 1j * turn).to(x.device)[..., None]
+    grid = torch.view_as_real(col + row)  # one complex sum is faster than stacking two real ones
+    out = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+    u, v = (p(col).contiguous() + p(row).contiguous() for p in (torch.real, torch.imag))
+    # 5e-6 because truncation, which PIL does as well, must not turn 199.9999 into 199
+    inside = torch.maximum(u.abs_(), v.abs_()).sub_(1).mul_(-1e9).clamp_(0, 1 + 5e-6)
+    return out.mul_(inside[:, None]).to(torch.int16).to(torch.uint8)
+
+
+def _take(views, *index):
+    """views[index] for NumPy index arrays."""
+    if views.device.type == "cpu":  # NumPy copies whole runs, 5 times faster than torch
+        return torch.from_numpy(views.numpy()[index])
+    return views[tuple(torch.from_numpy(i).to(views.device) for i in index)]
+
+
+def _transpose(x):
+    """x with rows and columns exchanged, contiguous."""
+    if x.device.type == "cpu":  # NumPy needs half of torch's time for bytes
+        return torch.from_numpy(np.ascontiguousarray(x.numpy().transpose(0, 1, 3, 2)))
+    return x.transpose(2, 3).contiguous()
+
+
+def shear_x(x, level):
+    """x with row r moved left by 0.03 level (r + 1/2) columns: bilinear, 0 outside."""
+    n, c, h, w = x.shape
+    shift = (level * 0.3 / 10)[:, None] * (np.arange(h) + 0.5)  # (N,H)
+    left = np.floor(shift)
+    p = min(int(np.abs(left).max()), w) + 2
+    padded = F.pad(x, (p, p))
+    padded[..., p - 1], padded[..., p + w] = x[..., 0], x[..., -1]  # PIL repeats half a pixel
+    start = np.clip(left, -p, p - 1).astype(int)[:, None] + p
+    views = padded.unfold(3, w, 1)
+    at = np.arange(n)[:, None, None], np.arange(c)[:, None], np.arange(h)
+    a, b = _take(views, *at, start).float(), _take(views, *at, start + 1).float()
+    out = a.lerp_(b, _column(shift - left, x).view(n, 1, h, 1)).to(torch.int16).to(torch.uint8)
+    band = F.pad(x.new_full((w,), 255), (w, w)).unfold(0, w, 1)
+    inside = _take(band, np.clip(np.floor(shift + 0.5), -w, w).astype(int) + w)
+    return out.bitwise_and_(inside[:, None])
+
+
+def shear_y(x, level):
+    """x with column c moved up by 0.03 level (c + 1/2) rows: bilinear, 0 outside."""
+    return _transpose(shear_x(_transpose(x), level))
+
+
+def _move(rows, step, unit):
+    """rows (N,R,P) of image n moved left by step[n] times unit, zeros moving in."""
+    p = int(np.abs(step).max())
+    views = F.pad(rows, (p * unit, p * unit)).unfold(2, rows.shape[2], unit)
+    at = np.arange(rows.shape[0])[:, None], np.arange(rows.shape[1])
+    return _take(views, *at, step[:, None] + p)
+
+
+def translate_x(x, level):
+    """x moved left by int(level W / 30) columns."""
+    step = (level * (x.shape[3] / 3) / 10).astype(int)
+    return _move(x.flatten(1, 2), step, 1).view(x.shape)
+
+
+def translate_y(x, level):
+    """x moved up by int(level H / 30) rows."""
+    step = (level * (x.shape[2] / 3) / 10).astype(int)
+    return _move(x.flatten(2), step, x.shape[3]).view(x.shape)
+
+
+GEOMETRIC_OPS = (rotate, shear_x, shear_y, translate_x, translate_y)
+OPS = GEOMETRIC_OPS + (autocontrast, equalize, posterize, solarize)  # the rest is in ImageNet-C
+
+
+def _draw_ops(generator, severity, *shape):
+    """Op numbers and levels, NumPy of the given shape; half of the geometric levels negative."""
+    op, level, sign = _uniform(generator, 3, *shape)
+    op, level = (op * len(OPS)).astype(int), 0.1 + (severity - 0.1) * level
+    op[(op == OPS.index(rotate)) & (level < 1 / 3)] = -1  # a turn by int(3 level) = 0 degrees
+    return op, np.where((op < len(GEOMETRIC_OPS)) & (sign > 0.5), -level, level)
+
+
+def _do_ops(views, op, level):
+    """A list: views with op[i] at level[i] done to views[i]; op -1 leaves it alone."""
+    views = list(views)
+    for k in sorted(set(op.tolist()) - {-1}):
+        at = [i for i, o in enumerate(op.tolist()) if o == k]
+        some = torch.stack([views[i] for i in at]) if len(at) > 1 else views[at[0]][None]
+        done = OPS[k](some, level[at])
+        for i, image in zip(at, done):
+            views[i] = image
+    return views
+
+
+def _chunks(x, size=2**20):
+    """Slices of the batch that stay in the cache; on a GPU one slice."""
+    n = max(1, size // x[0].numel()) if x.device.type == "cpu" else len(x)
+    return [slice(i, i + n) for i in range(0, len(x), n)]
+
+
+def _mix_chains(x, weights, op, level):
+    """x and its chains op, level (N,width,depth) averaged with weights (N, 1 + width)."""
+    n, width, depth = op.shape
+    views = [image for image in x for _ in range(width)]
+    for t in range(depth):
+        views = _do_ops(views, op[..., t].ravel(), level[..., t].ravel())
+    mixed = torch.full_like(x, 0.5, dtype=torch.float32)  # so that truncation rounds
+    for i, w in enumerate(weights.tolist()):
+        for view, share in zip((x[i], *views[i * width : (i + 1) * width]), w):
+            mixed[i].add_(view, alpha=share)
+    return mixed.to(torch.int16).to(torch.uint8)  # int16 between: 4 times faster
+
+
+def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
+    """x mixed with `width` chains of depth[0] to depth[1] random operations each.
+
+    Paper: AugMix (Hendrycks et al. 2020): severity 1 for ImageNet, 3 for CIFAR.
+    Differs: the mixture is rounded to uint8.
+    """
+    n, (low, high) = len(x), depth
+    # METHOD AugMix: (1 - m) x + m sum_k w_k chain_k(x), w ~ Dirichlet(a), m ~ Beta(a, a)
+    w, m = _gamma(generator, alpha, n, width), _beta(generator, alpha, alpha, n, 1)
+    weights = np.concatenate([1 - m, m * w / w.sum(1, keepdims=True)], 1)
+    steps = low + (_uniform(generator, n, width, 1) * (high - low + 1)).astype(int)
+    op, level = _draw_ops(generator, severity, n, width, high)
+    op = np.where(np.arange(high) < steps, op, -1)
+    return torch.cat([_mix_chains(x[s], weights[s], op[s], level[s]) for s in _chunks(x)])
+
+
+def jsd(logits_clean, logits_aug1, logits_aug2):
+    """Scalar float32: Jensen-Shannon consistency of three views, logits (B,C).
+
+    Paper: AugMix, where its weight is 12 and cross-entropy is on the clean view only.
+    """
+    p = [z.float().softmax(1) for z in (logits_clean, logits_aug1, logits_aug2)]
+    log_mean = (sum(p) / 3).clamp(1e-7, 1).log()  # the paper's clamp: no exploding KL
+    return sum(F.kl_div(log_mean, q, reduction="batchmean") for q in p) / 3
+
+
+@functools.lru_cache(maxsize=4)
+def fractals(size, n=48, seed=0, points=4096, steps=48, maps=4, grid=192):
+    """uint8 (n,3,size,size): flames of random affine maps, a stand-in for PixMix's pictures."""
+    g = rng("fractals", seed)
+    rand = lambda *shape: torch.rand(n, *shape, generator=g)
+    spin = lambda t: torch.stack([t.cos(), -t.sin(), t.sin(), t.cos()], -1).view(n, maps, 2, 2)
+    stretch, turn = torch.diag_embed(0.35 + 0.5 * rand(maps, 2)), rand(2, maps) * 6.2832
+    linear = spin(turn[:, 0]) @ stretch @ spin(turn[:, 1])  # contracts, so the flame is bounded
+    table = torch.cat([linear.flatten(2), rand(maps, 2) * 2 - 1, rand(maps, 3)], 2).flatten(0, 1)
+    p, colour, ones = (torch.full((n, points, k), float(k == 1)) for k in (2, 3, 1))
+    total, first = torch.zeros(n * grid * grid, 4), torch.arange(n)[:, None]
+    for step in range(steps):
+        k = first * maps + torch.randint(maps, (n, points), generator=g)
+        a, b, c, d, e, f, *rgb = table.index_select(0, k.flatten()).view(n, points, 9).unbind(-1)
+        p = torch.stack([a * p[..., 0] + b * p[..., 1] + e, c * p[..., 0] + d * p[..., 1] + f], -1)
+        colour = (colour + torch.stack(rgb, -1)) / 2
+        if step < 16:  # the points are on their way to the flame
+            low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)
+            continue
+        row, col = ((p - low) / (high - low) * grid).long().clamp(0, grid - 1).unbind(-1)
+        cell = (first * grid + row) * grid + col
+        total.index_add_(0, cell.flatten(), torch.cat([colour, ones], -1).view(-1, 4))
+    total = total.view(n, grid, grid, 4).permute(0, 3, 1, 2)
+    flame, count = total[:, :3] / total[:, 3:].clamp(min=1), total[:, 3:].log1p()
+    ground = F.interpolate(rand(3, 4, 4), (grid, grid), mode="bicubic").clamp(0, 1)
+    picture = torch.lerp(ground, flame, (count / count.amax((2, 3), keepdim=True)).sqrt())
+    return _bytes(255 * F.interpolate(picture, (size, size), mode="bilinear", antialias=True))
+
+
+@functools.lru_cache(maxsize=2)
+def load_pictures(folder, size, limit=2000):
+    """uint8 (M,3,size,size): the first `limit` pictures below a folder, resized and cropped."""
+    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+    paths = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in kinds)[:limit]
+    if not paths:
+        raise ValueError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
+    fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    return torch.stack([fit(PIL.Image.open(p).convert("RGB")) for p in paths])
+
+
+def _blend(x, y, a, b, multiply):
+    """x and y in [0, 1] added (a x + b y about grey) or multiplied (x^a y^b), clipped."""
+    a, b = _column(a, x), _column(b, x)
+    if multiply:
+        return ((2 * x) ** a * (2 * y).clamp(min=1e-37) ** b / 2).clamp(0, 1)
+    return (a * x + b * y + (1 - a - b) / 2).clamp(0, 1)
+
+
+def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
+    """x mixed 0 to k times with a picture or with an augmented copy of itself.
+
+    pictures: a folder, or None for fractals made here.
+    Paper: PixMix (Hendrycks et al. 2022): beta 3 for CIFAR, 4 in its ImageNet code.
+    """
+    n, _, h, w = x.shape
+    size = max(h, w) * 8 // 7
+    pool = load_pictures(pictures, size) if pictures else fractals(size)
+    crop = _uniform(generator, 3, n) * [[len(pool)], [size - h + 1], [size - w + 1]]
+    pictures = [pool[i, :, r : r + h, c : c + w].to(x.device) for i, r, c in crop.astype(int).T]
+    op, level = _draw_ops(generator, severity, k + 1, n)
+    own, multiply, inner = _uniform(generator, 3, k + 1, n) < 0.5
+    op, rounds = np.where(own, op, -1), (_uniform(generator, n) * (k + 1)).astype(int)
+    p, q, r = (_beta(generator, *ab, k + 1, n) for ab in ((beta, 1), (1, beta), (1, beta)))
+    a, b = np.where(inner, p, 1 + q), np.where(inner, r, -r)
+    mixed = torch.stack(_do_ops(x, op[0], level[0])) / 255
+    for j in range(1, k + 1):
+        for kind in (False, True):
+            at = np.flatnonzero((rounds >= j) & (multiply[j] == kind))
+            if len(at):
+                other = [x[i] if own[j, i] else pictures[i] for i in at]
+                other = torch.stack(_do_ops(other, op[j, at], level[j, at])) / 255
+                place = torch.from_numpy(at).to(x.device)
+                mixed[place] = _blend(mixed[place], other, a[j, at], b[j, at], kind)
+    return _bytes(mixed * 255)
+
+
+def _conv(z, weight, dilation):
+    """(N,O,H,W): each image of z (N,C,H,W) under its own weight (N,O,C,K,K), then normalised."""
+    n, c, h, w = z.shape
+    weight, pad = weight.to(z.device, z.dtype), dilation * (weight.shape[-1] // 2)
+    z = F.conv2d(z.reshape(1, n * c, h, w), weight.flatten(0, 1), None, 1, pad, dilation, n)
+    return F.instance_norm(z.view(n, -1, h, w))
+
+
+def _noise_block(z, kernels):
+    """(N,3,H,W): z through 1x1, three chained convolutions on quarters of the channels, 1x1."""
+    first, *middle, last = kernels
+    parts, done, carry = _conv(z, *first).relu_().chunk(4, 1), [], 0
+    for part, kernel in zip(parts, middle):
+        carry = _conv(part + carry, *kernel).relu_()
+        done.append(carry)
+    return _conv(torch.cat([*done, parts[3]], 1), *last)
+
+
+def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
+    """x through a residual network whose random weights are drawn anew for each image.
+
+    strength: range of the residual's weight; (0.1, 0.3) suits 32 px, where detail drowns sooner.
+    Paper: Noise2Net, the on-the-fly relative of DeepAugment (Hendrycks et al. 2021).
+    Differs: kernel sizes and dilations are drawn for each batch, strengths for each image.
+    """
+    draw = lambda *shape: torch.from_numpy(2 * _uniform(generator, len(x), *shape) - 1)
+    strength = strength[0] + (strength[1] - strength[0]) * _uniform(generator, len(x))
+    mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in PIXELS)
+    blocks, out = [], []
+    for sizes in (_uniform(generator, 4, 3, 2) * [2, 3]).astype(int).tolist():
+        # kernels of 1 or 3 px at dilation 1 to 3
+        middle = [(draw(hidden, hidden, 1 + 2 * k, 1 + 2 * k), 1 + d) for k, d in sizes]
+        blocks.append([(draw(4 * hidden, 3, 1, 1), 1), *middle, (draw(3, 4 * hidden, 1, 1), 1)])
+    for s in _chunks(x, 2**16):
+        z = (x[s] - mean) / std
+        for kernels in blocks:
+            z = z + _column(strength[s], x) * _noise_block(z, [(w[s], d) for w, d in kernels])
+        out.append(_bytes(z * std + mean))
+    return torch.cat(out)
+
+
+def _boxes(generator, n, h, w, share):
+    """NumPy bool (n,1,h,w): a box of share[n] of each side, centred anywhere, cut at the border."""
+    r, c = (_uniform(generator, 2, n) * [[h], [w]]).astype(int)[..., None]
+    half_h, half_w = (share * h / 2).astype(int)[:, None], (share * w / 2).astype(int)[:, None]
+    rows = (np.arange(h) >= r - half_h) & (np.arange(h) < r + half_h)
+    cols = (np.arange(w) >= c - half_w) & (np.arange(w) < c + half_w)
+    return (rows[:, :, None] & cols[:, None, :])[:, None]
+
+
+def cutout(x, generator, share=0.5):
+    """x with a square of `share` of its side in grey (the CIFAR-10 setting: 16 of 32 px)."""
+    n, _, h, w = x.shape
+    box = torch.from_numpy(_boxes(generator, n, h, w, np.full(n, share))).to(x.device)
+    return x.masked_fill(box, 128)
+
+
+def randaugment(x, generator, num_ops=2, magnitude=9):
+    """x under torchvision's RandAugment, image by image."""
+    transform = v2.RandAugment(num_ops, magnitude)
+    with torch.random.fork_rng(devices=[]):  # it draws from the global generator of the CPU
+        torch.default_generator.manual_seed(int(_uniform(generator) * 2**24))
+        return torch.stack([transform(image) for image in x])
+
+
+AUGMENTATIONS = {  # in the order in which a sum applies them
+    "none": lambda x, generator: x,
+    "clean": lambda x, generator: x,
+    "deepaugment": deepaugment,
+    "pixmix": pixmix,
+    "augmix": augmix,
+    "randaugment": randaugment,
+    "cutout": cutout,
+}
+LABEL_MIXERS = {"mixup": 0.8, "cutmix": 1.0}  # name: a of Beta(a, a), as in [B]
+
+
+def _names(spec, options=()):
+    """The set of names in spec. Raises: ValueError for a name that is unknown or stands twice."""
+    names, known = spec.split("+"), [*AUGMENTATIONS, *LABEL_MIXERS]
+    for name in [*names, *options]:
+        if name not in known or names.count(name) > 1:
+            raise ValueError(f"augmentation {name!r} in {spec!r}: use each name once, of {known}")
+    return set(names)
+
+
+def augment(x, spec, generator, **options):
+    """uint8 like x: the augmentations of spec ("a" or "a+b") in the order of AUGMENTATIONS.
+
+    A sum is a sequence: "deepaugment+augmix", in either order, is AugMix on top of DeepAugment, and
+    "pixmix+augmix" AugMix on top of PixMix. mixup and cutmix are left to mix_labels.
+    options: {name: its keywords}, as augment(x, "augmix", g, augmix={"severity": 3}).
+    """
+    names = _names(spec, options)
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"augment: expected uint8 (B,3,H,W), got {x.dtype} {tuple(x.shape)}")
+    for name, function in AUGMENTATIONS.items():
+        if name in names and len(x):
+            x = function(x, generator, **options.get(name, {}))
+    return x
+
+
+def mix_labels(x, y, spec, generator, n_classes):
+    """(x, soft labels (B,n_classes)): each image mixed with its neighbour by mixup or cutmix.
+
+    spec as in augment; with both names each image draws one, with neither y becomes one-hot.
+    """
+    names = sorted(_names(spec) & set(LABEL_MIXERS))
+    soft, (n, _, h, w) = F.one_hot(y, n_classes).float(), x.shape
+    if not names:
+        return x, soft
+    which = (_uniform(generator, n) * len(names)).astype(int)
+    keep = np.stack([_beta(generator, LABEL_MIXERS[m], LABEL_MIXERS[m], n) for m in names])
+    keep = keep[which, np.arange(n)]
+    box = _boxes(generator, n, h, w, np.sqrt(1 - keep))
+    cut = np.array([m == "cutmix" for m in names])[which][:, None, None, None]
+    share = np.where(cut, ~box, keep[:, None, None, None]).astype(np.float32)  # (B,1,H,W)
+    x = _bytes(torch.lerp(x.roll(1, 0).float(), x.float(), torch.from_numpy(share).to(x.device)))
+    share = torch.from_numpy(share.mean((1, 2, 3))).to(soft.device)[:, None]
+    return x, torch.lerp(soft.roll(1, 0), soft, share)
+
+
+# ==== 5. DATA ====
+# In: a set's name.  Out: ImageSet, and batches x uint8 (B,3,H,W), y (B,), index (B,).
+# Always: a sample is a function of (seed, epoch, index), the order of (seed, epoch).
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """Labelled square images, held in memory (uint8) or read from files.
+
+    y: labels (n,).  project: the network's outputs that this set scores, in the order of its
+    labels; None = all.  train: crops and flips at random, else resizes and crops the centre."""
+
+    def __init__(self, name: str, y, classes: Sequence[str], size_px: int, *, images=None,
+                 paths=None, project=None, expected: int = 0, source: str = ""):
+        self.name, self.classes, self.size_px = name, list(classes), size_px
+        self.y, self.images, self.paths = np.asarray(y, np.int64), images, paths
+        self.project, self.expected, self.source = project, expected, source
+        self.index = np.arange(len(self.y))           # which of the set's images are in use
+        self.train, self.seed = False, 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def transform(self) -> str:
+        """What happens to an image before it is scored, as recorded in the results."""
+        if self.images is not None:
+            return f"as stored, {self.size_px} px"
+        return f"short side {self.size_px * 256 // 224}, centre {self.size_px}, bilinear"
+
+    def subset(self, n: int) -> ImageSet:
+        """The same set with at most n of its images (0 = all), drawn once by a fixed seed."""
+        out = copy.copy(self)
+        if 0 < n < len(self):
+            order = np.random.default_rng(fold("subset", self.name)).permutation(len(self))
+            out.index = np.sort(self.index[order[:n]])
+        return out
+
+    def training(self, seed: int) -> ImageSet:
+        """The same set with random crops and flips, functions of (seed, epoch, index)."""
+        out = copy.copy(self)
+        out.train, out.seed = True, seed
+        return out
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]):
+        """Batch (x uint8 (B,3,H,W), y (B,), index (B,)) for keys (epoch, position)."""
+        epochs = np.array([e for e, _ in keys])
+        index = self.index[[p for _, p in keys]]
+        if self.images is None:
+            x = torch.stack([self._read(int(e), int(i)) for e, i in zip(epochs, index)])
+        else:
+            x = self.images[torch.from_numpy(index)]
+            if self.train:
+                x = shift_and_flip(x, uniforms(fold(self.seed, "crop", int(epochs[0])), index, 3))
+        return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
+
+    def _read(self, epoch: int, i: int) -> Tensor:
+        try:
+            with Image.open(self.paths[i]) as im:
+                im = im.convert("RGB")
+        except OSError as e:
+            raise UserError(f"cannot read the image {self.paths[i]} ({e}): mend or remove it") \
+                from None
+        if not self.train:
+            im = v2.functional.resize(im, self.size_px * 256 // 224, antialias=True)
+            return v2.functional.pil_to_tensor(v2.functional.center_crop(im, self.size_px))
+        with torch.random.fork_rng(devices=[]):       # torchvision draws from the global generator
+            torch.manual_seed(fold(self.seed, "crop", epoch, i))
+            im = v2.RandomResizedCrop(self.size_px, antialias=True)(im)
+            return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(im))
+
+
+def shift_and_flip(x: Tensor, u: np.ndarray) -> Tensor:
+    """Each image moved by up to 1/8 of its side (edges reflected) and mirrored half of the time.
+
+    Shapes: x uint8 (B,3,S,S), u (B,3) in [0,1)."""
+    b, _, s, _ = x.shape
+    pad = s // 8
+    at = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64))
+    reflect = torch.from_numpy(np.pad(np.arange(s), pad, mode="reflect"))
+    rows, cols = (reflect[at[:, i, None] + torch.arange(s)] for i in (0, 1))          # (B,S)
+    cols = torch.where(torch.from_numpy(u[:, 2:] < 0.5), cols, cols.flip(1))
+    return x[torch.arange(b)[:, None, None], :, rows[:, :, None], cols[:, None, :]] \
+        .permute(0, 3, 1, 2).contiguous()
+
+
+class Batches:
+    """Batch sampler of training: the global order of (seed, epoch), this rank's share of it.
+
+    Yields lists of (epoch, position) from micro-batch `start` on, without end."""
+
+    def __init__(self, n: int, batch: int, seed: int, start: int = 0):
+        rank, size = world()
+        if batch % size:
+            raise UserError(f"a batch of {batch} images cannot be shared by {size} processes")
+        if n < batch:
+            raise UserError(f"{n} training images are fewer than a batch of {batch}")
+        self.n, self.batch, self.seed, self.start = n, batch, seed, start
+        self.share = slice(rank * batch // size, (rank + 1) * batch // size)
+        self.per_epoch = n // batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, k = divmod(self.start, self.per_epoch)
+        while True:
+            order = np.random.default_rng(fold(self.seed, "order", epoch)).permutation(self.n)
+            for k in range(k, self.per_epoch):
+                picks = order[k * self.batch:(k + 1) * self.batch][self.share]
+                yield [(epoch, int(i)) for i in picks]
+            epoch, k = epoch + 1, 0
+
+
+def loader(images: ImageSet, sampler, workers: int) -> torch.utils.data.DataLoader:
+    """DataLoader of whole batches; the number of workers changes no sample."""
+    workers = 0 if images.images is not None else workers
+    return torch.utils.data.DataLoader(
+        images, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None)
+
+
+def eval_batches(images: ImageSet, batch: int, workers: int = 0):
+    """This rank's batches of the whole set, in order: every world-size-th batch, nothing padded; the
+    first one for a rank without any.  A batch holds the same images for any number of processes, so figures agree to the last bit."""
+    rank, size = world()
+    starts = list(range(rank * batch, len(images), batch * size)) or [0]
+    return loader(images, [[(0, p) for p in range(s, min(s + batch, len(images)))]
+                           for s in starts], workers)
+
+
+# ---- shapes: a procedural set --------------------------------------------------------------------
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "half disc",
+          "arrow")
+
+
+def _shape_distance(k: int, x: Tensor, y: Tensor) -> Tensor:
+    """Signed field of shape k, negative inside, on coordinates of about -1..1 (y up)."""
+    r, a = torch.hypot(x, y), torch.atan2(x, y)
+
+    def box(cy: float, w: float, h: float) -> Tensor:
+        return torch.maximum(x.abs() - w, (y - cy).abs() - h)
+
+    third = 2 * math.pi / 3
+    return (
+        lambda: r - 0.8,
+        lambda: box(0, 0.7, 0.7),
+        lambda: r * torch.cos(torch.remainder(a, third) - third / 2) - 0.48,
+        lambda: r - 0.42 - 0.52 * (torch.remainder(a, 0.4 * math.pi) * 5 / math.pi - 1).abs(),
+        lambda: torch.minimum(box(0, 0.85, 0.27), box(0, 0.27, 0.85)),
+        lambda: (r - 0.62).abs() - 0.2,
+        lambda: torch.maximum(r - 0.85, 0.7 - torch.hypot(x - 0.45, y)),
+        lambda: torch.minimum(torch.hypot(x.abs() - 0.4, y - 0.3) - 0.44, torch.maximum(
+            (x.abs() * 1.1 - y - 0.8) * 0.67, y - 0.3)),
+        lambda: torch.maximum(r - 0.9, -y - 0.15),
+        lambda: torch.minimum(torch.maximum(x.abs() + y - 0.85, 0.05 - y), box(-0.4, 0.22, 0.5)),
+    )[k]()
+
+
+def _blotches(u: Tensor, s: int) -> Tensor:
+    """Smooth random field (B,1,s,s) in 0..1 from u (B,n*n)."""
+    n = math.isqrt(u.shape[1])
+    return F.interpolate(u.view(-1, 1, n, n), size=(s, s), mode="bicubic").clamp(0, 1)
+
+
+def _texture(u: Tensor, blot: Tensor, gx: Tensor, gy: Tensor) -> Tensor:
+    """Pattern (B,s,s) in 0..1, one of stripes, checks, blotches or plain, from u (B,5)."""
+    angle, freq = u[:, 0, None, None] * math.pi, 3 + 9 * u[:, 1, None, None]
+    p, q = gx * angle.cos() + gy * angle.sin(), gy * angle.cos() - gx * angle.sin()
+    wave = torch.sin(freq * p + 6 * u[:, 2, None, None])
+    checks = (wave * torch.sin(freq * q) * 4).clamp(-1, 1)
+    kind = (u[:, 3] * 4).long()[:, None, None]
+    stripes = (wave * 3).clamp(-1, 1)
+    pattern = torch.where(kind == 0, stripes, torch.where(kind == 1, checks, 2 * blot - 1))
+    return torch.where(kind == 3, torch.zeros(()), pattern) * 0.5 + 0.5
+
+
+def _render_shapes(u: Tensor, k: int, size: int, style: str) -> Tensor:
+    """uint8 images (B,3,size,size) of shape k from u (B,128): the nuisances are colour, texture,
+    background, light, scale, rotation, place and occlusion."""
+    s, col = 2 * size, lambda i: u[:, i, None, None]                                   # noqa: E731
+    g = (torch.arange(s) + 0.5) / s * 2 - 1
+    gy, gx = torch.meshgrid(-g, g, indexing="ij")
+    turn, scale = (col(0) - 0.5) * 1.2, 0.5 + 0.4 * col(1)
+    dx, dy = gx - (col(2) - 0.5) * 0.5, gy - (col(3) - 0.5) * 0.5
+    x, y = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
+    d = _shape_distance(k, x / scale, y / (scale * (0.8 + 0.4 * col(4))))
+    fore, back = u[:, 5:8], u[:, 8:11]
+    near = (fore - back).norm(dim=1, keepdim=True) < 0.5  # else shape and ground look alike
+    fore = torch.where(near, (back + 0.5) % 1.0, fore)
+    blot = _blotches(u[:, 64:128], s)[:, 0]
+    inside = (d < 0).float()
+    if style == "r":                                     # drawings: lines and hatching on paper
+        tone, ink = 0.75 + 0.25 * back, 0.45 * fore
+        swap = u[:, 11:12] < 0.3
+        tone, ink = torch.where(swap, ink, tone), torch.where(swap, tone, ink)
+        line = (d.abs() < 0.07 + 0.1 * col(12)).float()
+        hatch = inside * (torch.sin((gx + gy) * (20 + 20 * col(13))) > 0.3) * (col(14) < 0.5)
+        mask = torch.maximum(line, torch.maximum(hatch, inside * (col(14) > 0.85)))
+        img = tone[..., None, None] + (ink - tone)[..., None, None] * mask[:, None]
+    else:
+        paint = lambda c, i, j: c[..., None, None] + 0.4 * (                           # noqa: E731
+            u[:, j:j + 3] - c)[..., None, None] * _texture(u[:, i:i + 5], blot, gx, gy)[:, None]
+        img = paint(back, 15, 20)
+        for o in (24, 30):                               # clutter behind the shape
+            spot = torch.hypot(gx - 2 * col(o) + 1, gy - 2 * col(o + 1) + 1) < 0.1 + 0.2 * col(o + 2)
+            img = torch.where(spot[:, None], u[:, o + 3:o + 6, None, None], img)
+        img = torch.where(inside[:, None] > 0, paint(fore, 36, 41), img)
+        a = col(45) * math.pi                            # a bar in front of a third of them
+        bar = ((gx * a.cos() + gy * a.sin() - 0.8 * (col(46) - 0.5)).abs() < 0.09) & (col(47) < .35)
+        img = torch.where(bar[:, None], u[:, 48:51, None, None], img)
+        light = 1 + 0.5 * (col(51) - 0.5) * gx + 0.5 * (col(52) - 0.5) * gy
+        img = img * light[:, None] * (0.75 + 0.4 * u[:, 53, None, None, None])
+    return (F.avg_pool2d(img.clamp(0, 1), 2) * 255).to(torch.uint8)
+
+
+def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor, np.ndarray]:
+    """(x uint8 (n,3,size,size), y (n,)): image i is a function of (split, style, i) alone."""
+    y = np.arange(n) % len(SHAPES)
+    x = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    for k in range(len(SHAPES)):
+        for at in torch.from_numpy(np.flatnonzero(y == k)).split(64):
+            u = torch.from_numpy(uniforms(fold("shapes", split, style), at.numpy(), 128))
+            x[at] = _render_shapes(u, k, size, style)
+    return x, y
+
+
+def _open_shapes(row: SetRow, data: Data, split: str) -> ImageSet:
+    size, n = data.size_px or 32, row.n_train if split == "train" else row.n_test
+    n = min(n, (data.n_train if split == "train" else data.n_test) or n)
+    x, y = make_shapes(n, size, split, "r" if row.name == "shapes-r" else "")
+    return ImageSet(row.name, y, SHAPES, size, images=x, expected=n, source="procedural")
+
+
+# ---- sets from disk ------------------------------------------------------------------------------
+
+def _open_torchvision(row: SetRow, data: Data, split: str) -> ImageSet:
+    """Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
+    cls = {"fashion-mnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10,
+           "cifar100": torchvision.datasets.CIFAR100}[row.name]
+    try:
+        raw = cls(data.root, train=split == "train", download=False)
+    except RuntimeError:
+        raise absent(row, data) from None
+    x = torch.as_tensor(raw.data)
+    x = F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    if data.size_px not in (0, x.shape[-1]):
+        x = torch.cat([v2.functional.resize(c, [data.size_px] * 2, antialias=True)
+                       for c in x.split(512)])
+    n = row.n_train if split == "train" else row.n_test
+    return ImageSet(row.name, raw.targets, raw.classes, x.shape[-1], images=x.contiguous(),
+                    expected=n, source=str(Path(data.root)))
+
+
+def scan(folder: Path) -> tuple[list[str], list[int], list[str]]:
+    """(paths, labels, class names) of a class-per-folder tree, everything in sorted order."""
+    try:
+        classes, to_label = torchvision.datasets.folder.find_classes(folder)
+        found = torchvision.datasets.folder.make_dataset(
+            str(folder), to_label, extensions=torchvision.datasets.folder.IMG_EXTENSIONS,
+            allow_empty=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE") from None
+    if len(classes) < 2:
+        raise UserError(f"{folder} holds one class folder ({classes[0]}), a classifier needs two or "
+                        f"more: expected {folder}/CLASS/IMAGE")
+    empty = [c for c in classes if to_label[c] not in {y for _, y in found}]
+    if empty:
+        raise UserError(f"{folder}: no image in the class folder {empty[0]} ({len(empty)} such)")
+    return [p for p, _ in found], [y for _, y in found], classes
+
+
+def _open_folder(name: str, data: Data, split: str) -> ImageSet:
+    """folder:PATH with PATH/train and PATH/val (or test), or, to score only, PATH itself."""
+    root = Path(name.partition(":")[2])
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: folder:PATH takes a class-per-folder tree")
+    halves = [root / s for s in (("train",) if split == "train" else ("val", "test"))]
+    found = [h for h in halves if h.is_dir()]
+    if not found and (split == "train" or (root / "train").is_dir()):
+        raise UserError(f"{root}: no folder {halves[0].name}; training takes {root}/train/CLASS/IMAGE "
+                        f"and {root}/val/CLASS/IMAGE")
+    paths, y, classes = scan(found[0] if found else root)
+    return ImageSet(name, y, classes, data.size_px or 224, paths=paths, source=str(root))
+
+
+@functools.cache
+def synsets(part: str = "") -> tuple[str, ...]:
+    """ImageNet's 1000 synsets in label order; part "a" or "r": the 200 of ImageNet-A or -R."""
+    import timm
+    file = Path(timm.__file__).parent / "data/_info" / f"imagenet_{part + '_' if part else ''}synsets.txt"
+    return tuple(file.read_text().split())
+
+
+def _open_imagenet(row: SetRow, data: Data, split: str) -> ImageSet:
+    """A set of the ImageNet family.  The label comes from the folder's name (a synset, or V2's
+    number), never from its place in the text order."""
+    part = {"imagenet-a": "a", "imagenet-r": "r"}.get(row.name, "")
+    names = synsets(part)
+    tops = [Path(data.root) / f for f in row.folders] if row.folders else []
+    if row.name == "imagenet":
+        tops = [t / split for t in tops]
+    top = next((t for t in tops if t.is_dir()), None)
+    if top is None:
+        raise absent(row, data)
+    paths, at, folders = scan(top)
+    label = {f: int(f) if f.isdigit() else names.index(f) if f in names else -1 for f in folders}
+    odd = [f for f in folders if not 0 <= label[f] < len(names)]
+    if odd:
+        raise UserError(f"{top}: the folder {odd[0]} is none of the {len(names)} classes of {row.name}")
+    y = [label[folders[a]] for a in at]
+    project = torch.tensor([synsets().index(s) for s in names]) if part else None
+    n = row.n_train if split == "train" else row.n_test
+    return ImageSet(row.name, y, names, data.size_px or 224, paths=paths, project=project,
+                    expected=n, source=str(top))
+
+
+@dataclass(frozen=True)
+class SetRow:
+    """A row of the table of sets: how it is opened, what it should hold, how to get it."""
+    name: str
+    open: Callable
+    n_train: int                  # published number of training images, 0 = no such split
+    n_test: int                   # published number of test images
+    n_classes: int
+    get: str
+    folders: tuple[str, ...] = ()
+
+
+_TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
+SETS: dict[str, SetRow] = {row.name: row for row in (
+    SetRow("shapes", _open_shapes, 12000, 2000, 10, "made here, no file"),
+    SetRow("shapes-r", _open_shapes, 0, 2000, 10, "made here, no file"),
+    SetRow("fashion-mnist", _open_torchvision, 60000, 10000, 10, _TV.format("FashionMNIST"),
+           ("FashionMNIST/raw",)),
+    SetRow("cifar10", _open_torchvision, 50000, 10000, 10, _TV.format("CIFAR10"),
+           ("cifar-10-batches-py",)),
+    SetRow("cifar100", _open_torchvision, 50000, 10000, 100, _TV.format("CIFAR100"),
+           ("cifar-100-python",)),
+    SetRow("imagenet", _open_imagenet, 1281167, 50000, 1000,
+           "image-net.org (ILSVRC2012), unpacked to class folders", ("imagenet", "ILSVRC2012", ".")),
+    SetRow("imagenet-v2", _open_imagenet, 0, 10000, 1000,
+           "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-matched-frequency.tar.gz",
+           ("imagenetv2-matched-frequency-format-val", "imagenet-v2")),
+    SetRow("imagenet-a", _open_imagenet, 0, 7500, 200,
+           "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", ("imagenet-a",)),
+    SetRow("imagenet-r", _open_imagenet, 0, 30000, 200,
+           "github.com/hendrycks/imagenet-r: imagenet-r.tar", ("imagenet-r",)),
+    SetRow("imagenet-sketch", _open_imagenet, 0, 50889, 1000,
+           "github.com/HaohanWang/ImageNet-Sketch: ImageNet-Sketch.zip", ("sketch", "imagenet-sketch")),
+)}
+
+
+def absent(row: SetRow, data: Data) -> UserError:
+    """The error of a set that is not there: where it was looked for, what to put there."""
+    where = " or ".join(str(Path(data.root) / f) for f in row.folders)
+    return UserError(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test images "
+                     f"of {row.n_classes} classes; get it: {row.get.replace('ROOT', data.root)}; another "
+                     f"place: data.root=FOLDER")
+
+
+def base_name(name: str) -> tuple[str, bool]:
+    """(the set that is read, whether it is corrupted on the fly): cifar10-c -> (cifar10, True)."""
+    if name.startswith(("folder:", "folder-c:")):
+        return name.replace("folder-c:", "folder:", 1), name.startswith("folder-c:")
+    if name not in SETS and name.endswith("-c") and name[:-2] in SETS:
+        return name[:-2], True
+    return name, False
+
+
+def open_set(name: str, data: Data, split: str = "test") -> ImageSet:
+    """The named set.  Raises: UserError when it is unknown, absent or incomplete."""
+    base = base_name(name)[0]
+    if base.startswith("folder:"):
+        return _open_folder(base, data, split)
+    row = choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
+    if split == "train" and not row.n_train:
+        raise UserError(f"{name} has no training split: train on {name.rsplit('-', 1)[0]}")
+    images = row.open(row, data, split)
+    if len(images) != images.expected and not data.allow_partial:
+        raise UserError(f"{name}: {len(images):,} images in {images.source}, expected "
+                        f"{images.expected:,}: it is incomplete or holds more; unpack it again, or "
+                        "data.allow_partial=true to use it as it is")
+    return images.subset(data.n_train if split == "train" else data.n_test)
+
+
+# ==== 6. MODELS ====
+# In: a name or a module.  Out: a network from images (uint8 or [0, 1]) to logits, and the same
+# network as a list of stages.  Always: stages(net)(x) equals net(x) to the last bit.
+
+
+class Net(nn.Module):
+    """A network that takes images and normalises and resizes them for itself.
+
+    Shapes: x (B,3,H,W), uint8 or in [0, 1] -> logits (B, n_classes)."""
+
+    def __init__(self, net: nn.Module, *, name: str, n_classes: int, mean=(0.5,) * 3,
+                 std=(0.25,) * 3, size_px: int = 0):
+        super().__init__()
+        self.net, self.name, self.n_classes, self.size_px = net, name, n_classes, size_px
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Normalised images of this network's size."""
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        if self.size_px and x.shape[-1] != self.size_px:
+            x = F.interpolate(x, size=(self.size_px, self.size_px), mode="bicubic", antialias=True)
+        return (x - self.mean) / self.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.prepare(x))
+
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), the block of the CIFAR ResNets."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n_out)
+        self.shortcut = nn.Identity() if n_in == n_out and stride == 1 else nn.Sequential(
+            nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def _build_cifar(name: str, classes: int | None, pretrained: bool) -> Net:
+    """resnetD[-wK][-s2]: the ResNet of depth D = 6n + 2 for small images (He et al. 2016, 4.2),
+    K times as wide, with a stem of stride 2."""
+    m = re.fullmatch(r"resnet(\d+)(?:-w(\d+))?(?:-s(\d))?", name)
+    if not m or int(m[1]) < 8 or (int(m[1]) - 2) % 6:
+        raise UserError(f"unknown network cifar:{name}: expected cifar:resnetD[-wK][-s2] with "
+                        "D = 8, 14, 20, ...")
+    n, width, stride = (int(m[1]) - 2) // 6, 16 * int(m[2] or 1), int(m[3] or 1)
+    layers = [nn.Sequential(nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width),
+                            nn.ReLU())]
+    n_in = width
+    for level in range(3):
+        for i in range(n):
+            n_out = width * 2 ** level
+            layers.append(BasicBlock(n_in, n_out, 2 if level and not i else 1))
+            n_in = n_out
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, classes or 10))
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+    return Net(net, name=f"cifar:{name}", n_classes=classes or 10)
+
+
+def _build_timm(name: str, classes: int | None, pretrained: bool) -> Net:
+    """Any network of timm with its own mean, std and input size."""
+    import timm
+    if not timm.is_model(name):
+        known = timm.list_models() + timm.list_pretrained()
+        raise UserError(f"timm has no network {name!r}{nearest(name, known)}")
+    try:
+        net = timm.create_model(name, pretrained=pretrained,
+                                **({} if classes is None else {"num_classes": classes}))
+    except UserError:
+        raise
+    except Exception as e:
+        if not pretrained:
+            raise
+        raise UserError(f"the weights of timm:{name} could not be loaded ({type(e).__name__}): no "
+                        "network? give a local file: model.student_weights=PATH or "
+                        "model.teacher_weights=PATH") from None
+    cfg = net.pretrained_cfg
+    fixed = cfg.get("fixed_input_size", False)
+    return Net(net, name=f"timm:{name}", n_classes=net.num_classes, mean=cfg["mean"],
+               std=cfg["std"], size_px=cfg["input_size"][-1] if fixed or pretrained else 0)
+
+
+FAMILIES = {"timm": _build_timm, "cifar": _build_cifar}
+
+
+def has_tag(name: str) -> bool:
+    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k does."""
+    return name.startswith("timm:") and "." in name
+
+
+def build(name: str | nn.Module, classes: int | None = None, weights: str | None = None) -> nn.Module:
+    """The network of that name, in eval mode.
+
+    name: "timm:resnet50.tv_in1k" (a tag loads its pretrained weights), "cifar:resnet20-w2", "run:runs/x"
+    (what that run made), or your own module, which is returned as it is.
+    classes: number of outputs; None = the network's own.
+    weights: a file of ours or a .safetensors state dict, loaded strictly; "random" = no weights.
+    Raises: UserError on an unknown name and on weights that do not fit."""
+    if isinstance(name, nn.Module):
+        return name
+    family, colon, rest = name.partition(":")
+    if family == "run":
+        return load(rest)
+    if not colon:
+        raise UserError(f"network {name!r}: expected FAMILY:NAME, with FAMILY one of "
+                        f"{', '.join([*FAMILIES, 'run'])}, e.g. timm:resnet50.tv_in1k")
+    maker = choose(FAMILIES, family, "network family")
+    net = maker(rest, classes, has_tag(name) and weights is None)
+    if weights not in (None, "", "random"):
+        load_weights(net, weights)
+    return net.eval()
+
+
+# ---- weights on disk -----------------------------------------------------------------------------
+
+def save_weights(path: Path, module: nn.Module, meta: dict) -> None:
+    """Writes the module's state as .safetensors, with `meta` from which `load` builds it again."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+    write_atomically(path, lambda p: save_file(state, p, {"erpm": json.dumps(meta)}))
+
+
+def read_meta(path: Path | str) -> dict:
+    """What save_weights wrote beside the tensors; {} for a foreign file.  Raises: UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"no weights file {path}")
+    try:
+        with safe_open(path, "pt") as f:
+            return json.loads((f.metadata() or {}).get("erpm", "{}"))
+    except Exception as e:
+        raise UserError(f"{path} is not a .safetensors file ({type(e).__name__}: {e})") from None
+
+
+def load_weights(module: nn.Module, path: str | Path) -> dict:
+    """Loads the file into the module, strictly, and returns its meta.  Raises: UserError that lists
+    missing and unexpected keys.  A file without our meta is taken for the inner network's."""
+    meta = read_meta(path)
+    target = module if meta or not isinstance(module, Net) else module.net
+    with safe_open(path, "pt") as f:
+        state = {k: f.get_tensor(k) for k in f.keys()}
+    own = target.state_dict()
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
+              if k in state and state[k].shape != v.shape]
+    if missing or extra or shapes:
+        few = lambda keys: f"{len(keys)} {keys[:3]}" if keys else "none"               # noqa: E731
+        raise UserError(f"{path} does not fit {getattr(module, 'name', type(module).__name__)}: "
+                        f"missing {few(missing)}, unexpected {few(extra)}, "
+                        f"of another shape {few(shapes)}")
+    target.load_state_dict(state)
+    return meta
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+class Part(nn.Module):
+    """Some children and parameters of a network with a forward of their own: f(net, x).
+
+    The children are the network's own, not copies; what is not named does not come along."""
+
+    def __init__(self, net: nn.Module, names: Sequence[str], f: Callable):
+        super().__init__()
+        part = copy.copy(net)                            # methods and plain attributes
+        part._modules = {k: v for k, v in net._modules.items() if k in names}
+        part._parameters = {k: v for k, v in net._parameters.items() if k in names}
+        part._buffers = {k: v for k, v in net._buffers.items() if k in names}
+        self.part, self.f = part, f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.part, x)
+
+
+class Classifier(nn.Module):
+    """The last stage: features (norm, pooling), dropout, linear layer.
+
+    Shapes: boundary features -> logits (B,C)."""
+
+    def __init__(self, features: nn.Module, fc: nn.Linear):
+        super().__init__()
+        self.features, self.drop, self.fc = features, nn.Identity(), fc
+
+    def forward(self, f: Tensor) -> Tensor:
+        return self.fc(self.drop(self.features(f)))
+
+
+def _vit_embed(n: nn.Module, x: Tensor) -> Tensor:
+    return n.norm_pre(n.patch_drop(n._pos_embed(n.patch_embed(x))))
+
+
+def _stages_vit(net: nn.Module) -> list[nn.Module]:
+    """timm VisionTransformer: embedding | blocks | norm, pooling, head."""
+    embed = Part(net, ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop",
+                       "norm_pre"), _vit_embed)
+    last = Part(net, ("norm", "attn_pool", "fc_norm", "head_drop"),
+                lambda n, x: n.forward_head(n.norm(x), pre_logits=True))
+    return [embed, *net.blocks, Classifier(last, net.head)]
+
+
+def _stages_resnet(net: nn.Module) -> list[nn.Module]:
+    """timm ResNet: stem | blocks | pooling, fc."""
+    stem = Part(net, ("conv1", "bn1", "act1", "maxpool"),
+                lambda n, x: n.maxpool(n.act1(n.bn1(n.conv1(x)))))
+    blocks = [b for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for b in layer]
+    last = Part(net, ("global_pool",), lambda n, x: n.forward_head(x, pre_logits=True))
+    return [stem, *blocks, Classifier(last, net.fc)]
+
+
+def _stages_sequential(net: nn.Sequential) -> list[nn.Module]:
+    """nn.Sequential that ends in a Linear: a child with weights opens a stage, those without join
+    the stage before; pooling and flattening before the Linear belong to the classifier."""
+    *body, fc = net
+    last: list[nn.Module] = []
+    while body and not list(body[-1].parameters()):
+        last.insert(0, body.pop())
+    groups: list[list[nn.Module]] = []
+    for m in body:
+        if groups and not list(m.parameters()):
+            groups[-1].append(m)
+        else:
+            groups.append([m])
+    stages_ = [g[0] if len(g) == 1 else nn.Sequential(*g) for g in groups]
+    return [*stages_, Classifier(nn.Sequential(*last), fc)]
+
+
+ADAPTERS = {
+    "timm.models.vision_transformer.VisionTransformer": _stages_vit,
+    "timm.models.resnet.ResNet": _stages_resnet,
+    "torch.nn.modules.container.Sequential": _stages_sequential,
+}
+
+
+def stages(net: nn.Module) -> nn.Sequential:
+    """The same function as net, as a list of cuttable stages whose last one is a Classifier.
+
+    The stages hold net's own modules, not copies.  Raises: UserError for what cannot be cut."""
+    if isinstance(net, Net):
+        first, *rest = stages(net.net)
+        return nn.Sequential(Part(net, ("mean", "std"), lambda n, x: n.prepare(x)), first, *rest)
+    kind = f"{type(net).__module__}.{type(net).__name__}"      # exact: a subclass may compute otherwise
+    if kind not in ADAPTERS:
+        raise UserError(f"a {kind} cannot be cut into stages: known are {', '.join(ADAPTERS)}; or pass "
+                        "an nn.Sequential of your own that ends in a Linear")
+    parts = ADAPTERS[kind](net)
+    if not isinstance(parts[-1].fc, nn.Linear) or len(parts) < 2:
+        raise UserError(f"a {kind} without a final Linear layer cannot be cut: build it with classes=N")
+    return nn.Sequential(*parts)
+
+
+def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """(frozen backbone, tail): the tail is the last `tune` stages and the classifier."""
+    parts = stages(net)
+    at = len(parts) - 1 - tune
+    if at < 1:
+        raise UserError(f"tune = {tune}: {getattr(net, 'name', type(net).__name__)} has "
+                        f"{len(parts) - 1} stages, of which the first stays frozen")
+    return freeze(parts[:at]), parts[at:]
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """The module in eval mode, without gradients."""
+    return module.eval().requires_grad_(False)
+
+
+# ==== 7. METHOD ====
+# In: boundary features of x and x~, logits of both teachers.  Out: the losses of [A] eq. 3-5, and at
+# inference the head that answers ([A] eq. 6).  Always: the frozen part stays equal bit for bit.
+
+HEADS = ("clean", "combined", "robust")
+
+
+class Heads(NamedTuple):
+    """Logits of the three heads, (B,C) each."""
+    clean: Tensor
+    combined: Tensor
+    robust: Tensor
+
+
+class Prediction(NamedTuple):
+    """probs (B,C) of the answering head; head (B,) index into HEADS; sigma, kl (B,2) of the clean and
+    the robust head."""
+    probs: Tensor
+    head: Tensor
+    sigma: Tensor
+    kl: Tensor
+
+
+class Dropout(nn.Module):
+    """Dropout with three modes: training (random), off, and sampling, in which T passes are one batch.
+
+    Sampling draws T masks from the key alone and gives every image the same T masks: T sub-networks,
+    so that a prediction does not depend on the other images of its batch."""
+
+    def __init__(self, p: float, key: int):
+        super().__init__()
+        self.p, self.key = p, key
+        self.sample = None                                   # (passes T, images B), or None = off
+        self.masks = torch.empty(0)                          # the last masks drawn, (T, *features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sample is None:
+            return F.dropout(x, self.p, self.training)
+        t, b = self.sample
+        if x.shape[0] == b:                                  # the first dropout on the way forks
+            x = x.repeat(t, *[1] * (x.ndim - 1))
+        if self.masks.shape != (t, *x.shape[1:]) or self.masks.device != x.device:
+            masks = torch.rand(t, *x.shape[1:], generator=rng("mask", self.key)) >= self.p
+            self.masks = (masks / (1 - self.p)).to(x.device)
+        return (x.unflatten(0, (t, -1)) * self.masks[:, None].to(x.dtype)).flatten(0, 1)
+
+
+def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
+    """The stage with live dropout of rate p: its own dropout layers where it has some, else one
+    behind it (pretrained networks carry none, or some with rate 0)."""
+    spots = [(m, k) for n, m in stage.named_modules() for k, c in m.named_children()
+             if isinstance(c, nn.Dropout) and k != "attn_drop"]      # a fused kernel reads attn_drop.p
+    for i, (module, child) in enumerate(spots):
+        setattr(module, child, Dropout(p, fold(key, i)))
+    return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
+
+
+class Tuned(nn.Module):
+    """Base of trained parts on a frozen network: in training mode only dropout is switched on, so
+    BatchNorm keeps the statistics of the pretrained network."""
+
+    def train(self, mode: bool = True):
+        super().train(False)
+        for m in self.modules():
+            if isinstance(m, Dropout):
+                m.training = mode
+        self.training = mode
+        return self
+
+
+class Tail(Tuned):
+    """The tail as it is: the part that the baselines train."""
+
+    def __init__(self, tail: nn.Sequential):
+        super().__init__()
+        self.tail = tail
+
+    def forward(self, f: Tensor) -> Tensor:
+        return self.tail(f)
+
+
+class ThreeHeads(Tuned):
+    """Shared tail with dropout and three heads; the only part of a Student that is trained."""
+
+    def __init__(self, tail: nn.Sequential, head: int, dropout: float, dropout_in: str):
+        super().__init__()
+
+        def with_dropout(stage: nn.Module, key: int) -> nn.Module:
+            stage = copy.deepcopy(stage).requires_grad_(True)
+            if isinstance(stage, Classifier):
+                stage.drop = Dropout(dropout, key)
+                return stage
+            return put_dropout(stage, dropout, key) if dropout_in == "tail" else stage
+
+        n = len(tail) - 1 - head
+        self.shared = nn.Sequential(*(with_dropout(s, i) for i, s in enumerate(tail[:n])))
+        self.heads = nn.ModuleDict({name: nn.Sequential(
+            *(with_dropout(s, fold(name, i)) for i, s in enumerate(tail[n:]))) for name in HEADS})
+
+    def forward(self, f: Tensor, n_clean: int | None = None) -> Heads:
+        """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
+        f[n_clean:] alone and the combined head everything, as [A] trains them."""
+        f = self.shared(f)
+        a, b = (slice(None),) * 2 if n_clean is None else (slice(n_clean), slice(n_clean, None))
+        return Heads(self.heads["clean"](f[a]), self.heads["combined"](f), self.heads["robust"](f[b]))
+
+
+class Student(nn.Module):
+    """[A] fig. 2: a frozen network whose last `tune` stages are tuned, with three heads.
+
+    net: the pretrained network; its modules become the frozen backbone and the clean head's teacher.
+    tune: stages tuned; head: of these the last ones that each head has for itself.
+    dropout_in: "tail" as [A] (tuned stages and classifiers), "head" = before the classifiers only.
+    forward(x) -> Heads; x (B,3,H,W) as net takes it."""
+
+    def __init__(self, net: nn.Module, tune: int = 2, head: int = 2, dropout: float = 0.1,
+                 classes: int | None = None, *, dropout_in: str = "tail"):
+        super().__init__()
+        if not 0 <= head <= tune:
+            raise UserError(f"head = {head}: expected 0 to tune = {tune}")
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout = {dropout}: expected 0 or more and less than 1")
+        self.backbone, tail = cut(net, tune)
+        self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
+        self.original = freeze(tail)
+        self.n_classes, self.dropout, self.name = tail[-1].fc.out_features, dropout, getattr(net, "name", "")
+        if classes not in (None, self.n_classes):
+            raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: train a head "
+                            "of that size first (pretrain with tune=0)")
+        self.meta = {"tune": tune, "head": head, "dropout": dropout, "dropout_in": dropout_in}
+
+    def train(self, mode: bool = True):
+        self.training = mode
+        self.tuned.train(mode)
+        return self
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Boundary features of the frozen backbone."""
+        return self.backbone(x)
+
+    def forward(self, x: Tensor) -> Heads:
+        return self.tuned(self.features(x))
+
+    @contextlib.contextmanager
+    def _sampling(self, passes: int, b: int):
+        drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
+        for d in drops:
+            d.sample = (passes, b)
+        try:
+            yield
+        finally:
+            for d in drops:
+                d.sample = None
+
+    @torch.no_grad()
+    def moments(self, f: Tensor, passes: int = 10, project: Tensor | None = None) \
+            -> tuple[Tensor, Tensor, Tensor]:
+        """(mean probabilities (B,3,C), sigma (B,2), mean logits (B,3,C)) from boundary features f.
+
+        sigma: standard deviation over the dropout passes of the probability of the class that the head
+        predicts, of the clean and the robust head.  passes = 0: closed form, exact to first order for
+        the dropout before the classifiers, without randomness; the dropout in the stages is then off.
+        project: the outputs that count, for sets of fewer classes.
+        Paper: [A] section 3.3; differs: all images share the T masks."""
+        mode, project = self.training, slice(None) if project is None else project
+        self.eval()
+        out = self._sampled(f, passes, project) if passes else self._closed_form(f, project)
+        self.train(mode)
+        return out
+
+    def _sampled(self, f: Tensor, passes: int, project) -> tuple[Tensor, Tensor, Tensor]:
+        with self._sampling(passes, f.shape[0]):
+            z = torch.stack([h.float().unflatten(0, (-1, f.shape[0])) for h in self.tuned(f)], 2)
+        z = z[..., project]
+        p = z.softmax(-1)                                                        # (T,B,3,C)
+        mean = p.mean(0)
+        top = mean.argmax(-1, keepdim=True).expand(len(p), -1, -1, -1)
+        sigma = p.gather(-1, top)[..., 0].std(0, correction=0)                   # (B,3)
+        return mean, sigma[:, ::2], z.mean(0)
+
+    def _closed_form(self, f: Tensor, project) -> tuple[Tensor, Tensor, Tensor]:
+        f = self.tuned.shared(f)
+        logits, sigmas = [], []
+        for name in HEADS:
+            *blocks, last = self.tuned.heads[name]
+            h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
+            z = last.fc(h).float()[:, project]
+            p, top = z.softmax(-1).max(-1)
+            w = last.fc.weight.float()[project]
+            # d p_top / d h = p_top (w_top - sum_j p_j w_j); dropout moves h_i by variance h_i^2 q
+            grad = p[:, None] * (w[top] - z.softmax(-1) @ w)                     # (B,D)
+            q = self.dropout / (1 - self.dropout)
+            sigmas.append((q * (grad * h).square().sum(-1)).sqrt())
+            logits.append(z)
+        z = torch.stack(logits, 1)
+        return z.softmax(-1), torch.stack(sigmas[::2], 1), z
+
+    def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
+        """What the chosen head says.  passes: dropout passes in one batch after one pass of the
+        backbone; 0 = closed form.  rule: one of RULES that needs no label.
+
+        Raises: UserError when the rule needs sigma and there is no live dropout."""
+        if rule in NEEDS_SIGMA and self.dropout == 0:
+            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout: set dropout above 0")
+        mean, sigma, logits = self.moments(self.features(x), passes)
+        head = select(mean, sigma, rule, logits=logits)
+        return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
+
+
+def divergence(mean: Tensor) -> Tensor:
+    """KL(head || combined) of the clean and the robust head, (B,2) in nats, from mean (B,3,C)."""
+    log = mean.float().clamp_min(1e-12).log()
+    return (mean[:, ::2].float() * (log[:, ::2] - log[:, 1:2])).sum(-1).clamp_min(0)
+
+
+TINY = 1e-12
+# The head with the least objective answers ([A] eq. 6).  s sigma, d divergence, m mean, z logits,
+# all of the clean and the robust head.
+OBJECTIVES: dict[str, Callable] = {
+    "product": lambda s, d, m, z: (s + TINY) * (d + TINY),
+    "sum": lambda s, d, m, z: s + d,
+    "sigma": lambda s, d, m, z: s,
+    "kl": lambda s, d, m, z: d,
+    "max-logit": lambda s, d, m, z: -z.amax(-1),
+    "max-prob": lambda s, d, m, z: -m.amax(-1),
+    "entropy": lambda s, d, m, z: -(m * m.clamp_min(TINY).log()).sum(-1),
+    "soft": lambda s, d, m, z: (s + TINY) * (d + TINY),
+}
+RULES = (*OBJECTIVES, *HEADS, "oracle")
+NEEDS_SIGMA = ("product", "sum", "sigma", "soft")
+
+
+def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor | None = None,
+           y: Tensor | None = None) -> Tensor:
+    """Index into HEADS of the head that answers each image, (B,).
+
+    Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust, logits
+    (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
+    Paper: [A] eq. 6; product or sum, the direction of the KL and the reduction of sigma are ours.
+    Raises: UserError on an unknown rule, on sigma = 0 everywhere, on a missing input."""
+    choose(dict.fromkeys(RULES), rule, "rule")
+    if rule in HEADS:
+        return torch.full((len(mean),), HEADS.index(rule), device=mean.device)
+    if rule == "oracle":
+        if y is None:
+            raise UserError("rule 'oracle' needs the labels")
+        right = mean[:, ::2].argmax(-1) == y[:, None]                                    # (B,2)
+        return torch.where(right[:, 1] & ~right[:, 0], 2, 0)
+    if rule in NEEDS_SIGMA and not sigma.any():
+        raise UserError(f"rule {rule!r}: sigma is 0 everywhere, there is no live dropout")
+    if rule == "max-logit" and logits is None:
+        raise UserError("rule 'max-logit' needs the logits")
+    z = None if logits is None else logits[:, ::2]
+    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], z).argmin(-1)
+
+
+def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
+    """Probabilities (B,C) of the answering head; "soft" mixes clean and robust by 1/(sigma KL)."""
+    if rule != "soft":
+        return mean[torch.arange(len(mean), device=mean.device), head]
+    weight = 1 / OBJECTIVES["product"](sigma, divergence(mean), None, None)
+    weight = weight / weight.sum(-1, keepdim=True)
+    return (mean[:, ::2] * weight[..., None]).sum(1)
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float) -> Tensor:
+    """(1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, mean over the batch.
+
+    Paper: [A] eq. 3-4, "weighted sum of classification and distillation loss"; the form is ours."""
+    z, teacher = z.float(), teacher.float()
+    kl = F.kl_div(F.log_softmax(z / t, -1), F.log_softmax(teacher / t, -1), reduction="batchmean",
+                  log_target=True)
+    return (1 - alpha) * F.cross_entropy(z, y) + alpha * t * t * kl
+
+
+def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: float) -> dict:
+    """{part: loss} of a batch of b clean and b augmented images; their sum is minimised.
+
+    Shapes: z.clean, z.robust (b,C), z.combined (2b,C) clean first; z0 = initial model on the clean,
+    zt = robust teacher on the augmented images, (b,C) each; y (b,).
+    Paper: [A] eq. 5 = eq. 3 + eq. 4."""
+    loss = functools.partial(head_loss, y=y, alpha=alpha, t=t)
+    b = len(y)
+    # METHOD [A] eq. 3: clean images, teacher = the initial model
+    clean = {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0)}
+    # METHOD [A] eq. 4: augmented images, teacher = the robust small model
+    robust = {"robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
+    return clean | robust
+
+
+# ---- files of trained networks -------------------------------------------------------------------
+
+def describe(module: nn.Module, **more) -> dict:
+    """The meta from which `load` builds the module again."""
+    student = {"student": module.meta} if isinstance(module, Student) else {}
+    return {"name": module.name, "classes": module.n_classes, **student, **more}
+
+
+def load(run: str | Path) -> nn.Module:
+    """The Student (or plain network) that a run made, in eval mode, ready for `predict`.
+
+    run: a run's folder (its model.safetensors) or a weights file.  Nothing is downloaded.
+    Raises: UserError."""
+    path = Path(run)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a run's "
+                        "folder that holds model.safetensors")
+    meta = read_meta(path)
+    if not meta:
+        raise UserError(f"{path} was not written by erpm.py: use build(NAME, weights={str(path)!r})")
+    net = build(meta["name"], meta["classes"], "random")
+    module = Student(net, **meta["student"]) if "student" in meta else net
+    load_weights(module, path)
+    return freeze(module)
+
+
+# ==== 8. TRAINING ====
+# In: a module, step(model, batch) -> (loss, {name: 0-d tensor}) and images.  Out: trained weights and
+# log.jsonl.  Always: an interrupted run goes on to the same weights, bit for bit.
+
+
+class Batch(NamedTuple):
+    """x uint8 (B,3,H,W), y (B,), and a generator that is a function of (seed, step, rank)."""
+    x: Tensor
+    y: Tensor
+    generator: torch.Generator
+
+
+def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type; "auto" = bf16 where the hardware has it, fp16 on older GPUs, else None."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    elif amp == "auto":
+        amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("runtime.amp: fp16 needs a GPU; take bf16, none or auto")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+
+
+def autocast(amp: str, device: torch.device):
+    """Autocast context of amp_type."""
+    dtype = amp_type(amp, device)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
+    """Learning rate of a step: linear from 0 over `warmup` steps, then a cosine to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay on matrices only."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    make = choose({"adamw": torch.optim.AdamW,
+                   "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)},
+                  cfg.optimizer, "optimizer")
+    return make(groups, lr=cfg.lr)
+
+
+class Signals:
+    """Context in which Ctrl-C and SIGTERM only set `hit`, for the loop to stop at a safe point."""
+
+    def __enter__(self):
+        self.hit = 0
+        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        if self.hit:                                         # a second Ctrl-C is impatient
+            raise KeyboardInterrupt
+        self.hit = number
+
+    def __exit__(self, *exc):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+class TrainState:
+    """Model, optimizer, scaler, averaged weights and step: all that a checkpoint holds."""
+
+    def __init__(self, model: nn.Module, cfg: Train, scale: bool, path: Path, key: dict):
+        self.model, self.cfg, self.path, self.key = model, cfg, path, key
+        self.opt = make_optimizer(model, cfg)
+        self.scaler = torch.amp.GradScaler(enabled=scale)
+        self.step, self.seconds = 0, 0.0
+        self.ema = {k: v.clone() for k, v in model.state_dict().items()} if cfg.ema else {}
+
+    def save(self) -> None:
+        """Writes the checkpoint, on the first process only."""
+        tensors = {"model": self.model.state_dict(), "opt": self.opt.state_dict(), "ema": self.ema,
+                   "scaler": self.scaler.state_dict(), "step": self.step, "seconds": self.seconds,
+                   "key": json.dumps(self.key)}
+        if world()[0] == 0:
+            write_atomically(self.path, lambda p: torch.save(tensors, p))
+
+    def resume(self, device: torch.device) -> None:
+        """Goes to the checkpoint's step, if there is one.  Raises: UserError if it is another job's."""
+        if not self.path.is_file():
+            return
+        saved = torch.load(self.path, map_location=device, weights_only=True)
+        changed = differences(json.loads(saved["key"]), self.key)
+        if changed:
+            raise UserError(f"{self.path} is a half-done job with other settings ({changed}): finish it "
+                            "with those, delete it, or take another run=NAME")
+        self.model.load_state_dict(saved["model"])
+        self.opt.load_state_dict(saved["opt"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.ema, self.step, self.seconds = saved["ema"], saved["step"], saved["seconds"]
+
+    def update(self) -> None:
+        """One optimizer step on the gradients that have been summed."""
+        self.scaler.unscale_(self.opt)
+        if self.cfg.clip:
+            nn.utils.clip_grad_norm_((p for g in self.opt.param_groups for p in g["params"]),
+                                     self.cfg.clip)
+        self.scaler.step(self.opt)
+        self.scaler.update()
+        self.opt.zero_grad(set_to_none=True)
+        self.step += 1
+        for k, v in (self.model.state_dict() if self.ema else {}).items():
+            if v.is_floating_point():
+                self.ema[k].lerp_(v, 1 - self.cfg.ema)
+            else:
+                self.ema[k].copy_(v)
+
+
+def differences(old: dict, new: dict, path: str = "") -> str:
+    """What differs between two nested mappings, as "a.b: 1 -> 2", or ""."""
+    found = []
+    for k in sorted({*old, *new}):
+        a, b = old.get(k), new.get(k)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found.append(differences(a, b, f"{path}{k}."))
+        elif a != b:
+            found.append(f"{path}{k}: {a} -> {b}")
+    return ", ".join(f for f in found if f)
+
+
+class Log:
+    """log.jsonl of a run: a line per interval of a stage; a resumed stage drops what lies ahead."""
+
+    def __init__(self, path: Path, stage: str, step: int):
+        self.path, self.stage = path, stage
+        if world()[0] == 0:
+            rows = read_jsonl(path)
+            keep = [r for r in rows if r["stage"] != stage or 0 < r["step"] <= step]
+            write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in keep)))
+
+    def write(self, **row) -> None:
+        if world()[0] == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"stage": self.stage, **row}) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The file's rows; none if it is absent.  A last line cut off by a crash is dropped."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if i + 1 < len(lines):
+                raise UserError(f"{path}, line {i + 1}: not JSON; mend or delete the line") from None
+    return rows
+
+
+def _agreed(flag: bool, device: torch.device) -> bool:
+    """Whether any process raised its flag."""
+    if world()[1] == 1:
+        return flag
+    t = torch.tensor(float(flag), device=device)
+    dist.all_reduce(t)
+    return bool(t)
+
+
+def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
+        out: Path, name: str, seed: int, key: dict, workers: int = 0) -> dict[str, float]:
+    """Trains the module in place and returns {"images", "seconds"} of the training.
+
+    step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is the
+    module or its DDP wrapper.  out/NAME.ckpt is where it goes on if it was interrupted; key tells whose
+    checkpoint that is.  Raises: UserError on a loss that is not finite; Interrupted on a signal."""
+    device, (rank, size) = pick_device(), world()
+    model.to(device).train()
+    seed = fold(seed, name)
+    batches = Batches(len(images), cfg.batch // cfg.accum, seed)
+    per_epoch = max(1, batches.per_epoch // cfg.accum)
+    total = max(1, round(cfg.epochs * per_epoch))
+    state = TrainState(model, cfg, amp_type(runtime.amp, device) == torch.float16,
+                       out / f"{name}.ckpt", key)
+    state.resume(device)
+    batches.start = state.step * cfg.accum
+    wrapped = model
+    if size > 1:
+        wrapped = nn.parallel.DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None)
+    data = iter(loader(images.training(seed), batches, workers))
+    log = Log(out / "log.jsonl", name, state.step)
+    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, "
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters"
+        + (f"; goes on at step {state.step:,}" if state.step else ""))
+    sums: dict[str, Tensor] = {}
+    since, first = time.perf_counter(), state.step
+    bar = progress(total * cfg.batch, name, state.step * cfg.batch)
+    with Signals() as signals, bar:
+        while state.step < total:
+            lr = lr_at(state.step, total, cfg.warmup * per_epoch, cfg.lr)
+            for group in state.opt.param_groups:
+                group["lr"] = lr
+            for k in range(cfg.accum):
+                parts = _micro_step(wrapped, step, next(data), state, runtime, device,
+                                    seed=(seed, state.step, k, rank), last=k == cfg.accum - 1)
+                for part, value in parts.items():
+                    sums[part] = sums.get(part, 0) + value.detach() / cfg.accum
+            state.update()
+            bar.update(cfg.batch)
+            at_log = state.step % runtime.log_every == 0 or state.step == total
+            if at_log or size == 1 and signals.hit:
+                n = state.step - first
+                means = {k: float(v) / n for k, v in sums.items()}
+                if not all(map(math.isfinite, means.values())):
+                    raise UserError(f"{name}: the loss is not finite at step {state.step} ({means}); the "
+                                    f"last checkpoint stands; try a smaller {name}.lr or "
+                                    "runtime.amp=none")
+                now = time.perf_counter()
+                state.seconds += now - since
+                rate = n * cfg.batch / (now - since)
+                log.write(step=state.step, epoch=round(state.step / per_epoch, 3), lr=lr,
+                          images_per_s=round(rate, 1), **{k: round(v, 5) for k, v in means.items()})
+                if bar.disable and (state.step % (runtime.log_every * 10) == 0 or state.step == total):
+                    say(f"{name} step {state.step}/{total} loss {means['loss']:.4f} {rate:.0f} images/s "
+                        f"{(total - state.step) * cfg.batch / rate:.0f} s left")
+                since, first, sums = now, state.step, {}
+                if _agreed(bool(signals.hit), device):
+                    state.save()
+                    raise Interrupted(f"{name} stopped at step {state.step} of {total}; the same command "
+                                      "goes on from here")
+                if state.step // runtime.save_every > (state.step - n) // runtime.save_every:
+                    state.save()
+    if state.ema:
+        model.load_state_dict(state.ema)
+    model.eval()
+    return {"images": total * cfg.batch, "seconds": round(state.seconds, 2)}
+
+
+def _micro_step(model, step, data, state: TrainState, runtime: Runtime, device: torch.device, *,
+                seed: tuple, last: bool) -> dict[str, Tensor]:
+    """Losses of one micro-batch, whose gradients are added up."""
+    x, y, _ = data
+    torch.manual_seed(fold("dropout", *seed))                # dropout draws from the global generator
+    batch = Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
+                  rng("step", *seed, device=device))
+    sync = contextlib.nullcontext() if last or world()[1] == 1 else model.no_sync()
+    with sync:
+        with autocast(runtime.amp, device):
+            loss, parts = step(model, batch)
+        state.scaler.scale(loss / state.cfg.accum).backward()
+    return {"loss": loss, **parts}
+
+
+# ---- the steps of the methods --------------------------------------------------------------------
+
+def harden(x: Tensor, cfg: Robustify, generator: torch.Generator) -> Tensor:
+    """x~: the images under the robust teacher's augmentation."""
+    return augment(x, cfg.augment, generator, augmix={"severity": cfg.severity})
+
+
+def clean_step(smoothing: float) -> Callable:
+    """Cross-entropy on the clean images."""
+    def step(model, batch):
+        return F.cross_entropy(model(batch.x).float(), batch.y, label_smoothing=smoothing), {}
+    return step
+
+
+def robust_step(cfg: Robustify) -> Callable:
+    """AugMix training: cross-entropy on the clean view and JSD over three views; jsd = 0: cross-entropy
+    on clean and augmented views (the concatenated sets of DeepAugment)."""
+    ce = functools.partial(F.cross_entropy, label_smoothing=cfg.smoothing)
+
+    def step(model, batch):
+        x, y, g = batch
+        n_views = 2 if cfg.jsd else 1
+        views = [harden(x, cfg, g) for _ in range(n_views)]
+        z = model(torch.cat([x, *views])).float().chunk(1 + n_views)
+        if not cfg.jsd:
+            return ce(torch.cat(z), y.repeat(2)), {}
+        consistency = jsd(*z)
+        loss = ce(z[0], y)
+        return loss + cfg.jsd * consistency, {"ce": loss, "jsd": consistency}
+    return step
+
+
+def erpm_step(student: Student, teacher: nn.Module, cfg: Distill, aug: Robustify) -> Callable:
+    """METHOD [A]: one frozen pass of clean and augmented views, then the losses of eq. 3-5."""
+    def step(model, batch):
+        x, y, g = batch
+        b, xa = len(x), harden(x, aug, g)
+        f = student.features(torch.cat([x, xa]))
+        with torch.no_grad():
+            z0, zt = student.original(f[:b]), teacher(xa)
+        parts = erpm_loss(model(f, b), z0, zt, y, alpha=cfg.alpha, t=cfg.temperature)
+        return sum(parts.values()), parts
+    return step
+
+
+def tail_step(backbone: nn.Module | None, cfg: Train, aug: Robustify | None) -> Callable:
+    """Cross-entropy of a tail on a frozen backbone (APT, linear probes), on x, or on x and x~."""
+    def step(model, batch):
+        x, y, g = batch
+        if aug is not None:
+            x, y = torch.cat([x, harden(x, aug, g)]), y.repeat(2)
+        with torch.no_grad():
+            f = backbone(x)
+        return F.cross_entropy(model(f).float(), y, label_smoothing=cfg.smoothing), {}
+    return step
+
+
+# ==== 9. EVALUATION ====
+# In: networks and a set.  Out: exact integer counts, a row a cell (model, set, corruption, severity).
+# Always: any number of processes gives the same counts; nothing is padded or counted twice.
+
+FIXED_POINT = 2 ** 20        # means are summed as integers, so that the order of summing is no matter
+
+
+def _score_student(student: Student, x: Tensor, y: Tensor, project, passes: int) -> dict[str, Tensor]:
+    """Sums over the batch for every selection rule: correct answers, and how often each head answered."""
+    f = student.features(x)
+    sums: dict[str, Tensor] = {}
+    for suffix, t in (("", passes), *((" (closed form)", 0),) * bool(passes)):
+        mean, sigma, logits = student.moments(f, t, project)
+        for rule in RULES if not suffix else ("product",):
+            if rule in NEEDS_SIGMA and student.dropout == 0:
+                continue
+            head = select(mean, sigma, rule, logits=logits, y=y)
+            right = answer(mean, sigma, head, rule).argmax(-1) == y
+            sums[f"{rule}{suffix}"] = torch.cat([right.sum()[None], head.bincount(minlength=3)])
+        if not suffix:
+            values = torch.cat([sigma, divergence(mean)], 1).double()
+            sums["moments"] = (values * FIXED_POINT).round().long().sum(0)
+    return sums
+
+
+def _score_plain(predict: Callable, x: Tensor, y: Tensor, project) -> dict[str, Tensor]:
+    z = predict(x)
+    z = z if project is None else z[:, project]
+    return {"correct": (z.argmax(-1) == y).sum()[None]}
+
+
+@torch.no_grad()
+def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None, *,
+                 batch: int = 256, passes: int = 10, jpeg: bool = True, amp: str = "auto",
+                 workers: int = 0, bar: tqdm | None = None) -> dict[str, dict]:
+    """{label: counts} of several networks on the same pixels; see `evaluate`."""
+    device = pick_device()
+    totals: dict[str, dict[str, Tensor]] = {label: {} for label in models}
+    project = None if images.project is None else images.project.to(device)
+    idle = world()[0] * batch >= len(images)     # no batch of its own: the first one, counted 0 times
+    for x, y, index in eval_batches(images, batch, workers):
+        x, y = x.to(device), y.to(device)
+        if cell:
+            x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg)
+        with autocast(amp, device):
+            for label, model in models.items():
+                sums = _score_student(model, x, y, project, passes) if isinstance(model, Student) \
+                    else _score_plain(model, x, y, project)
+                for k, v in sums.items():
+                    totals[label][k] = totals[label].get(k, 0) + v * (not idle)
+        if bar is not None:
+            bar.update(len(x) * world()[1])
+    return {label: _counts(len(images), sums) for label, sums in totals.items()}
+
+
+def _counts(n: int, sums: dict[str, Tensor]) -> dict:
+    """The sums of all processes as plain numbers."""
+    flat = torch.cat(list(sums.values()))
+    if world()[1] > 1:
+        dist.all_reduce(flat)
+    parts = dict(zip(sums, flat.cpu().split([len(v) for v in sums.values()])))
+    if "correct" in parts:
+        return {"n": n, "correct": int(parts["correct"])}
+    moments = [round(int(v) / FIXED_POINT / n, 6) for v in parts.pop("moments")]
+    rules = {rule: {"correct": int(v[0]), "heads": v[1:].tolist()} for rule, v in parts.items()}
+    return {"n": n, "rules": rules, "sigma": moments[:2], "kl": moments[2:]}
+
+
+def evaluate(predict: Callable, images: ImageSet | str, cell: tuple[str, int] | None = None,
+             **options) -> dict:
+    """Counts of a network on a set, exact for any number of processes.
+
+    predict: a Student (then {"n", "rules": {rule: {"correct", "heads"}}, "sigma", "kl"}), or any
+    function from images uint8 (B,3,H,W) to logits (then {"n", "correct"}).
+    images: an ImageSet, or the name of a set in ./data.  cell: (corruption, severity), made on the fly.
+    options: batch, passes, jpeg, amp, workers.  Raises: UserError."""
+    images = open_set(images, Data()) if isinstance(images, str) else images
+    return evaluate_all({"": predict}, images, cell, **options)[""]
+
+
+def cells(name: str) -> list[tuple[str, int] | None]:
+    """The cells of a set: [None], or the 15 corruptions x 5 severities of a -c set."""
+    if not base_name(name)[1]:
+        return [None]
+    return [(c, s) for c in CORRUPTIONS_15 for s in range(1, 6)]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network to score: label in the tables, its weights' hash, and what its training cost."""
+    label: str
+    model: nn.Module
+    weights: str
+    meta: dict
+
+
+def row_key(row: dict) -> tuple:
+    """What makes a result another result."""
+    return tuple(row[k] for k in ("label", "weights", "set", "corruption", "severity", "n", "transform",
+                                  "passes", "versions"))
+
+
+def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, out: Path) -> None:
+    """Appends to out/results.jsonl the rows that are missing: a row a cell, as soon as it is known."""
+    file, code = out / "results.jsonl", versions()["erpm"]
+    done = {row_key(r) for r in read_jsonl(file)}
+    todo = [(name, cell) for name in opened for cell in cells(name)]
+    with progress(sum(len(opened[n]) for n, _ in todo), "eval") as bar, Signals() as signals:
+        for i, (name, cell) in enumerate(todo):
+            images = opened[name]
+            common = {"set": name, "corruption": cell[0] if cell else "", "severity": cell[1] if cell else 0,
+                      "n": len(images), "versions": code, "transform": images.transform + (
+                          f", corrupted on the fly{', jpeg 85' * cfg.eval.jpeg}" if cell else "")}
+            rows = {e.label: {"label": e.label, "weights": e.weights, **common,
+                              "passes": cfg.eval.passes if isinstance(e.model, Student) else None}
+                    for e in entries}
+            pending = {e.label: e.model for e in entries if row_key(rows[e.label]) not in done}
+            if not pending:
+                bar.update(len(images))
+                continue
+            since = time.perf_counter()
+            found = evaluate_all(pending, images, cell, batch=cfg.eval.batch, passes=cfg.eval.passes,
+                                 jpeg=cfg.eval.jpeg, amp=cfg.runtime.amp, workers=cfg.data.workers, bar=bar)
+            seconds = round(time.perf_counter() - since, 3)
+            if world()[0] == 0:
+                with open(file, "a") as f:
+                    for e in entries:
+                        if e.label in found:
+                            f.write(json.dumps(rows[e.label] | found[e.label] | _provenance(
+                                e, cfg, images, seconds)) + "\n")
+            if bar.disable and (i % 15 == 14 or i + 1 == len(todo)):
+                say(f"eval: {i + 1} of {len(todo)} cells ({name})")
+            if _agreed(bool(signals.hit), pick_device()):
+                raise Interrupted("eval stopped after a whole cell; the same command goes on from here")
+
+
+def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> dict:
+    """The columns of a row that say where it comes from."""
+    return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": cfg.data.name,
+            "source": images.source, "seconds": seconds, "device": pick_device().type,
+            "amp": str(amp_type(cfg.runtime.amp, pick_device())), "processes": world()[1],
+            "packages": versions(), "train": entry.meta.get("train", {})}
+
+
+# ==== 10. REPORT ====
+# In: rows of results.jsonl.  Out: Markdown and pictures.  Always: a pure function of the rows (the
+# picture grid alone looks at images); what is missing is called missing, never a smaller mean.
+
+LABELS = {"erpm": "ERPM", "apt": "APT", "lp": "LP"}
+
+
+def latest(rows: list[dict]) -> list[dict]:
+    """One row a cell: of each (run, label) the newest weights and code, of these the last row."""
+    newest = {(r["run"], r["label"]): (r["weights"], r["versions"]) for r in rows}
+    keep = {(r["run"], r["label"], r["seed"], r["set"], r["corruption"], r["severity"]): r for r in rows
+            if newest[r["run"], r["label"]] == (r["weights"], r["versions"])}
+    return list(keep.values())
+
+
+def accuracy(row: dict, rule: str | None = None) -> float:
+    """Top-1 accuracy of a row under a rule (the row's own by default; plain networks have none)."""
+    correct = row["correct"] if "correct" in row else row["rules"][rule or row["rule"]]["correct"]
+    return correct / row["n"]
+
+
+def f_correct(row: dict, rule: str) -> float:
+    """Share of images sent to the right head: clean in distribution, robust under shift ([A] T6)."""
+    heads = row["rules"][rule]["heads"]
+    return heads[0 if row["set"] == row["trained_on"] else 2] / row["n"]
+
+
+def over_seeds(rows: list[dict], pick: Callable[[dict], float], n_cells: int) -> str:
+    """"mean ± standard deviation" in percent over the seeds of the mean over a set's cells."""
+    seeds: dict[tuple, list[float]] = {}
+    for r in rows:
+        seeds.setdefault((r["run"], r["seed"]), []).append(pick(r))
+    full = [100 * sum(v) / len(v) for v in seeds.values() if len(v) == n_cells]
+    if not full or len(full) < len(seeds):
+        return "missing"
+    spread = f" ± {np.std(full, ddof=1):.2f}" if len(full) > 1 else ""
+    return f"{np.mean(full):.2f}{spread}"
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, columns aligned."""
+    rows = [list(map(str, head)), *[list(map(str, r)) for r in body]]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+    line = lambda r: "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |"   # noqa: E731
+    return "\n".join([line(rows[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|",
+                      *map(line, rows[1:])])
+
+
+def column(rows: list[dict], label: str, name: str, pick: Callable = accuracy, **where) -> str:
+    """over_seeds of a model on a set; where: corruption=..., severity=... narrow it to a few cells."""
+    some = [r for r in rows if r["label"] == label and r["set"] == name
+            and all(r[k] == v for k, v in where.items())]
+    n = len([c for c in cells(name) if c is None or all(
+        v == (c[0] if k == "corruption" else c[1]) for k, v in where.items())])
+    return over_seeds(some, pick, n)
+
+
+def training_cost(rows: list[dict], label: str) -> str:
+    """Milliseconds a training image, mean over the runs."""
+    cost = {r["run"]: r["train"]["seconds"] / r["train"]["images"] for r in rows
+            if r["label"] == label and r["train"].get("images")}
+    return f"{1000 * np.mean(list(cost.values())):.3g}" if cost else "-"
+
+
+def rule_rows(rows: list[dict], label: str, sets: Sequence[str]) -> list[list[str]]:
+    """A line a selection rule: accuracy and F_correct on every set, and the two perfect choices."""
+    rules = next(r["rules"] for r in rows if r["label"] == label)
+    lines = []
+    for rule in rules:
+        name = {"oracle": "either head right"}.get(rule, f"always {rule}" if rule in HEADS else rule)
+        routed = [column(rows, label, s, lambda r: f_correct(r, rule)) for s in sets]
+        lines.append([name, *[column(rows, label, s, lambda r: accuracy(r, rule)) for s in sets],
+                      *(routed if rule not in (*HEADS, "oracle") else ["-"] * len(sets))])
+    perfect = lambda r: accuracy(r, "clean" if r["set"] == r["trained_on"] else "robust")  # noqa: E731
+    lines.append(["perfect routing", *[column(rows, label, s, perfect) for s in sets],
+                  *["100.00"] * len(sets)])
+    return lines
+
+
+def report_text(rows: list[dict]) -> str:
+    """The whole report in Markdown, a pure function of the rows."""
+    rows = latest(rows)
+    labels = list(dict.fromkeys(r["label"] for r in rows))
+    sets = list(dict.fromkeys(r["set"] for r in rows))
+    wide = [s for s in sets if len(cells(s)) > 1]
+    students = [x for x in labels if any("rules" in r for r in rows if r["label"] == x)]
+    seeds = sorted({r["seed"] for r in rows})
+    first = rows[0]
+    text = [f"# {first['trained_on']}: {', '.join(labels)}", "",
+            f"Top-1 accuracy in percent; mean over the cells of a -c set; ± = standard deviation over "
+            f"{len(seeds)} seeds." if len(seeds) > 1 else
+            "Top-1 accuracy in percent; mean over the cells of a -c set; one seed.", "",
+            "## Models", "",
+            table(["model", *sets, "ms / training image"],
+                  [[x, *[column(rows, x, s) for s in sets], training_cost(rows, x)] for x in labels])]
+    for name in wide:
+        text += ["", f"## {name} by corruption (mean of 5 severities)", "", table(
+            ["corruption", *labels],
+            [[c, *[column(rows, x, name, corruption=c) for x in labels]] for c in CORRUPTIONS_15])]
+    for x in students:
+        text += ["", f"## {x}: which rule picks the head", "",
+                 "F = share of images sent to the right head: clean in distribution, robust under shift.",
+                 "", table(["rule", *sets, *[f"F {s}" for s in sets]], rule_rows(rows, x, sets))]
+        rule = next(r["rule"] for r in rows if r["label"] == x)
+        share = lambda i: lambda r: r["rules"][rule]["heads"][i] / r["n"]              # noqa: E731
+        body = [[s, "-", *[column(rows, x, s, share(i)) for i in (0, 1, 2)]] for s in sets if s not in wide]
+        body += [[s, k, *[column(rows, x, s, share(i), severity=k) for i in (0, 1, 2)]]
+                 for s in wide for k in range(1, 6)]
+        text += ["", f"## {x}: share of the images that each head answered ({rule})", "",
+                 table(["set", "severity", *HEADS], body)]
+    n = {s: next(r["n"] for r in rows if r["set"] == s) for s in sets}
+    text += ["", "## Sets", "", table(["set", "images a cell", "cells", "transform"], [
+        [s, n[s], len(cells(s)), next(r["transform"] for r in rows if r["set"] == s)] for s in sets])]
+    return "\n".join(text) + "\n"
+
+
+@torch.no_grad()
+def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int, columns: int = 8) -> Image.Image:
+    """Sample pictures, clean, corrupted and shifted, with what each head said and which one answered."""
+    conditions = [(name, None) for name in sets] + [
+        (next(iter(sets)), (c, 4)) for c in ("gaussian_noise", "glass_blur", "snow", "contrast", "pixelate")]
+    side, font = 96, ImageFont.load_default(9)
+    sheet = Image.new("RGB", (110 + columns * (side + 34), len(conditions) * (side + 44)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, cell) in enumerate(conditions):
+        images, top = sets[name], row * (side + 44)
+        picks = np.linspace(0, len(images) - 1, columns).astype(int)
+        x, y, index = images.__getitems__([(0, int(p)) for p in picks])
+        x = corrupt(x, *cell, index=index.tolist()) if cell else x
+        f = student.features(x.to(pick_device()))
+        mean, sigma, logits = (m.cpu() for m in student.moments(
+            f, passes, None if images.project is None else images.project.to(f.device)))
+        head = select(mean, sigma, "product")
+        draw.text((4, top + side // 2), f"{cell[0]} {cell[1]}" if cell else name, "black", font)
+        for i in range(len(x)):
+            left = 110 + i * (side + 34)
+            picture = Image.fromarray(x[i].permute(1, 2, 0).numpy()).resize((side, side))
+            sheet.paste(picture, (left, top))
+            for h, probs in enumerate(mean[i]):
+                p, k = probs.max(0)
+                text = f"{'>' if h == head[i] else ' '}{HEADS[h][:5]} {images.classes[k][:10]} {p:.2f}"
+                draw.text((left, top + side + 1 + 12 * h), text,
+                          "darkgreen" if k == y[i] else "firebrick", font)
+    return sheet
+
+
+# ==== 11. COMMANDS ====
+# In: the command line.  Out: files under runs/NAME, a few lines on the terminal, an exit code: 0 done,
+# 2 a mistake that the message explains, 130 interrupted and ready to go on.
+
+
+def write_config(cfg: Config) -> None:
+    """runs/NAME/config.yaml: the resolved config."""
+    if world()[0] == 0:
+        text = yaml.safe_dump(as_tree(cfg), sort_keys=False)
+        write_atomically(cfg.dir / "config.yaml", lambda p: p.write_text(text))
+    barrier()
+
+
+def _made(cfg: Config, path: Path, key: dict) -> bool:
+    """Whether a stage's file is there already; writes the config once that is clear.
+
+    Raises: UserError when it was made with other settings; nothing is touched then."""
+    made = path.is_file()
+    changed = differences(read_meta(path).get("key", {}), key) if made else ""
+    if changed:
+        raise UserError(f"{path} was made with other settings ({changed}): take another run=NAME, or "
+                        "delete it to make it again")
+    barrier()
+    write_config(cfg)
+    if made:
+        say(f"{key['stage']}: {path} is there, kept")
+    return made
+
+
+def _stage_key(cfg: Config, stage: str, **more) -> dict:
+    """The settings that a stage's result depends on."""
+    data = {k: getattr(cfg.data, k) for k in ("name", "size_px", "n_train")}
+    return {"seed": cfg.seed, "data": data, "stage": stage,
+            stage: as_tree(getattr(cfg, stage)), **more}
+
+
+def _finish(path: Path, module: nn.Module, stats: dict, key: dict) -> Path:
+    """Writes a stage's weights and drops its checkpoint."""
+    if world()[0] == 0:
+        save_weights(path, module, describe(module, key=key, train=stats))
+        ckpt = path.parent / f"{key['stage']}.ckpt"
+        ckpt.unlink(missing_ok=True)
+    barrier()
+    say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s")
+    return path
+
+
+def _train_tail(net: Net, tune: int, images: ImageSet, cfg: Config, stage: str, key: dict,
+                aug: Robustify | None) -> dict:
+    """Trains the last `tune` stages and the classifier of a plain network, in place."""
+    backbone, tail = cut(net.to(pick_device()), tune)
+    part = Tail(tail.requires_grad_(True))
+    settings = getattr(cfg, stage)
+    return fit(part, tail_step(backbone, settings, aug), images.subset(settings.n_images), settings,
+               cfg.runtime, out=cfg.dir, name=stage, seed=cfg.seed, key=key, workers=cfg.data.workers)
+
+
+def _own_classes(name: str) -> int | None:
+    """Number of outputs that the pretrained weights of a tagged name come with."""
+    import timm
+    return timm.get_pretrained_cfg(name.partition(":")[2]).num_classes if has_tag(name) else None
+
+
+def student_path(cfg: Config, images: ImageSet) -> str | None:
+    """The student's weights file, made by pretrain when there is none; None = by the name's tag."""
+    if cfg.model.student_weights:
+        return cfg.model.student_weights
+    if _own_classes(cfg.model.student) == len(images.classes):
+        return None
+    if not (cfg.dir / "student.safetensors").is_file():
+        say(f"{cfg.model.student} has no pretrained weights for {len(images.classes)} classes: pretrain "
+            "comes first")
+    return str(pretrain(cfg, images))
+
+
+def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
+    """Trains the student on clean data -> student.safetensors (kept if it is there)."""
+    path = cfg.dir / "student.safetensors"
+    key = _stage_key(cfg, "pretrain", model=cfg.model.student)
+    if _made(cfg, path, key):
+        return path
+    images = images or open_set(cfg.data.name, cfg.data, "train")
+    torch.manual_seed(fold(cfg.seed, "init student"))
+    net = build(cfg.model.student, len(images.classes), cfg.model.student_weights or None)
+    stage = cfg.pretrain
+    if stage.tune >= 0:
+        stats = _train_tail(net, stage.tune, images, cfg, "pretrain", key, None)
+    else:
+        stats = fit(net, clean_step(stage.smoothing), images.subset(stage.n_images), stage, cfg.runtime,
+                    out=cfg.dir, name="pretrain", seed=cfg.seed, key=key, workers=cfg.data.workers)
+    return _finish(path, net, stats, key)
+
+
+def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
+    """Trains the small teacher to be robust -> teacher.safetensors (kept if it is there)."""
+    path = cfg.dir / "teacher.safetensors"
+    key = _stage_key(cfg, "robustify", model=cfg.model.teacher)
+    if _made(cfg, path, key):
+        return path
+    images = images or open_set(cfg.data.name, cfg.data, "train")
+    torch.manual_seed(fold(cfg.seed, "init teacher"))
+    net = build(cfg.model.teacher, len(images.classes))
+    stats = fit(net, robust_step(cfg.robustify), images.subset(cfg.robustify.n_images), cfg.robustify,
+                cfg.runtime, out=cfg.dir, name="robustify", seed=cfg.seed, key=key,
+                workers=cfg.data.workers)
+    return _finish(path, net, stats, key)
+
+
+def distill(cfg: Config, images: ImageSet | None = None) -> Path:
+    """Tunes the large network -> model.safetensors; a missing student or teacher is made first."""
+    images = images or open_set(cfg.data.name, cfg.data, "train")
+    d, path = cfg.distill, cfg.dir / "model.safetensors"
+    student_file = student_path(cfg, images)
+    teacher_file = cfg.model.teacher_weights
+    if d.method == "erpm" and not teacher_file:
+        if not (cfg.dir / "teacher.safetensors").is_file():
+            say("distill: no robust teacher yet: robustify comes first")
+        teacher_file = str(robustify(cfg, images))
+    key = _stage_key(cfg, "distill", augment=cfg.robustify.augment,
+                     severity=cfg.robustify.severity, student=cfg.model.student,
+                     files=[file_sha(f) if f else "" for f in (student_file, teacher_file)])
+    if _made(cfg, path, key):
+        return path
+    net = build(cfg.model.student, len(images.classes), student_file)
+    if d.method != "erpm":
+        stats = _train_tail(net, d.tune if d.method == "apt" else 0, images, cfg, "distill", key,
+                            cfg.robustify)
+        return _finish(path, net, stats, key)
+    device = pick_device()
+    student = Student(net, d.tune, d.head, d.dropout, len(images.classes), dropout_in=d.dropout_in)
+    teacher = freeze(build(cfg.model.teacher, len(images.classes), teacher_file)).to(device)
+    stats = fit(student.to(device).tuned, erpm_step(student, teacher, d, cfg.robustify),
+                images.subset(d.n_images), d, cfg.runtime, out=cfg.dir, name="distill", seed=cfg.seed,
+                key=key, workers=cfg.data.workers)
+    return _finish(path, student, stats, key)
+
+
+def entries_of(run: Path) -> list[Entry]:
+    """The networks of a run: original student, teacher, baselines, model."""
+    files = [("original", run / "student.safetensors"), ("teacher", run / "teacher.safetensors")]
+    models = [*sorted(run.glob("*/model.safetensors")), run / "model.safetensors"]
+    for f in filter(Path.is_file, models):
+        files.append((LABELS[read_meta(f)["key"]["distill"]["method"]], f))
+    found = [(label, f) for label, f in files if f.is_file()]
+    if not found:
+        raise UserError(f"no trained network in {run}: run `python erpm.py distill` first, or name "
+                        "another run")
+    return [Entry(label, load(f).to(pick_device()), file_sha(f), read_meta(f)) for label, f in found]
+
+
+def default_sets(cfg: Config) -> list[str]:
+    """eval.sets, or the training set, its corrupted copy and its renditions."""
+    if cfg.eval.sets:
+        return [s.strip() for s in cfg.eval.sets.split(",") if s.strip()]
+    name = cfg.data.name
+    wide = name.replace("folder:", "folder-c:", 1) if name.startswith("folder:") else f"{name}-c"
+    return [name, wide, *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+
+
+def run_eval(cfg: Config, args) -> None:
+    """Scores a run's networks, or --model NAME, on sets -> results.jsonl."""
+    choose(dict.fromkeys(RULES), cfg.eval.rule, "rule")
+    sets = {name: open_set(name, cfg.data) for name in default_sets(cfg)}
+    if args.model:
+        entries = [Entry(args.model, build(args.model).to(pick_device()), "by name", {})]
+    else:
+        entries = entries_of(cfg.dir)
+    cfg.dir.mkdir(parents=True, exist_ok=True)
+    score(entries, sets, cfg, cfg.dir)
+    if world()[0] == 0:
+        say(summary(read_jsonl(cfg.dir / "results.jsonl")))
+
+
+def summary(rows: list[dict]) -> str:
+    """The first table of the report."""
+    return report_text(rows).split("\n## ")[1].partition("\n")[2].strip("\n")
+
+
+def run_report(cfg: Config, args) -> None:
+    """results.jsonl of one or more runs -> report.md and pictures in the first one."""
+    if world()[0]:
+        return
+    runs = [Path(r) for r in (args.run or str(cfg.dir)).split(",")]
+    rows = [r for run in runs for r in read_jsonl(run / "results.jsonl")]
+    if not rows:
+        raise UserError(f"no results in {', '.join(map(str, runs))}: run `python erpm.py eval` first")
+    text = report_text(rows)
+    write_atomically(runs[0] / "report.md", lambda p: p.write_text(text))
+    say(text)
+    say(f"{runs[0] / 'report.md'} written")
+    model = runs[0] / "model.safetensors"
+    if model.is_file() and "student" in read_meta(model):
+        names = [s for s in dict.fromkeys(r["set"] for r in rows) if len(cells(s)) == 1]
+        sets = {n: open_set(n, cfg.data) for n in names}
+        picture = picture_grid(load(model).to(pick_device()), sets, cfg.eval.passes)
+        write_atomically(runs[0] / "pictures.png", lambda p: picture.save(p, "png"))
+        say(f"{runs[0] / 'pictures.png'} written")
+
+
+def run_demo(cfg: Config, args) -> None:
+    """Everything: the three stages, the baselines lp and apt, eval and report."""
+    since = time.perf_counter()
+    images = open_set(cfg.data.name, cfg.data, "train")
+    student, teacher = student_path(cfg, images), str(robustify(cfg, images))
+    for method in ("lp", "apt"):
+        sub = dataclasses.replace(
+            cfg, run=f"{cfg.run}/{method}", distill=dataclasses.replace(cfg.distill, method=method),
+            model=dataclasses.replace(cfg.model, student_weights=student or "", teacher_weights=teacher))
+        distill(sub, images)
+    distill(cfg, images)
+    run_eval(cfg, args)
+    run_report(cfg, args)
+    say(f"demo: {time.perf_counter() - since:.0f} s in all")
+
+
+def run_sets(cfg: Config, args) -> None:
+    """The table of sets: what is there, what is expected, how to get it."""
+    body = []
+    for name, row in SETS.items():
+        try:
+            found = f"{len(row.open(row, cfg.data, 'test')):,}"
+        except UserError:
+            found = "-"
+        where = " or ".join(str(Path(cfg.data.root) / f) for f in row.folders)
+        body.append([name, found, f"{row.n_test:,}", row.n_classes, where or "-",
+                     row.get.replace("ROOT", cfg.data.root)])
+    say(table(["set", "found", "expected", "classes", "looked for", "how to get it"], body))
+    say("\nNAME-c of any set is its ImageNet-C-like copy, made on the fly.  folder:PATH and folder-c:PATH "
+        "take any PATH/CLASS/IMAGE tree, with PATH/train and PATH/val to train on it.")
+
+
+COMMANDS: dict[str, tuple[Callable, str]] = {
+    "demo": (run_demo, "pretrain, robustify, distill, baselines, eval and report in one go"),
+    "pretrain": (lambda cfg, args: pretrain(cfg), "train a network on clean data"),
+    "robustify": (lambda cfg, args: robustify(cfg), "make the small teacher robust"),
+    "distill": (lambda cfg, args: distill(cfg), "tune the large network with three heads"),
+    "eval": (run_eval, "score a run or a network on sets"),
+    "report": (run_report, "tables and pictures of results"),
+    "sets": (run_sets, "the data sets: found or not, how to get them"),
+}
+TRAINING = ("demo", "pretrain", "robustify", "distill")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line's words."""
+    lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    p = argparse.ArgumentParser(
+        prog="erpm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{__doc__.split('Sections:')[0]}\ncommands:\n{lines}",
+        epilog="keys, given as key=value:\n" + config_help())
+    p.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
+    p.add_argument("words", nargs="*", metavar="key=value", help="settings, see below")
+    p.add_argument("--recipe", default="demo", help="recipe of config.yaml")
+    p.add_argument("--config", type=Path, help="file of recipes instead of config.yaml")
+    p.add_argument("--run", default="", help="folder of a run (eval, report; report takes several, "
+                                             "joined by commas)")
+    p.add_argument("--set", default="", help="eval: sets, joined by commas")
+    p.add_argument("--model", default="", help="eval: any network by name instead of a run")
+    return p.parse_intermixed_args(argv)
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """The Config of the command: for eval and report the run's own file, else the recipe."""
+    words = [*args.words, *([f"eval.sets={args.set}"] if args.set else [])]
+    cfg = resolve(args.recipe, words, args.config)
+    if args.command in TRAINING:
+        return cfg
+    run = Path(args.run.split(",")[0]) if args.run else cfg.dir
+    if (run / "config.yaml").is_file():
+        cfg = resolve("", words, run=run)
+    elif args.run:
+        made = sorted(str(p.parent) for p in run.parent.glob("*/config.yaml"))
+        raise UserError(f"no run {run}: it has no config.yaml; runs in {run.parent}: "
+                        f"{', '.join(made) or 'none'}")
+    return dataclasses.replace(cfg, out=str(run.parent), run=run.name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(pick_device())
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        cfg = configure(args)
+        COMMANDS[args.command][0](cfg, args)
+        return 0
+    except UserError as e:                # from a loader process it comes with that process's traceback
+        print(f"erpm.py: {str(e).strip().split('UserError: ')[-1]}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as e:
+        print(f"erpm.py: {e or 'interrupted'}", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
