@@ -363,26 +363,6 @@ def words_tree(words: Sequence[str]) -> dict:
     return tree
 
 
-def resolve(recipe: str, words: Sequence[str], file: Path | None = None,
-            run: Path | None = None) -> Config:
-    """The frozen Config: default < recipe (or the run's config.yaml) < key=value words."""
-    base = Config()
-    if run is not None:
-        base = merge(base, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
-    else:
-        file = file or Path(__file__).with_name("config.yaml")
-        recipes = read_yaml(file) if file.is_file() or recipe != "demo" else {"demo": {}}
-        base = merge(base, choose(recipes, recipe, f"recipe in {file}") or {}, f"{file}: {recipe}")
-        base = dataclasses.replace(base, recipe=recipe)
-    cfg = merge(base, words_tree(words), "command line")
-    check(cfg)
-    if not cfg.run:
-        data = [] if cfg.data.name == base.data.name else [re.sub(r"\W+", "-", cfg.data.name)]
-        seed = [f"s{cfg.seed}"] if cfg.seed else []
-        cfg = dataclasses.replace(cfg, run="-".join([cfg.recipe, *data, *seed]))
-    return cfg
-
-
 def check(cfg: Config) -> None:
     """Raises: UserError where a value of the right type makes no sense."""
     d = cfg.distill
@@ -404,6 +384,26 @@ def check(cfg: Config) -> None:
                               ("distill.method", d.method, ("erpm", "apt", "lp")),
                               ("runtime.amp", cfg.runtime.amp, ("auto", "bf16", "fp16", "none"))):
         choose(dict.fromkeys(known), value, key)
+
+
+def resolve(recipe: str, words: Sequence[str], file: Path | None = None,
+            run: Path | None = None) -> Config:
+    """The frozen Config: default < recipe (or the run's config.yaml) < key=value words."""
+    base = Config()
+    if run is not None:
+        base = merge(base, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+    else:
+        file = file or Path(__file__).with_name("config.yaml")
+        recipes = read_yaml(file) if file.is_file() or recipe != "demo" else {"demo": {}}
+        base = merge(base, choose(recipes, recipe, f"recipe in {file}") or {}, f"{file}: {recipe}")
+        base = dataclasses.replace(base, recipe=recipe)
+    cfg = merge(base, words_tree(words), "command line")
+    check(cfg)
+    if not cfg.run:
+        data = [] if cfg.data.name == base.data.name else [re.sub(r"\W+", "-", cfg.data.name)]
+        seed = [f"s{cfg.seed}"] if cfg.seed else []
+        cfg = dataclasses.replace(cfg, run="-".join([cfg.recipe, *data, *seed]))
+    return cfg
 
 
 def as_tree(cfg) -> dict:
@@ -1002,26 +1002,30 @@ def frost_textures(folder, kind, h, w, device):
 
 def procedural_ice(i):
     """uint8 (3,H,W) with the mean, deviation and spectrum of texture i: needles of eight directions, each in
-    its own patches, equalised to the measured power at every radius."""
+    its own patches, given the measured power at every radius; a smooth field makes up the deviation."""
     h, w, mean, std, sign, bands = ICE[i]
     g = rng("ice", i)
     fy, fx = torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)[None]
     radius = torch.hypot(fy, fx)
-    total = torch.zeros(h, w // 2 + 1, dtype=torch.complex64)
+    lump = torch.exp(-(60 * radius) ** 2)
+    needles = torch.zeros(h, w // 2 + 1, dtype=torch.complex64)
     for k in range(8):
         angle = (k + torch.rand(1, generator=g).item()) * math.pi / 8
-        along, across = fx * math.cos(angle) + fy * math.sin(angle), fy * math.cos(angle) - fx * math.sin(angle)
-        patch = torch.fft.irfft2(torch.fft.rfft2(torch.randn(h, w, generator=g)) * torch.exp(-(60 * radius) ** 2),
-                                 s=(h, w))
+        along, across = (fx * math.cos(a) + fy * math.sin(a) for a in (angle, angle + math.pi / 2))
+        patch = torch.fft.irfft2(torch.fft.rfft2(torch.randn(h, w, generator=g)) * lump, s=(h, w))
         seeds = (torch.rand(h, w, generator=g) < 0.02) * (patch > patch.std() / 2) * sign
-        total += torch.fft.rfft2(seeds.float()) * torch.exp(-(40 * along) ** 2 - (2 * across) ** 2)
+        needles += torch.fft.rfft2(seeds.float()) * torch.exp(-(40 * along) ** 2 - (2 * across) ** 2)
     ring = (radius * 300).long()
-    power = torch.bincount(ring.flatten(), total.abs().square().flatten()) / torch.bincount(ring.flatten()).clamp(min=1)
-    centres = np.log(np.geomspace(2 / 224, 0.5, 17)[1::2])
-    gain = torch.from_numpy(10 ** (np.interp(np.log(radius.numpy() + 1e-9), centres, bands) / 20)).float()
-    ice = torch.fft.irfft2(total * gain / power.sqrt()[ring].clamp(min=1e-12), s=(h, w))
-    ice = (ice - ice.mean()) / ice.std()
-    return truncate(255 * (torch.tensor(mean)[:, None, None] + torch.tensor(std)[:, None, None] * ice))
+    count = torch.bincount(ring.flatten()).clamp(min=1)
+    power = torch.bincount(ring.flatten(), needles.abs().square().flatten()) / count
+    at = np.log(np.append(np.geomspace(2 / 224, 0.5, 17)[1::2], 0.7))
+    level = np.interp(np.log(radius.numpy() + 1e-9), at, (*bands, bands[-1] - 8))
+    gain = torch.from_numpy(10 ** (level / 20)).float() * (h * w) ** 0.5 / (224 * 3 / 8)  # Hann window: 3/8
+    ice = torch.fft.irfft2(needles * gain / power.clamp(min=1e-12).sqrt()[ring], s=(h, w))
+    ice, lump = ice - ice.mean(), torch.fft.irfft2(torch.fft.rfft2(torch.randn(h, w, generator=g)) * lump ** 9, s=(h, w))
+    want = sum(s * s for s in std) / 3
+    ice += lump / lump.std() * max(want - ice.var().item(), 0) ** 0.5
+    return truncate(255 * (torch.tensor(mean)[:, None, None] + torch.tensor(std)[:, None, None] * ice / want ** 0.5))
 
 
 FIXED = {"defocus_blur": defocus_blur, "zoom_blur": zoom_blur, "brightness": brightness, "contrast": contrast,
@@ -1045,7 +1049,7 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
     textures; jpeg: the round trip at quality 85 that the published files went through. Sides of 32 to 512
     px; the constants go by size (`scale_of`): those of make_imagenet_c.py, make_tinyimagenet_c.py and
     make_cifar_c.py. CPU and GPU draw different random numbers.
-    Paper: Hendrycks and Dietterich, ICLR 2019. Raises: ValueError for any other input."""
+    Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
     index = check_corrupt(x, name, severity, index)
     c = CONSTANTS[name][scale_of(*x.shape[-2:])][severity - 1]
     size = 1 << 26 if x.is_cuda else 1 << 21 if name == "zoom_blur" else 1 << 18  # CPU: stay in cache
@@ -1061,22 +1065,22 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
 
 
 def check_corrupt(x, name, severity, index):
-    """The identities of the images, a list. Raises: ValueError with what was expected and what came."""
+    """The identities of the images, a list. Raises: UserError with what was expected and what came."""
     if name not in CONSTANTS:
         near = difflib.get_close_matches(str(name), CORRUPTIONS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown corruption {name!r}{hint}; known: {', '.join(CORRUPTIONS)}")
+        raise UserError(f"unknown corruption {name!r}{hint}; known: {', '.join(CORRUPTIONS)}")
     if severity not in (1, 2, 3, 4, 5):
-        raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
+        raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
     if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
-        raise ValueError(f"expected images as a uint8 tensor on 0..255, got {getattr(x, 'dtype', type(x))}")
+        raise UserError(f"expected images as a uint8 tensor on 0..255, got {getattr(x, 'dtype', type(x))}")
     if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"expected images (B,3,H,W), got {tuple(x.shape)}")
+        raise UserError(f"expected images (B,3,H,W), got {tuple(x.shape)}")
     if min(x.shape[2:]) < 32 or max(x.shape[2:]) > 512:
-        raise ValueError(f"expected sides of 32 to 512 px, got {tuple(x.shape[2:])}")
+        raise UserError(f"expected sides of 32 to 512 px, got {tuple(x.shape[2:])}")
     index = list(range(len(x))) if index is None else [int(k) for k in index]
     if len(index) != len(x):
-        raise ValueError(f"{len(x)} images but {len(index)} indices")
+        raise UserError(f"{len(x)} images but {len(index)} indices")
     return index
 
 
@@ -1341,7 +1345,7 @@ def load_pictures(folder, size, limit=2000):
     kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
     paths = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in kinds)[:limit]
     if not paths:
-        raise ValueError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
+        raise UserError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     return torch.stack([fit(PIL.Image.open(p).convert("RGB")) for p in paths])
 
@@ -1460,11 +1464,11 @@ LABEL_MIXERS = {"mixup": 0.8, "cutmix": 1.0}  # name: a of Beta(a, a), as in [B]
 
 
 def _names(spec, options=()):
-    """The set of names in spec. Raises: ValueError for a name that is unknown or stands twice."""
+    """The set of names in spec. Raises: UserError for a name that is unknown or stands twice."""
     names, known = spec.split("+"), [*AUGMENTATIONS, *LABEL_MIXERS]
     for name in [*names, *options]:
         if name not in known or names.count(name) > 1:
-            raise ValueError(f"augmentation {name!r} in {spec!r}: use each name once, of {known}")
+            raise UserError(f"augmentation {name!r} in {spec!r}: use each name once, of {known}")
     return set(names)
 
 
@@ -1477,7 +1481,7 @@ def augment(x, spec, generator, **options):
     """
     names = _names(spec, options)
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"augment: expected uint8 (B,3,H,W), got {x.dtype} {tuple(x.shape)}")
+        raise UserError(f"augment: expected uint8 (B,3,H,W), got {x.dtype} {tuple(x.shape)}")
     for name, function in AUGMENTATIONS.items():
         if name in names and len(x):
             x = function(x, generator, **options.get(name, {}))
@@ -1964,18 +1968,16 @@ def _build_timm(name: str, classes: int | None, pretrained: bool) -> Net:
     try:
         net = timm.create_model(name, pretrained=pretrained,
                                 **({} if classes is None else {"num_classes": classes}))
-    except UserError:
-        raise
-    except Exception as e:
+    except Exception as e:                                # the hub's errors are of many kinds
         if not pretrained:
             raise
         raise UserError(f"the weights of timm:{name} could not be loaded ({type(e).__name__}): no "
                         "network? give a local file: model.student_weights=PATH or "
                         "model.teacher_weights=PATH") from None
     cfg = net.pretrained_cfg
-    fixed = cfg.get("fixed_input_size", False)
+    fixed = cfg.get("fixed_input_size", False) or "." in name     # a tag: as its weights were trained
     return Net(net, name=f"timm:{name}", n_classes=net.num_classes, mean=cfg["mean"],
-               std=cfg["std"], size_px=cfg["input_size"][-1] if fixed or pretrained else 0)
+               std=cfg["std"], size_px=cfg["input_size"][-1] if fixed else 0)
 
 
 FAMILIES = {"timm": _build_timm, "cifar": _build_cifar}
@@ -2484,7 +2486,7 @@ def load(run: str | Path) -> nn.Module:
 
 
 class Batch(NamedTuple):
-    """x uint8 (B,3,H,W), y (B,), and a generator that is a function of (seed, step, rank)."""
+    """x uint8 (B,3,H,W), y (B,), and a CPU generator that is a function of (seed, step, rank)."""
     x: Tensor
     y: Tensor
     generator: torch.Generator
@@ -2718,7 +2720,7 @@ def _micro_step(model, step, data, state: TrainState, runtime: Runtime, device: 
     x, y, _ = data
     torch.manual_seed(fold("dropout", *seed))                # dropout draws from the global generator
     batch = Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
-                  rng("step", *seed, device=device))
+                  rng("step", *seed))
     sync = contextlib.nullcontext() if last or world()[1] == 1 else model.no_sync()
     with sync:
         with autocast(runtime.amp, device):
@@ -3211,6 +3213,14 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     return _finish(path, student, stats, key)
 
 
+def preflight(cfg: Config) -> None:
+    """Raises: UserError for what would stop a long job late: unknown names, absent weights files."""
+    choose(dict.fromkeys(RULES), cfg.eval.rule, "rule")
+    _names(cfg.robustify.augment)
+    for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
+        read_meta(path)
+
+
 def entries_of(run: Path) -> list[Entry]:
     """The networks of a run: original student, teacher, baselines, model."""
     files = [("original", run / "student.safetensors"), ("teacher", run / "teacher.safetensors")]
@@ -3235,7 +3245,6 @@ def default_sets(cfg: Config) -> list[str]:
 
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or --model NAME, on sets -> results.jsonl."""
-    choose(dict.fromkeys(RULES), cfg.eval.rule, "rule")
     sets = {name: open_set(name, cfg.data) for name in default_sets(cfg)}
     if args.model:
         entries = [Entry(args.model, build(args.model).to(pick_device()), "by name", {})]
@@ -3360,6 +3369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.cuda.set_device(pick_device())
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         cfg = configure(args)
+        preflight(cfg)
         COMMANDS[args.command][0](cfg, args)
         return 0
     except UserError as e:                # from a loader process it comes with that process's traceback
