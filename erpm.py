@@ -27,7 +27,8 @@ Sections:
     8. TRAINING
     9. EVALUATION
     10. REPORT
-    11. COMMANDS
+    11. BENCH
+    12. COMMANDS
 
 Papers:
     [A] Jain, Behl, Rawat, Vineet. Efficiently Robustify Pre-Trained Models. ICCV 2023.
@@ -43,6 +44,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
@@ -53,6 +55,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +71,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.io import decode_image, decode_jpeg, encode_jpeg
+from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -142,7 +145,7 @@ def say(text: str) -> None:
 
 
 def progress(total: int, what: str, initial: int = 0) -> tqdm:
-    """Progress bar in images (rate, time left) on the first process's terminal, silent elsewhere."""
+    """Progress bar in images (rate, time left) on the first process's terminal, else silent."""
     quiet = world()[0] != 0 or not sys.stderr.isatty()
     return tqdm(total=total, desc=what, initial=initial, unit="img", unit_scale=True, leave=False,
                 disable=quiet)
@@ -201,7 +204,7 @@ class Data:
 @dataclass(frozen=True)
 class Model:
     """The two networks.  A name with a pretrained tag (timm:resnet50.tv_in1k) loads its weights."""
-    student: str = opt("cifar:resnet20-w2-s2", "the large network M of [A]")
+    student: str = opt("cifar:resnet14-w2-s2", "the large network M of [A]")
     student_weights: str = opt("", "its weights file; empty = by tag, or made by pretrain")
     teacher: str = opt("cifar:resnet14-s2", "the small network M_t of [A]")
     teacher_weights: str = opt("", "weights of a ready robust teacher; empty = made by robustify")
@@ -230,6 +233,9 @@ class Robustify(Train):
     """How the small teacher is made robust; its augmentation also makes x~ for distill."""
     augment: str = opt("augmix", "augmentations, joined by +")
     severity: float = opt(3.0, "strength of augmix; [A]'s sources use 1 on ImageNet, 3 on CIFAR")
+    pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = fractals made here")
+    extra: str = opt("", "trees of the same classes, joined by commas, that join the training "
+                         "images (DeepAugment: its EDSR and CAE copies)")
     jsd: float = opt(12.0, "weight of AugMix's consistency loss; 0 = cross-entropy on x and x~")
 
 
@@ -253,6 +259,7 @@ class Eval:
     sets: str = opt("", "sets, joined by commas; empty = the training set, its -c and its -r")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
     passes: int = opt(10, "dropout passes; 0 = closed form")
+    n_cell: int = opt(0, "images used at most of each cell of a generated -c set; 0 = all")
     batch: int = opt(256, "images a forward")
     jpeg: bool = opt(True, "JPEG round trip (quality 85) of generated -c sets, as in the files")
 
@@ -366,7 +373,8 @@ def words_tree(words: Sequence[str]) -> dict:
 def check(cfg: Config) -> None:
     """Raises: UserError where a value of the right type makes no sense."""
     d = cfg.distill
-    positive = {f"{s}.{k}": getattr(getattr(cfg, s), k) for s in ("pretrain", "robustify", "distill")
+    positive = {f"{s}.{k}": getattr(getattr(cfg, s), k)
+                for s in ("pretrain", "robustify", "distill")
                 for k in ("epochs", "batch", "accum", "lr")}
     positive |= {"eval.batch": cfg.eval.batch, "runtime.log_every": cfg.runtime.log_every,
                  "runtime.save_every": cfg.runtime.save_every, "distill.temperature": d.temperature}
@@ -425,116 +433,87 @@ def config_help(cfg=None, path: str = "") -> str:
 
 
 # ==== 3. CORRUPTIONS ====
-# ImageNet-C's 15 + 4 corruptions as batched tensor code: uint8 (B,3,H,W) in and out, on the device of the
-# images. Randomness is a function of (seed, image index, name, severity), never of the batch.
+# ImageNet-C's 15 + 4 corruptions as batched tensor code: uint8 (B,3,H,W) in and out, on the device
+# of the images. Randomness is a function of (seed, image index, name, severity), not of the batch.
 
-# Constants of severities 1..5. imagenet: make_imagenet_c.py (224 px); tiny: make_tinyimagenet_c.py (64 px);
-# cifar: make_cifar_c.py (32 px), all of hendrycks/robustness.
-CONSTANTS = {
-    "gaussian_noise": dict(  # standard deviation
-        imagenet=(.08, .12, .18, .26, .38), tiny=(.04, .08, .12, .15, .18),
-        cifar=(.04, .06, .08, .09, .10)),
-    "shot_noise": dict(  # photons at white
-        imagenet=(60, 25, 12, 5, 3), tiny=(250, 100, 50, 30, 15), cifar=(500, 250, 100, 75, 50)),
-    "impulse_noise": dict(  # share of the elements hit
-        imagenet=(.03, .06, .09, .17, .27), tiny=(.01, .02, .05, .08, .14),
-        cifar=(.01, .02, .03, .05, .07)),
-    "defocus_blur": dict(  # radius of the disk, sigma of its smoothing
-        imagenet=((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
-        tiny=((.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)),
-        cifar=((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
-    "glass_blur": dict(  # sigma, reach, passes
-        imagenet=((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-        tiny=((.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)),
-        cifar=((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
-    "motion_blur": dict(  # radius, sigma
-        imagenet=((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-        tiny=((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
-        cifar=((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": dict(  # the factors: from 1 to below this, in steps of that
-        imagenet=((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
-        tiny=((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01)),
-        cifar=((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))),
-    "snow": dict(  # mean, standard deviation, zoom, threshold, radius, sigma, share not whitened
-        imagenet=((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7),
-                  (.55, .3, 4, .9, 12, 8, .7), (.55, .3, 4.5, .85, 12, 8, .65),
-                  (.55, .3, 2.5, .85, 12, 12, .55)),
-        tiny=((.1, .2, 1, .6, 8, 3, .8), (.1, .2, 1, .5, 10, 4, .8), (.15, .3, 1.75, .55, 10, 4, .7),
-              (.25, .3, 2.25, .6, 12, 6, .65), (.3, .3, 1.25, .65, 14, 12, .6)),
-        cifar=((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
-               (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
-    "frost": dict(  # weight of the image, weight of the ice
-        imagenet=((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
-        tiny=((1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)),
-        cifar=((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
-    "fog": dict(  # weight of the fog, decay of its amplitude per octave
-        imagenet=((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-        tiny=((.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
-        cifar=((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
-    "brightness": dict(  # added to V
-        imagenet=(.1, .2, .3, .4, .5), tiny=(.1, .2, .3, .4, .5), cifar=(.05, .1, .15, .2, .3)),
-    "contrast": dict(  # factor
-        imagenet=(.4, .3, .2, .1, .05), tiny=(.4, .3, .2, .1, .05), cifar=(.75, .5, .4, .3, .15)),
-    "elastic_transform": dict(  # amplitude, sigma, affine jitter; shares of the side
-        imagenet=((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02)),
-        tiny=((0, 0, .08), (.05, .3, .06), (.1, .08, .06), (.1, .03, .03), (.16, .03, .02)),
-        cifar=((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))),
-    "pixelate": dict(  # share of the side that is kept
-        imagenet=(.6, .5, .4, .3, .25), tiny=(.9, .8, .7, .6, .5), cifar=(.95, .9, .85, .75, .65)),
-    "jpeg_compression": dict(  # quality
-        imagenet=(25, 18, 15, 10, 7), tiny=(65, 58, 50, 40, 25), cifar=(80, 65, 58, 50, 40)),
-    "speckle_noise": dict(  # standard deviation at white
-        imagenet=(.15, .2, .35, .45, .6), tiny=(.15, .2, .25, .3, .35), cifar=(.06, .1, .12, .16, .2)),
-    "gaussian_blur": dict(  # sigma
-        imagenet=(1, 2, 3, 4, 6), tiny=(.5, .75, 1, 1.25, 1.5), cifar=(.4, .6, .7, .8, 1)),
-    "spatter": dict(  # mean, standard deviation, sigma, threshold, strength or second sigma, mud?
-        imagenet=((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
-                  (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
-        tiny=((.62, .1, .7, .7, .6, 0), (.65, .1, .8, .7, .6, 0), (.65, .3, 1, .69, .6, 0),
-              (.65, .1, .7, .68, .6, 1), (.65, .1, .5, .67, .6, 1)),
-        cifar=((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
-               (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
-    "saturate": dict(  # factor on S, then added to S
-        imagenet=((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
-        tiny=((.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)),
-        cifar=((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
+CONSTANTS = {  # severities 1..5 of make_imagenet_c.py, make_tinyimagenet_c.py, make_cifar_c.py
+    "gaussian_noise": ((.08, .12, .18, .26, .38), (.04, .08, .12, .15, .18),
+                       (.04, .06, .08, .09, .1)),
+    "shot_noise": ((60, 25, 12, 5, 3), (250, 100, 50, 30, 15), (500, 250, 100, 75, 50)),
+    "impulse_noise": ((.03, .06, .09, .17, .27), (.01, .02, .05, .08, .14),
+                      (.01, .02, .03, .05, .07)),
+    "defocus_blur": (((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
+                     ((.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)),
+                     ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
+    "glass_blur": (((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+                   ((.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)),
+                   ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
+    "motion_blur": (((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+                    ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
+                    ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
+                  ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01)),
+                  ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))),
+    "snow": (((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
+              (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
+             ((.1, .2, 1, .6, 8, 3, .8), (.1, .2, 1, .5, 10, 4, .8),
+              (.15, .3, 1.75, .55, 10, 4, .7), (.25, .3, 2.25, .6, 12, 6, .65),
+              (.3, .3, 1.25, .65, 14, 12, .6)),
+             ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9),
+              (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85),
+              (.3, .3, 1.25, .65, 14, 12, .8))),
+    "frost": (((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
+              ((1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)),
+              ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
+    "fog": (((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+            ((.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
+            ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
+    "brightness": ((.1, .2, .3, .4, .5), (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3)),
+    "contrast": ((.4, .3, .2, .1, .05), (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15)),
+    "elastic_transform": (
+        ((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02)),
+        ((0, 0, .08), (.05, .3, .06), (.1, .08, .06), (.1, .03, .03), (.16, .03, .02)),
+        ((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))),
+    "pixelate": ((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65)),
+    "jpeg_compression": ((25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40)),
+    "speckle_noise": ((.15, .2, .35, .45, .6), (.15, .2, .25, .3, .35), (.06, .1, .12, .16, .2)),
+    "gaussian_blur": ((1, 2, 3, 4, 6), (.5, .75, 1, 1.25, 1.5), (.4, .6, .7, .8, 1)),
+    "spatter": (((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
+                 (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
+                ((.62, .1, .7, .7, .6, 0), (.65, .1, .8, .7, .6, 0), (.65, .3, 1, .69, .6, 0),
+                 (.65, .1, .7, .68, .6, 1), (.65, .1, .5, .67, .6, 1)),
+                ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
+                 (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
+    "saturate": (((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
+                 ((.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)),
+                 ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
 }
 CORRUPTIONS = tuple(CONSTANTS)
-CORRUPTIONS_15 = CORRUPTIONS[:15]  # the benchmark; the other four are for validation
+CORRUPTIONS_15 = CORRUPTIONS[:15]  # the benchmark; the last four are for validation
 
 
-def draw(gens, shape, fill, dtype=torch.float32):
-    """(B,*shape) on the generators' device, row k filled by fill(row, generator k): the numbers of an image
-    do not depend on its batch."""
+def scale_of(h, w):
+    """Column of CONSTANTS: 0 ImageNet, 1 Tiny ImageNet (longer side to 128 px), 2 CIFAR (to 48)."""
+    return (max(h, w) <= 128) + (max(h, w) <= 48)
+
+
+def draw(gens, shape, fill, *args, dtype=torch.float32):
+    """(B,*shape) on the generators' device, row k filled by `fill` from generator k: what an image
+    draws does not depend on its batch."""
     out = torch.empty(len(gens), *shape, dtype=dtype, device=gens[0].device)
     for g, row in zip(gens, out):
-        fill(row, g)
+        fill(row, *args, generator=g)
     return out
 
 
-def normal(gens, *shape):
-    """Standard normal (B,*shape)."""
-    return draw(gens, shape, lambda row, g: row.normal_(generator=g))
-
-
-def uniform(gens, *shape, low=0.0, high=1.0):
-    """Uniform on [low, high), (B,*shape)."""
-    return draw(gens, shape, lambda row, g: row.uniform_(low, high, generator=g))
-
-
-def integers(gens, high, *shape):
-    """Uniform on 0..high-1, int32 (B,*shape)."""
-    return draw(gens, shape, lambda row, g: row.random_(0, high, generator=g), torch.int32)
-
-
 def truncate(y):
-    """uint8 of float values on 0..255, cut and not rounded, as the benchmark's files are; overwrites y.
-    1/512 absorbs the float error that would turn an exact 100 into 99; by way of int16 it is 3x faster."""
+    """uint8 of float values on 0..255, cut and not rounded, as the published files; overwrites y.
+    1/512 absorbs the float error that would turn 100 into 99; by way of int16 it is faster."""
     return y.add_(1 / 512).clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
 def pad_edge(x, left, right, top, bottom):
-    """(...,H,W) with the edge repeated, float32; several times faster than F.pad on one core."""
+    """(...,H,W) with the edge repeated, float32; on one core several times faster than F.pad."""
     h, w = x.shape[-2:]
     out = x.new_empty(*x.shape[:-2], h + top + bottom, w + left + right, dtype=torch.float32)
     rows = out[..., top:top + h, :]
@@ -545,8 +524,8 @@ def pad_edge(x, left, right, top, bottom):
 
 
 def slide(x, taps, dim):
-    """Correlation with taps along dim, which shrinks by len(taps) - 1. Sums of shifted views: an image stays
-    in cache, and the rounding does not depend on the batch."""
+    """Correlation with taps along dim, which shrinks by len(taps) - 1. A sum of shifted views: the
+    image stays in cache, and the rounding does not depend on the batch."""
     n = x.shape[dim] - len(taps) + 1
     out = x.narrow(dim, 0, n) * taps[0]
     for i, t in enumerate(taps[1:], 1):
@@ -554,122 +533,122 @@ def slide(x, taps, dim):
     return out
 
 
-def gaussian_taps(sigma, cut):
-    """Normalised Gaussian on -r..r, r = int(cut * sigma + 0.5), float64."""
-    g = np.arange(-int(cut * sigma + 0.5), int(cut * sigma + 0.5) + 1)
-    k = np.exp(-0.5 * (g / max(sigma, 1e-9)) ** 2)
-    return k / k.sum()
+def gaussian_taps(sigma, radius):
+    """Gaussian on -radius..radius with sum 1, a list; sigma 0 is the identity."""
+    k = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-9)) ** 2)
+    return (k / k.sum()).tolist()
 
 
 def gaussian(x, sigma):
     """Gaussian blur of (...,H,W), edge repeated, cut at 4 sigma."""
-    taps = gaussian_taps(sigma, 4.0).tolist()
-    r = len(taps) // 2
+    r = int(4 * sigma + 0.5)
+    taps = gaussian_taps(sigma, r)
     return slide(slide(pad_edge(x, r, r, r, r), taps, -1), taps, -2)
 
 
 def motion(x, radius, sigma, angles):
-    """(B,C,H,W) smeared along one angle (degrees) an image: a one-sided half Gaussian of 2 radius + 1 taps at
-    whole-pixel offsets, edge repeated, so the content shifts. ImageMagick's definition."""
+    """(B,C,H,W) smeared along one angle (degrees) an image: a one-sided half Gaussian of 2 radius +
+    1 taps at whole-pixel offsets, edge repeated, so the content shifts: as ImageMagick does."""
     h, w = x.shape[-2:]
-    taps = gaussian_taps(sigma, 2 * radius / sigma)[2 * radius:]
-    taps = (taps / taps.sum()).tolist()
-    ways = [(math.cos(math.radians(a)), math.sin(math.radians(a))) for a in angles]
-    steps = [[(math.ceil(i * s - 0.5), math.ceil(i * c - 0.5)) for i in range(len(taps))] for c, s in ways]
-    top, left = (-min(step[k] for path in steps for step in path) for k in (0, 1))
-    bottom, right = (max(step[k] for path in steps for step in path) for k in (0, 1))
-    padded, out = pad_edge(x, left, right, top, bottom), x.new_zeros(x.shape, dtype=torch.float32)
-    for p, o, path in zip(padded, out, steps):
+    taps = gaussian_taps(sigma, 2 * radius)[2 * radius:]
+    taps, ways = [t / sum(taps) for t in taps], [math.radians(a) for a in angles]
+    paths = [[(math.ceil(i * math.sin(a) - 0.5), math.ceil(i * math.cos(a) - 0.5))
+              for i in range(len(taps))] for a in ways]
+    dys, dxs = zip(*(step for path in paths for step in path))
+    top, left = -min(dys), -min(dxs)
+    padded = pad_edge(x, left, max(dxs), top, max(dys))
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for p, o, path in zip(padded, out, paths):
         for (dy, dx), t in zip(path, taps):
             o.add_(p[:, top + dy:top + dy + h, left + dx:left + dx + w], alpha=t)
     return out
 
 
 def gaussian_noise(x, c, gens):
-    """x + normal noise."""
-    return truncate(normal(gens, *x.shape[1:]).mul_(255 * c).add_(x))
+    """x + noise of standard deviation c."""
+    return truncate(draw(gens, x.shape[1:], torch.Tensor.normal_).mul_(255 * c).add_(x))
 
 
 def speckle_noise(x, c, gens):
-    """x + x * normal noise."""
-    return truncate(normal(gens, *x.shape[1:]).mul_(c).add_(1).mul_(x))
+    """x + x * noise of standard deviation c."""
+    return truncate(draw(gens, x.shape[1:], torch.Tensor.normal_).mul_(c).add_(1).mul_(x))
 
 
 @functools.lru_cache(maxsize=8)
 def poisson_table(photons, device, levels=4096):
-    """uint8 (256 * levels,): the noisy value of pixel value v at quantile (q + 0.5) / levels, row v."""
-    n = torch.arange(photons + 1, dtype=torch.float64)  # more photons than white are clipped anyway
+    """uint8 (256 * levels,): row v holds the noisy values of pixel value v at even quantiles."""
+    n = torch.arange(photons + 1, dtype=torch.float64)  # counts above white are clipped anyway
     rate = torch.arange(256, dtype=torch.float64)[:, None] * (photons / 255)
-    cdf = torch.special.gammaincc(n + 1, rate)  # P(count <= n)
     q = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    cdf = torch.special.gammaincc(n + 1, rate)  # P(count <= n)
     counts = torch.searchsorted(cdf, q.expand(256, -1).contiguous()).clamp_(max=photons)
     return truncate(counts * (255 / photons)).flatten().to(device)
 
 
 def shot_noise(x, c, gens):
-    """Poisson counts with c photons at white, by the inverse of the distribution function in a table."""
-    key = integers(gens, 4096, *x.shape[1:]).add_(x.int(), alpha=4096)
-    return poisson_table(c, x.device).index_select(0, key.flatten()).view_as(x)
+    """Poisson counts with c photons at white: a random quantile, looked up in a table."""
+    key = draw(gens, x.shape[1:], torch.Tensor.random_, 0, 4096, dtype=torch.int32)
+    key = key.add_(x.int(), alpha=4096).flatten()
+    return poisson_table(c, x.device).index_select(0, key).view(x.shape)
 
 
 def impulse_noise(x, c, gens):
     """A share c of the elements (not pixels) set to 0 or 255."""
-    u = uniform(gens, *x.shape[1:])
+    u = draw(gens, x.shape[1:], torch.Tensor.uniform_)
     return x.masked_fill(u < c, 255).masked_fill_(u < c / 2, 0)
 
 
 @functools.lru_cache(maxsize=8)
-def disk_spectrum(radius, sigma, h, w, device):
-    """Transfer function on a torus (h,w) of a disk smoothed by a 3x3 or 5x5 Gaussian, and the reach of its
-    kernel. The smoothing mirrors the kernel at its own edge: at radius 8 and 10 it brightens the image."""
-    reach, half = (8, 1) if radius <= 8 else (radius, 2)
-    g = torch.arange(-reach, reach + 1)
+def disk_spectrum(radius, sigma, reach, h, w, device):
+    """Transfer function on a torus (h,w) of a disk smoothed by a 3x3 (to radius 8) or 5x5 Gaussian,
+    which mirrors the kernel at its own edge: at radius 8 and 10 that brightens the image by 1 %."""
+    half, g = 1 if radius <= 8 else 2, torch.arange(-reach, reach + 1)
     k = (g[:, None] ** 2 + g ** 2 <= radius ** 2).double()
     k = F.pad((k / k.sum())[None], (half,) * 4, mode="reflect")[0]
-    taps = gaussian_taps(sigma, (half + 0.1) / sigma).tolist()
-    k = slide(slide(k, taps, 0), taps, 1)
+    k = slide(slide(k, gaussian_taps(sigma, half), 0), gaussian_taps(sigma, half), 1)
     k = F.pad(k, (0, w - len(g), 0, h - len(g))).roll((-reach, -reach), (0, 1))
-    return torch.fft.rfft2(k).to(device, torch.complex64), reach
+    return torch.fft.rfft2(k).to(device, torch.complex64)
 
 
 def defocus_blur(x, c):
-    """Disk blur, mirrored about the edge pixel; by FFT, as fast at radius 10 as at 3."""
-    h, w = x.shape[-2:]
-    r = 8 if c[0] <= 8 else c[0]
-    spectrum, r = disk_spectrum(*c, h + 2 * r, w + 2 * r, x.device)
-    y = torch.fft.rfft2(F.pad(x.float(), (r, r, r, r), mode="reflect")).mul_(spectrum)
-    return truncate(torch.fft.irfft2(y, s=(h + 2 * r, w + 2 * r))[..., r:r + h, r:r + w])
+    """Disk blur, c = radius and smoothing, mirrored about the edge pixel; at one cost for all."""
+    (h, w), r = x.shape[-2:], max(8, c[0])
+    size = (h + 2 * r, w + 2 * r)
+    y = torch.fft.rfft2(F.pad(x.float(), (r, r, r, r), mode="reflect"))
+    y = torch.fft.irfft2(y.mul_(disk_spectrum(*c, r, *size, x.device)), s=size)
+    return truncate(y[..., r:r + h, r:r + w])
 
 
 def gaussian_blur(x, c):
-    """Gaussian blur."""
+    """Gaussian blur of sigma c."""
     return truncate(gaussian(x, c))
 
 
 @functools.lru_cache(maxsize=8)
 def shuffle_plan(n, h, w, d, device):
-    """For n images end to end, int32: pixel numbers (n*h*w,); 1 where the shuffle writes (rows and columns
-    d+1 .. size-d), else 0; the (2d)^2 offsets -d..d-1 in pixel numbers (the reference has no +d)."""
+    """For n images end to end, int32: pixel numbers (n*h*w,); 1 where the shuffle writes (rows and
+    columns d+1 .. size-d), else 0; the offsets -d..d-1 (not d: the reference) in pixel numbers."""
     active = torch.zeros(n, h, w, dtype=torch.int32)
     active[:, d + 1:h - d + 1, d + 1:w - d + 1] = 1
     steps = torch.arange(-d, d, dtype=torch.int32)
-    steps = (steps[:, None] * w + steps).flatten()
-    here = torch.arange(n * h * w, dtype=torch.int32)
+    steps, here = (steps[:, None] * w + steps).flatten(), torch.arange(n * h * w, dtype=torch.int32)
     return here.to(device), active.flatten().to(device), steps.to(device)
 
 
 def glass_blur(x, c, gens):
-    """Gaussian, local shuffle, Gaussian. The shuffle visits the pixels in reverse raster order and copies into
-    each the pixel at a random offset (the reference's swap of two views is a copy), which may itself be a
-    copy made earlier in the pass. Chains of copies are followed by pointer doubling, up to 32 links."""
+    """Gaussian, local shuffle, Gaussian; c = sigma, reach, passes. The shuffle visits the pixels in
+    reverse raster order and copies into each the pixel at a random offset (the reference's swap of
+    two views is a copy), which may itself be a copy made earlier in the pass. Pointer doubling
+    follows such chains, up to 32 links."""
     sigma, d, passes = c
     n, _, h, w = x.shape
     here, active, steps = shuffle_plan(n, h, w, d, x.device)
     source = here
     for _ in range(passes):
-        step = steps.index_select(0, integers(gens, 4 * d * d, h * w).flatten()).mul_(active)
+        pick = draw(gens, (h * w,), torch.Tensor.random_, 0, 4 * d * d, dtype=torch.int32)
+        step = steps.index_select(0, pick.flatten()).mul_(active)
         j = here + step
-        made = active.index_select(0, j).mul_(step > 0)  # 1: the pixel at j is itself a copy of this pass
+        made = active.index_select(0, j).mul_(step > 0)  # 1: j was itself written in this pass
         link = step.mul_(made).add_(here)
         for _ in range(5 if d > 1 else 0):  # an offset of reach 1 never points to such a pixel
             link = link.index_select(0, link)
@@ -679,93 +658,149 @@ def glass_blur(x, c, gens):
 
 
 def motion_blur(x, c, gens):
-    """Smear along an angle within 45 degrees of the horizontal."""
-    return truncate(motion(x, *c, uniform(gens, 1, low=-45, high=45).flatten().tolist()))
+    """Smear along an angle within 45 degrees of the horizontal, c = radius and sigma."""
+    return truncate(motion(x, *c, draw(gens, (), torch.Tensor.uniform_, -45, 45).tolist()))
 
 
 def zoom_taps(n, zoom):
-    """Source pixels and weights (n,2) of the centre of n pixels enlarged by `zoom`: bilinear with aligned
-    corners, to round(ceil(n / zoom) * zoom) pixels, trimmed to n."""
+    """Source pixels and weights (n,2) of the centre of n pixels enlarged by `zoom`: bilinear with
+    aligned corners to round(ceil(n / zoom) * zoom) pixels, trimmed to n."""
     crop = math.ceil(n / zoom)
     size = round(crop * zoom)
     s = (torch.arange(n, dtype=torch.float64) + (size - n) // 2) * ((crop - 1) / (size - 1))
     i = s.floor().clamp_(max=crop - 2)
-    i, f = i.long() + (n - crop) // 2, s - i
+    f, i = s - i, i.long() + (n - crop) // 2
     return torch.stack([i, i + 1], 1), torch.stack([1 - f, f], 1)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=3)
 def zoom_matrix(h, w, stop, step, device):
-    """Sparse (h*w, h*w) matrix of zoom blur: columns, row starts (int32), values. A few seconds at 512 px."""
-    factors = np.arange(1, stop, step).tolist()
-    taps = [(zoom_taps(h, z), zoom_taps(w, z)) for z in [1.0] + factors]  # the image itself, and as factor 1
-    columns, counts, values = [], [], []
-    for r in range(0, h, 16):  # a few rows at a time, or the unmerged entries fill the memory
-        index = [a[r:r + 16, None, :, None] * w + b[None, :, None] for (a, _), (b, _) in taps]
-        value = [a[r:r + 16, None, :, None] * b[None, :, None] for (_, a), (_, b) in taps]
-        index, value = (torch.stack(t, 2).flatten(0, 1).flatten(1) for t in (index, value))
-        index += torch.arange(len(index))[:, None] * (h * w)
-        keep = value > 1e-9
-        key, entry = torch.unique(index[keep], return_inverse=True)
-        values.append(torch.zeros(len(key), dtype=value.dtype).index_add_(0, entry, value[keep]))
-        columns.append(key % (h * w))
-        counts.append(torch.bincount(key // (h * w), minlength=len(index)))
-    starts = F.pad(torch.cat(counts).cumsum(0)[:-1], (1, 0)).int().to(device)
-    return torch.cat(columns).int().to(device), starts, (torch.cat(values) / len(taps)).float().to(device)
+    """Zoom blur as a sparse matrix: source pixels (h*w,N) int32 and weights, 25 MB at 224 px."""
+    factors = [1.0, *np.arange(1, stop, step).tolist()]  # the image itself, and again as factor 1
+    taps = [(zoom_taps(h, z), zoom_taps(w, z)) for z in factors]
+    index = [(a[:, None, :, None] * w + b[None, :, None]).int() for (a, _), (b, _) in taps]
+    value = [(a[:, None, :, None] * b[None, :, None]).float() for (_, a), (_, b) in taps]
+    index, value = (torch.stack(t, 2).view(h * w, -1).to(device) for t in (index, value))
+    return index, value / len(factors)
 
 
 def zoom_blur(x, c):
-    """Mean of the image and of its centre enlarged by each factor: one sparse matrix for all, applied to the
-    planes of several images side by side."""
+    """Mean of the image and of its centre enlarged by each factor, c = end and step of the factors:
+    one sparse matrix, applied to the planes of several images side by side."""
     b, _, h, w = x.shape
-    columns, starts, values = zoom_matrix(h, w, *c, x.device)
+    index, weights = zoom_matrix(h, w, *c, x.device)
     planes = x.reshape(3 * b, h * w).t().contiguous().float()  # (HW,3B)
-    y = F.embedding_bag(columns, planes, starts, mode="sum", per_sample_weights=values)
+    y = F.embedding_bag(index, planes, mode="sum", per_sample_weights=weights)
     return truncate(y).t().reshape(b, 3, h, w)
 
 
 def snow(x, c, gens):
-    """Whitened image + flakes (thresholded noise, enlarged, smeared) + the flakes turned by 180 degrees."""
+    """Whitened image + flakes (thresholded noise, enlarged, smeared) + the flakes turned around."""
     mean, std, zoom, threshold, radius, sigma, keep = c
     h, w = x.shape[-2:]
-    flakes = normal(gens, 1, math.ceil(h / zoom), math.ceil(w / zoom)).mul_(std).add_(mean)
+    crop = (1, math.ceil(h / zoom), math.ceil(w / zoom))
+    flakes = draw(gens, crop, torch.Tensor.normal_, mean, std)
     size = [round(n * zoom) for n in flakes.shape[-2:]]
     flakes = F.interpolate(flakes, size=size, mode="bilinear", align_corners=True)
     flakes = flakes[..., (size[0] - h) // 2:, (size[1] - w) // 2:][..., :h, :w]
-    angles = uniform(gens, 1, low=-135, high=-45).flatten().tolist()
-    flakes = truncate(flakes * (flakes >= threshold) * 255)  # an 8-bit image before and after its smear
-    flakes = motion(flakes, radius, sigma, angles).add_(1 / 512).floor_()
+    flakes = truncate(flakes * (flakes >= threshold) * 255)  # 8 bits before and after the smear
+    angles = draw(gens, (), torch.Tensor.uniform_, -135, -45).tolist()
+    flakes = truncate(motion(flakes, radius, sigma, angles)).float()
     y = x.float()
-    white = (y[:, :1] * 0.299).add_(y[:, 1:2], alpha=0.587).add_(y[:, 2:], alpha=0.114).mul_(1.5).add_(127.5)
-    white = torch.maximum(y, white).mul_(1 - keep)
+    white = (y[:, :1] * 0.299).add_(y[:, 1:2], alpha=0.587).add_(y[:, 2:], alpha=0.114)
+    white = torch.maximum(y, white.mul_(1.5).add_(127.5)).mul_(1 - keep)
     return truncate(white.add_(y, alpha=keep).add_(flakes + flakes.flip(-2, -1)))
 
 
+ICE_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")  # not the sixth
+
+
+def frost_folder(folder=None):
+    """The folder of the original textures: `folder`, or a PyPI package's, or None."""
+    specs = [importlib.util.find_spec(p) for p in ("imagecorruptions", "imagenet_c")]  # no import
+    folders = [Path(s.origin).parent / "frost" for s in specs if s and s.origin]
+    return folder or next((f for f in folders if all((f / n).is_file() for n in ICE_FILES)), None)
+
+
+# The original's textures (its third is a copy of its second): height, width, mean RGB, standard
+# deviation RGB, power (dB) of a 224 px crop in eight bands of equal ratio from 2/224 to 1/2 a px.
+ICE = ((600, 900, (.305, .585, .650), (.106, .065, .060), (37, 30, 24, 19, 16, 14.2, 12.6, 7.7)),
+       (315, 560, (.787, .805, .841), (.084, .087, .089), (35, 32, 29.3, 27.3, 23, 18.5, 14.8, 9)),
+       (350, 527, (.540, .599, .648), (.112, .112, .117), (35, 33, 30.6, 28.8, 25.6, 23, 20, 14.3)),
+       (495, 660, (.441, .484, .528), (.174, .170, .163), (42, 40, 36, 31.7, 27.8, 23.6, 19, 15.4)))
+
+
+def procedural_ice(i):
+    """uint8 (3,H,W) like texture i: needles in eight directions, each in its own patches, given the
+    measured power at every radius, and a smooth field that makes up the deviation."""
+    h, w, mean, std, bands = ICE[(0, 1, 1, 2, 3)[i]]
+    g, grey = rng("ice", i), (sum(s * s for s in std) / 3) ** 0.5
+    fy, fx = torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)
+    radius = torch.hypot(fy, fx)
+    needles = 0
+    for k in range(9):
+        soft = torch.fft.rfft2(torch.randn(h, w, generator=g)) * torch.exp(-(60 * radius) ** 2)
+        patch = torch.fft.irfft2(soft, s=(h, w))
+        angle = (k + torch.rand(1, generator=g).item()) * math.pi / 9
+        along, across = (fx * math.cos(a) + fy * math.sin(a) for a in (angle, angle + math.pi / 2))
+        seeds = (torch.rand(h, w, generator=g) < 0.02) * (patch > patch.std() / 2).float()
+        needles += torch.fft.rfft2(seeds) * torch.exp(-(40 * along) ** 2 - (2 * across) ** 2)
+    ring = (radius * 300).long().flatten()
+    power = torch.bincount(ring, needles.abs().square().flatten())
+    power /= torch.bincount(ring).clamp(min=1)
+    centres = np.log(np.append(np.geomspace(2 / 224, 0.5, 17)[1::2], 0.7))
+    level = np.interp(np.log(radius.numpy() + 1e-9), centres, (*bands, bands[-1] - 8))
+    gain = torch.from_numpy(10 ** (level / 20)).float() * (h * w) ** 0.5 / (224 * 3 / 8)  # Hann
+    ice = needles * gain / power.clamp(min=1e-12).sqrt()[ring].view(gain.shape)
+    soft = soft * torch.exp(-(170 * radius) ** 2)
+    ice, soft = (torch.fft.irfft2(f, s=(h, w)) for f in (ice, soft))
+    ice, soft = ice - ice.mean(), soft - soft.mean()
+    ice += soft * ((grey ** 2 - ice.var()).clamp(min=0).sqrt() / soft.std())
+    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    return truncate(255 * (mean + std * ice / grey))
+
+
+@functools.lru_cache(maxsize=10)
+def frost_texture(folder, i):
+    """Texture i at full size, uint8 (3,H,W)."""
+    folder = frost_folder(folder)
+    if folder is None:
+        return procedural_ice(i)
+    with Image.open(Path(folder) / ICE_FILES[i]) as file:
+        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=32)
+def frost_textures(folder, h, w, device):
+    """The five textures at the scale for images of (h,w), larger where they would not cover one."""
+    out = []
+    for ice in (frost_texture(folder, i) for i in range(5)):
+        size, scale = ice.shape[1:], (1, 0.3, 0.2)[scale_of(h, w)]
+        if scale * size[0] < h or scale * size[1] < w:
+            scale = 1.1 * max(h / size[0], w / size[1])
+        if scale != 1:
+            size = [round(n * scale) for n in size]
+            ice = truncate(F.interpolate(ice[None].float(), size=size, mode="bilinear")[0] + 0.5)
+        out.append(ice.to(device))
+    return out
+
+
 def frost(x, c, gens, folder=None):
-    """Weighted sum of the image and a random crop of one of five pictures of ice."""
+    """c0 * image + c1 * a random crop of one of five pictures of ice."""
     h, w = x.shape[-2:]
-    textures = frost_textures(folder, scale_of(h, w), h, w, x.device)
+    textures = frost_textures(folder, h, w, x.device)
     out = x.float().mul_(c[0])
-    for o, (which, u, v) in zip(out, uniform(gens, 3).tolist()):
+    for o, (which, u, v) in zip(out, draw(gens, (3,), torch.Tensor.uniform_).tolist()):
         ice = textures[int(which * 5)]
         top, left = int(u * (ice.shape[1] - h)), int(v * (ice.shape[2] - w))
         o.add_(ice[:, top:top + h, left:left + w], alpha=c[1])
     return truncate(out)
 
 
-def fog(x, c, gens):
-    """Image + plasma, scaled back by the image's own maximum."""
-    h, w = x.shape[-2:]
-    peak = x.amax((1, 2, 3)).float()[:, None, None, None]
-    y = plasma(gens, 1 << (max(h, w) - 1).bit_length(), c[1])[:, None, :h, :w]
-    return truncate((y * (255 * c[0]) + x).mul_(peak / (peak + 255 * c[0])))
-
-
 def plasma(gens, side, decay):
-    """Diamond-square heights on a torus, scaled to [0,1]: (B,side,side)."""
-    u = uniform(gens, side, side, low=-1)
-    m = torch.zeros_like(u)
-    step, amplitude = side, 100.0 ** 2  # the reference multiplies its wobble by itself
+    """Diamond-square heights on a torus, on [0,1]: (B,side,side)."""
+    u = draw(gens, (side, side), torch.Tensor.uniform_, -1, 1)
+    m, step, amplitude = torch.zeros_like(u), side, 1.0
     while step > 1:
         half = step // 2
         noise = u[:, ::half, ::half] * amplitude
@@ -777,9 +812,17 @@ def plasma(gens, side, decay):
         m[:, ::step, half::step] = s.mul_(0.25).add_(noise[:, ::2, 1::2])
         s = centres + centres.roll(1, 2) + corners + corners.roll(-1, 1)
         m[:, half::step, ::step] = s.mul_(0.25).add_(noise[:, 1::2, ::2])
-        step, amplitude = half, amplitude / decay ** 2
+        step, amplitude = half, amplitude / decay ** 2  # squared: wobble times itself
     m -= m.amin((1, 2), keepdim=True)
     return m.div_(m.amax((1, 2), keepdim=True))
+
+
+def fog(x, c, gens):
+    """Image + c0 * plasma, scaled back by the image's own maximum."""
+    h, w = x.shape[-2:]
+    peak = x.amax((1, 2, 3)).float()[:, None, None, None]
+    y = plasma(gens, 1 << (max(h, w) - 1).bit_length(), c[1])[:, None, :h, :w]
+    return truncate((y * (255 * c[0]) + x).mul_(peak / (peak + 255 * c[0])))
 
 
 def brightness(x, c):
@@ -791,14 +834,13 @@ def brightness(x, c):
 
 
 def saturate(x, c):
-    """S * c0 + c1 in HSV: distances below V scale with S. Grey has hue 0: more saturation makes it red."""
+    """S * c0 + c1 in HSV: distances below V scale with S. Grey has hue 0: more S makes it red."""
     y = x.float()
-    v, low = y.amax(1, keepdim=True), y.amin(1, keepdim=True)
-    s = (v - low) / v.clamp(min=1)
+    v = y.amax(1, keepdim=True)
+    s = (v - y.amin(1, keepdim=True)) / v.clamp(min=1)
     new = (s * c[0] + c[1]).clamp_(max=1)
-    y = v - (v - y).mul_(new / s)
     red = torch.cat([v, v * (1 - new), v * (1 - new)], 1)
-    return truncate(torch.where(s == 0, red, y))
+    return truncate(torch.where(s == 0, red, v - (v - y).mul_(new / s)))
 
 
 def contrast(x, c):
@@ -810,50 +852,58 @@ def contrast(x, c):
 @functools.lru_cache(maxsize=32)
 def blur_matrix(n, sigma, device):
     """(n,n) Gaussian blur, cut at 3 sigma, mirrored about the edge as often as it takes."""
-    taps = torch.from_numpy(gaussian_taps(sigma, 3.0))
-    r = len(taps) // 2
+    r = int(3 * sigma + 0.5)
     i = (torch.arange(n)[:, None] + torch.arange(-r, r + 1)) % (2 * n)
     i = torch.where(i < n, i, 2 * n - 1 - i)
-    m = torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, i, taps.expand(n, -1))
-    return m.to(device, torch.float32)
+    m = torch.zeros(n, n).scatter_add_(1, i, torch.tensor(gaussian_taps(sigma, r)).expand(n, -1))
+    return m.to(device)
 
 
-def elastic_transform(x, c, gens):
-    """A random affine map (mirrored about the edge pixel), then a smooth random field (about the edge)."""
-    b, _, h, w = x.shape
-    side = min(h, w) * (244 / 224 if scale_of(h, w) == "imagenet" else 1)  # 244: the reference's slip
-    amplitude, sigma, jitter = (side * k for k in c)
-    a = affine(h, w, uniform(gens, 3, 2, low=-jitter, high=jitter)).to(x.device)[..., None]
-    u, v = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
-    grid = (a[:, :, 0] * u + a[:, :, 2])[:, :, None] + (a[:, :, 1] * v)[..., None]  # (B,2,H,W)
-    y = F.grid_sample(x.float(), grid.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=True)
-    if amplitude:
-        field = uniform(gens, 2, h, w, low=-amplitude, high=amplitude)
-        rows, columns = blur_matrix(h, sigma, x.device), blur_matrix(w, sigma, x.device)
-        for f in field:  # one by one, or the matrix product rounds by the size of the batch
-            f.copy_(rows @ f @ columns.T)
-        field.mul_(field.new_tensor([2 / w, 2 / h]).view(2, 1, 1))
-        field[:, 0].add_(u * ((w - 1) / w))
-        field[:, 1].add_(v[:, None] * ((h - 1) / h))
-        y = F.grid_sample(y, field.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
-    return truncate(y)
+def resample(x, grid, corners):
+    """Bilinear x (B,C,H,W) at grid (B,2,H,W), columns and rows on -1..1, mirrored beyond. corners:
+    -1 and 1 are the centres of the edge pixels, not their outer edges."""
+    grid = grid.permute(0, 2, 3, 1)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=corners)
 
 
 def affine(h, w, shift):
-    """(B,2,3) float32, from output to input coordinates with the corners at -1 and 1: the map that moves
-    three points around the centre by shift (B,3,2) pixels."""
-    half, s = torch.tensor([[h // 2, w // 2]]), min(h, w) // 3
-    points = (half + torch.tensor([[s, s], [s, -s], [-s, -s]])).double()
-    moved = torch.cat([points + shift.cpu(), torch.ones(len(shift), 3, 1)], 2)
-    a = torch.linalg.solve(moved, torch.cat([points, torch.ones(3, 1)], 1).expand_as(moved)).mT
-    unit = torch.tensor([[2 / (w - 1), 0, -1], [0, 2 / (h - 1), -1], [0, 0, 1]], dtype=torch.float64)
+    """(B,2,3) float32, from output to input coordinates on -1..1: the map that moves three points
+    around the centre by shift (B,3,2) pixels."""
+    s, signs = min(h, w) // 3, ((1, 1), (1, -1), (-1, -1))
+    points = [[h // 2 + i * s, w // 2 + j * s, 1] for i, j in signs]  # the reference has h with x
+    points = torch.tensor(points).double()
+    moved = points + F.pad(shift.cpu().double(), (0, 1))
+    a = torch.linalg.solve(moved, points.expand_as(moved)).mT
+    unit = torch.tensor([[2 / (w - 1), 0, -1], [0, 2 / (h - 1), -1], [0, 0, 1]]).double()
     return (unit @ a @ torch.linalg.inv(unit))[:, :2].float()
+
+
+def elastic_transform(x, c, gens):
+    """A random affine map (mirrored at the edge pixel), then a smooth random field (mirrored at
+    the edge); c = amplitude, sigma and jitter in shares of the side."""
+    b, _, h, w = x.shape
+    side = min(h, w) * (1 if scale_of(h, w) else 244 / 224)  # 244: the reference's slip
+    amplitude, sigma, jitter = (side * k for k in c)
+    a = affine(h, w, draw(gens, (3, 2), torch.Tensor.uniform_, -jitter, jitter)).to(x.device)
+    u, v = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
+    a, b, shift = a[..., None].unbind(2)  # (B,2,1) each
+    grid = (a * u + shift)[:, :, None] + (b * v)[..., None]  # (B,2,H,W)
+    y = resample(x.float(), grid, True)
+    if amplitude:
+        field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
+        rows, columns = blur_matrix(h, sigma, x.device), blur_matrix(w, sigma, x.device)
+        for f in field:  # one by one, or the matrix product rounds by the size of the batch
+            f.copy_(rows @ f @ columns.T)
+        field[:, 0].mul_(2 / w).add_(u * ((w - 1) / w))
+        field[:, 1].mul_(2 / h).add_(v[:, None] * ((h - 1) / h))
+        y = resample(y, field, False)
+    return truncate(y)
 
 
 @functools.lru_cache(maxsize=64)
 def box_windows(n, m, planes, device):
-    """For `planes` stacks of n rows: all row numbers; the first of each of m windows a stack, as Pillow's box
-    filter cuts them (whole pixels); for each row of n, its window, as Pillow enlarges."""
+    """For `planes` stacks of n rows: all row numbers; the first row of each of a stack's m windows,
+    whole pixels as Pillow's box filter cuts them; for each of n rows its window, to enlarge."""
     first = (torch.arange(m, dtype=torch.float64) * (n / m) + 0.5).long()
     first = (torch.arange(planes)[:, None] * n + first).flatten()
     back = ((torch.arange(n, dtype=torch.float64) + 0.5) * (m / n)).long()
@@ -869,8 +919,8 @@ def shrink(x, m):
 
 
 def pixelate(x, c):
-    """Box reduction, then box enlargement; equal to Pillow's bit for bit. Rows are cheap to gather and columns
-    dear, so columns are handled as rows of the transpose."""
+    """Box reduction to a share c of the side, then enlargement; Pillow's bit for bit. Rows are
+    cheap to gather and columns are not: columns are handled as rows of the transpose."""
     b, _, h, w = x.shape
     m, n = int(h * c), int(w * c)
     y = shrink(shrink(x.mT.contiguous(), n).mT.contiguous(), m).to(torch.uint8)  # (B,3,m,n)
@@ -882,26 +932,18 @@ def jpeg_compression(x, c):
     """JPEG at quality c, chroma 4:2:0, by the CPU's codec."""
     out = torch.empty(x.shape, dtype=torch.uint8)
     for image, o in zip(x.cpu(), out):
-        pixels = torch.stack(image.unbind(), -1).permute(2, 0, 1)  # the order that the encoder reads
+        pixels = torch.stack(image.unbind(), -1).permute(2, 0, 1)  # as the encoder reads
         o.copy_(decode_jpeg(encode_jpeg(pixels, quality=c)))
     return out.to(x.device)
 
 
-def spatter(x, c, gens):
-    """Drops of water (a thickness) or mud (a mask) where smoothed noise is high."""
-    mean, std, sigma, threshold, strength, mud = c
-    liquid = gaussian(normal(gens, 1, *x.shape[-2:]).mul_(std).add_(mean), sigma)
-    if mud:
-        m = gaussian(liquid > threshold, strength)
-        m.mul_(m >= 0.8)
-        return truncate(x * (1 - m) + m * m.new_tensor([63, 42, 20]).view(3, 1, 1))
-    liquid = truncate(liquid * (liquid >= threshold) * 255).float()
-    depth = equalise(box(distance(edges(liquid)).clamp_(max=20)).floor_())
-    near = neighbours(depth, "reflect")
-    lit = -2 * near[0] - near[1] - near[3] + near[4] + near[5] + near[7] + 2 * near[8]
-    m = liquid * box(lit.clamp_(0, 255)).round_()
-    m.mul_(strength / m.amax((2, 3), keepdim=True).clamp_(min=1))
-    return truncate(x + m * m.new_tensor([175, 238, 238]).view(3, 1, 1))
+def equalise(x):
+    """Histogram equalisation of (B,1,H,W), whole numbers on 0..255."""
+    v, n = x.long().flatten(1), x[0].numel()
+    count = x.new_zeros(len(x), 256).scatter_add_(1, v, torch.ones_like(v, dtype=x.dtype))
+    first = count.gather(1, v.amin(1, keepdim=True))
+    table = ((count.cumsum(1) - first) * (255 / (n - first).clamp(min=1))).round_()
+    return torch.where(first == n, v.float(), table.gather(1, v)).view(x.shape)
 
 
 def neighbours(x, mode):
@@ -916,67 +958,52 @@ def box(x):
     return slide(slide(F.pad(x, (1, 1, 1, 1), mode="reflect"), [1 / 3] * 3, -1), [1 / 3] * 3, -2)
 
 
+def distance(mask, reach=20):
+    """Euclidean distance to the nearest True of (B,1,H,W), exact to `reach`, `reach` beyond."""
+    d = torch.where(mask, 0.0, float(reach))
+    for dim, costs in ((2, [(s, s) for s in (1, 2, 4, 8, 16)]),  # any k <= 31 is a sum of these
+                       (3, [(1, 2 * k - 1) for k in range(1, reach)])):  # k^2 = 1 + 3 + 5 + ...
+        for s, cost in costs:
+            n = d.shape[dim] - s
+            low, high = d.narrow(dim, 0, n), d.narrow(dim, s, n)
+            from_high, from_low = high + cost, low + cost
+            torch.minimum(low, from_high, out=low), torch.minimum(high, from_low, out=high)
+        d = d.square_() if dim == 2 else d.sqrt_()
+    return d
+
+
 def edges(x):
-    """Canny outline of (B,1,H,W) on 0..255, bool: thresholds 50 and 150 on |gx| + |gy| of Sobel."""
-    a, b, c, d, _, e, f, g, k = neighbours(x, "replicate")
-    gx, gy = c + 2 * e + k - a - 2 * d - f, f + 2 * g + k - a - 2 * b - c
-    size = gx.abs() + gy.abs()
-    a, b, c, d, _, e, f, g, k = neighbours(size, "constant")
-    flat, steep = gy.abs() < math.tan(math.pi / 8) * gx.abs(), gx.abs() < math.tan(math.pi / 8) * gy.abs()
-    diagonal = torch.where(gx * gy >= 0, (size > a) & (size > k), (size > c) & (size > f))
-    peak = torch.where(steep, (size > b) & (size >= g), diagonal)
-    peak = torch.where(flat, (size > d) & (size >= e), peak)
+    """Canny outline of (B,1,H,W), bool: |gx| + |gy| of Sobel over 150, or over 50 and linked."""
+    a, b, c, d, _, f, g, h, i = neighbours(x, "replicate")
+    gx, gy = c + 2 * f + i - a - 2 * d - g, g + 2 * h + i - a - 2 * b - c
+    size, tan = gx.abs() + gy.abs(), math.tan(math.pi / 8)
+    a, b, c, d, _, f, g, h, i = neighbours(size, "constant")
+    diagonal = torch.where(gx * gy >= 0, (size > a) & (size > i), (size > c) & (size > g))
+    peak = torch.where(gx.abs() < tan * gy.abs(), (size > b) & (size >= h), diagonal)
+    peak = torch.where(gy.abs() < tan * gx.abs(), (size > d) & (size >= f), peak)
     weak, strong = peak & (size > 50), peak & (size > 150)
-    while True:  # weak edges count where they touch strong ones
-        grown = weak & sum(neighbours(strong.half(), "constant")).bool()
+    while True:
+        grown = weak & (sum(neighbours(strong.float(), "constant")) > 0)
         if torch.equal(grown, strong):
             return strong
         strong = grown
 
 
-def distance(mask, reach=20):
-    """Euclidean distance to the nearest True of (B,1,H,W), exact up to `reach`, which stands for all beyond."""
-    d = torch.where(mask, 0.0, float(reach))
-    for s in (1, 2, 4, 8, 16):  # along columns: the steps of any k <= 31 add up from these
-        up, down = d[..., s:, :] + s, d[..., :-s, :] + s
-        torch.minimum(d[..., :-s, :], up, out=d[..., :-s, :])
-        torch.minimum(d[..., s:, :], down, out=d[..., s:, :])
-    d.square_()
-    for k in range(1, reach):  # along rows: k^2 = 1 + 3 + 5 + ..., one more pixel a turn
-        right, left = d[..., 1:] + (2 * k - 1), d[..., :-1] + (2 * k - 1)
-        torch.minimum(d[..., :-1], right, out=d[..., :-1])
-        torch.minimum(d[..., 1:], left, out=d[..., 1:])
-    return d.sqrt_()
-
-
-def equalise(x):
-    """Histogram equalisation of (B,1,H,W), whole numbers on 0..255."""
-    v, n = x.long().flatten(1), x[0].numel()
-    count = x.new_zeros(len(x), 256).scatter_add_(1, v, torch.ones_like(v, dtype=x.dtype))
-    first = count.gather(1, v.amin(1, keepdim=True))
-    table = ((count.cumsum(1) - first) * (255 / (n - first).clamp(min=1))).round_()
-    return torch.where(first == n, v.float(), table.gather(1, v)).view_as(x)
-
-
-# Per texture of the original: height, width, mean RGB, standard deviation RGB, sign of the needles, and the
-# power (dB) of a 224 px crop in eight bands from 2/224 to 1/2 cycle a pixel, evenly spaced in log frequency.
-ICE = (
-    (600, 900, (.305, .585, .650), (.106, .065, .060), 1, (37.1, 29.9, 24.0, 18.9, 15.9, 14.2, 12.6, 7.7)),
-    (315, 560, (.787, .805, .841), (.084, .087, .089), -1, (35.5, 32.0, 29.3, 27.3, 23.0, 18.5, 14.8, 8.8)),
-    (315, 560, (.787, .805, .841), (.084, .087, .089), -1, (35.5, 32.0, 29.3, 27.3, 23.0, 18.5, 14.8, 8.8)),
-    (350, 527, (.540, .599, .648), (.112, .112, .117), 1, (35.4, 33.0, 30.6, 28.8, 25.6, 23.0, 19.8, 14.3)),
-    (495, 660, (.441, .484, .528), (.174, .170, .163), 1, (42.2, 39.7, 36.0, 31.7, 27.8, 23.6, 19.4, 15.4)))
-ICE_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")  # 6 is never drawn
-ICE_SCALE = {"imagenet": 1.0, "tiny": 0.3, "cifar": 0.2}
-
-
-def frost_folder(folder=None):
-    """The folder that holds the original textures: `folder`, or a PyPI package's; None if there is none."""
-    if folder:
-        return Path(folder)
-    specs = [importlib.util.find_spec(p) for p in ("imagecorruptions", "imagenet_c")]  # imports nothing
-    folders = [Path(s.origin).parent / "frost" for s in specs if s and s.origin]
-    return next((f for f in folders if all((f / n).is_file() for n in ICE_FILES)), None)
+def spatter(x, c, gens):
+    """Drops of water (a thickness) or mud (a mask) where smoothed noise is high."""
+    mean, std, sigma, threshold, strength, mud = c
+    liquid = gaussian(draw(gens, (1, *x.shape[-2:]), torch.Tensor.normal_, mean, std), sigma)
+    if mud:
+        m = gaussian(liquid > threshold, strength)  # here a second sigma
+        m.mul_(m >= 0.8)
+        return truncate(x * (1 - m) + m * m.new_tensor([63, 42, 20]).view(3, 1, 1))
+    liquid = truncate(liquid * (liquid >= threshold) * 255).float()
+    depth = equalise(box(distance(edges(liquid)).clamp_(max=20)).floor_())
+    a, b, _, d, e, f, _, h, i = neighbours(depth, "reflect")
+    lit = (2 * (i - a) - b - d + e + f + h).clamp_(0, 255)
+    m = liquid * box(lit).round_()
+    m.mul_(strength / m.amax((2, 3), keepdim=True).clamp_(min=1))
+    return truncate(x + m * m.new_tensor([175, 238, 238]).view(3, 1, 1))
 
 
 def frost_source(folder=None):
@@ -984,96 +1011,26 @@ def frost_source(folder=None):
     return "original" if frost_folder(folder) else "procedural"
 
 
-@functools.lru_cache(maxsize=8)
-def frost_textures(folder, kind, h, w, device):
-    """Five uint8 (3,H',W') pictures of ice at the size of this kind of image, larger where (h,w) needs it."""
-    folder, out = frost_folder(folder), []
-    for i, name in enumerate(ICE_FILES):
-        ice = decode_image(str(folder / name), mode=ImageReadMode.RGB) if folder else procedural_ice(i)
-        size, scale = ice.shape[1:], ICE_SCALE[kind]
-        if scale * size[0] < h or scale * size[1] < w:
-            scale = 1.1 * max(h / size[0], w / size[1])
-        if scale != 1:
-            size = [round(n * scale) for n in size]
-            ice = truncate(F.interpolate(ice[None].float(), size=size, mode="bilinear")[0] + 0.5)
-        out.append(ice.to(device))
-    return out
-
-
-def procedural_ice(i):
-    """uint8 (3,H,W) with the mean, deviation and spectrum of texture i: needles of eight directions, each in
-    its own patches, given the measured power at every radius; a smooth field makes up the deviation."""
-    h, w, mean, std, sign, bands = ICE[i]
-    g = rng("ice", i)
-    fy, fx = torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)[None]
-    radius = torch.hypot(fy, fx)
-    lump = torch.exp(-(60 * radius) ** 2)
-    needles = torch.zeros(h, w // 2 + 1, dtype=torch.complex64)
-    for k in range(8):
-        angle = (k + torch.rand(1, generator=g).item()) * math.pi / 8
-        along, across = (fx * math.cos(a) + fy * math.sin(a) for a in (angle, angle + math.pi / 2))
-        patch = torch.fft.irfft2(torch.fft.rfft2(torch.randn(h, w, generator=g)) * lump, s=(h, w))
-        seeds = (torch.rand(h, w, generator=g) < 0.02) * (patch > patch.std() / 2) * sign
-        needles += torch.fft.rfft2(seeds.float()) * torch.exp(-(40 * along) ** 2 - (2 * across) ** 2)
-    ring = (radius * 300).long()
-    count = torch.bincount(ring.flatten()).clamp(min=1)
-    power = torch.bincount(ring.flatten(), needles.abs().square().flatten()) / count
-    at = np.log(np.append(np.geomspace(2 / 224, 0.5, 17)[1::2], 0.7))
-    level = np.interp(np.log(radius.numpy() + 1e-9), at, (*bands, bands[-1] - 8))
-    gain = torch.from_numpy(10 ** (level / 20)).float() * (h * w) ** 0.5 / (224 * 3 / 8)  # Hann window: 3/8
-    ice = torch.fft.irfft2(needles * gain / power.clamp(min=1e-12).sqrt()[ring], s=(h, w))
-    ice, lump = ice - ice.mean(), torch.fft.irfft2(torch.fft.rfft2(torch.randn(h, w, generator=g)) * lump ** 9, s=(h, w))
-    want = sum(s * s for s in std) / 3
-    ice += lump / lump.std() * max(want - ice.var().item(), 0) ** 0.5
-    return truncate(255 * (torch.tensor(mean)[:, None, None] + torch.tensor(std)[:, None, None] * ice / want ** 0.5))
-
-
-FIXED = {"defocus_blur": defocus_blur, "zoom_blur": zoom_blur, "brightness": brightness, "contrast": contrast,
-         "pixelate": pixelate, "jpeg_compression": jpeg_compression, "gaussian_blur": gaussian_blur,
-         "saturate": saturate}
-RANDOM = {"gaussian_noise": gaussian_noise, "shot_noise": shot_noise, "impulse_noise": impulse_noise,
-          "glass_blur": glass_blur, "motion_blur": motion_blur, "snow": snow, "frost": frost, "fog": fog,
-          "elastic_transform": elastic_transform, "speckle_noise": speckle_noise, "spatter": spatter}
-
-
-def scale_of(h, w):
-    """Whose constants: "cifar" up to 48 px on the longer side, "tiny" up to 128, "imagenet" above."""
-    side = max(h, w)
-    return "cifar" if side <= 48 else "tiny" if side <= 128 else "imagenet"
-
-
-def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
-    """uint8 (B,3,H,W) on x's device: x corrupted, a function of (image, its index, seed, name, severity).
-
-    index: B ints, the identities of the images, by default 0..B-1; frost_dir: folder of the original frost
-    textures; jpeg: the round trip at quality 85 that the published files went through. Sides of 32 to 512
-    px; the constants go by size (`scale_of`): those of make_imagenet_c.py, make_tinyimagenet_c.py and
-    make_cifar_c.py. CPU and GPU draw different random numbers.
-    Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
-    index = check_corrupt(x, name, severity, index)
-    c = CONSTANTS[name][scale_of(*x.shape[-2:])][severity - 1]
-    size = 1 << 26 if x.is_cuda else 1 << 21 if name == "zoom_blur" else 1 << 18  # CPU: stay in cache
-    n, out = max(1, size // x[:1].numel()), torch.empty_like(x)
-    for i in range(0, len(x), n):
-        if name in FIXED:
-            y = FIXED[name](x[i:i + n], c)
-        else:
-            gens = [rng("corrupt", seed, k, name, severity, device=x.device) for k in index[i:i + n]]
-            y = RANDOM[name](x[i:i + n], c, gens, **({"folder": frost_dir} if name == "frost" else {}))
-        out[i:i + n] = jpeg_compression(y, 85) if jpeg else y
-    return out
+FIXED = {"defocus_blur": defocus_blur, "zoom_blur": zoom_blur, "brightness": brightness,
+         "contrast": contrast, "pixelate": pixelate, "jpeg_compression": jpeg_compression,
+         "gaussian_blur": gaussian_blur, "saturate": saturate}
+RANDOM = {"gaussian_noise": gaussian_noise, "shot_noise": shot_noise,
+          "impulse_noise": impulse_noise, "glass_blur": glass_blur, "motion_blur": motion_blur,
+          "snow": snow, "frost": frost, "fog": fog, "elastic_transform": elastic_transform,
+          "speckle_noise": speckle_noise, "spatter": spatter}
 
 
 def check_corrupt(x, name, severity, index):
-    """The identities of the images, a list. Raises: UserError with what was expected and what came."""
+    """The identities of the images, a list. Raises: UserError: what was expected and what came."""
     if name not in CONSTANTS:
         near = difflib.get_close_matches(str(name), CORRUPTIONS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(f"unknown corruption {name!r}{hint}; known: {', '.join(CORRUPTIONS)}")
-    if severity not in (1, 2, 3, 4, 5):
+    if not isinstance(severity, (int, np.integer)) or not 1 <= severity <= 5:
         raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
     if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
-        raise UserError(f"expected images as a uint8 tensor on 0..255, got {getattr(x, 'dtype', type(x))}")
+        came = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise UserError(f"expected images as a uint8 tensor on 0..255, got {came}")
     if x.ndim != 4 or x.shape[1] != 3:
         raise UserError(f"expected images (B,3,H,W), got {tuple(x.shape)}")
     if min(x.shape[2:]) < 32 or max(x.shape[2:]) > 512:
@@ -1082,6 +1039,32 @@ def check_corrupt(x, name, severity, index):
     if len(index) != len(x):
         raise UserError(f"{len(x)} images but {len(index)} indices")
     return index
+
+
+def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
+    """x corrupted, uint8 (B,3,H,W) on x's device: a function of (x, index, seed, name, severity).
+
+    index: B ints, the identities of the images, by default 0..B-1. jpeg: the round trip at quality
+    85 that the published files went through. frost_dir: folder of the original textures. Sides
+    of 32 to 512 px. The constants go by the longer side: make_cifar_c.py's up to 48 px,
+    make_tinyimagenet_c.py's up to 128, make_imagenet_c.py's above. A GPU draws other numbers.
+    Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
+    index = check_corrupt(x, name, severity, index)
+    (h, w), severity, random = x.shape[-2:], int(severity), RANDOM
+    if frost_dir:
+        random = RANDOM | {"frost": functools.partial(frost, folder=frost_dir)}
+    c = CONSTANTS[name][scale_of(h, w)][severity - 1]
+    size = 1 << 21 if name == "zoom_blur" else 1 << 18  # elements that stay in the CPU's cache
+    size = size if x.device.type == "cpu" else 1 << 26
+    n, out = max(1, size // (3 * h * w)), torch.empty_like(x)
+    for i in range(0, len(x), n):
+        if name in FIXED:
+            y = FIXED[name](x[i:i + n], c)
+        else:
+            keys = [("corrupt", int(seed), k, name, severity) for k in index[i:i + n]]
+            y = random[name](x[i:i + n], c, [rng(*k, device=x.device) for k in keys])
+        out[i:i + n] = jpeg_compression(y, 85) if jpeg else y
+    return out
 
 
 # ==== 4. AUGMENTATIONS ====
@@ -1343,11 +1326,11 @@ def fractals(size, n=48, seed=0, points=4096, steps=48, maps=4, grid=192):
 def load_pictures(folder, size, limit=2000):
     """uint8 (M,3,size,size): the first `limit` pictures below a folder, resized and cropped."""
     kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-    paths = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in kinds)[:limit]
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds)[:limit]
     if not paths:
         raise UserError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-    return torch.stack([fit(PIL.Image.open(p).convert("RGB")) for p in paths])
+    return torch.stack([fit(Image.open(p).convert("RGB")) for p in paths])
 
 
 def _blend(x, y, a, b, multiply):
@@ -1463,7 +1446,7 @@ AUGMENTATIONS = {  # in the order in which a sum applies them
 LABEL_MIXERS = {"mixup": 0.8, "cutmix": 1.0}  # name: a of Beta(a, a), as in [B]
 
 
-def _names(spec, options=()):
+def spec_names(spec, options=()):
     """The set of names in spec. Raises: UserError for a name that is unknown or stands twice."""
     names, known = spec.split("+"), [*AUGMENTATIONS, *LABEL_MIXERS]
     for name in [*names, *options]:
@@ -1479,7 +1462,7 @@ def augment(x, spec, generator, **options):
     "pixmix+augmix" AugMix on top of PixMix. mixup and cutmix are left to mix_labels.
     options: {name: its keywords}, as augment(x, "augmix", g, augmix={"severity": 3}).
     """
-    names = _names(spec, options)
+    names = spec_names(spec, options)
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise UserError(f"augment: expected uint8 (B,3,H,W), got {x.dtype} {tuple(x.shape)}")
     for name, function in AUGMENTATIONS.items():
@@ -1493,7 +1476,7 @@ def mix_labels(x, y, spec, generator, n_classes):
 
     spec as in augment; with both names each image draws one, with neither y becomes one-hot.
     """
-    names = sorted(_names(spec) & set(LABEL_MIXERS))
+    names = sorted(spec_names(spec) & set(LABEL_MIXERS))
     soft, (n, _, h, w) = F.one_hot(y, n_classes).float(), x.shape
     if not names:
         return x, soft
@@ -1511,6 +1494,20 @@ def mix_labels(x, y, spec, generator, n_classes):
 # ==== 5. DATA ====
 # In: a set's name.  Out: ImageSet, and batches x uint8 (B,3,H,W), y (B,), index (B,).
 # Always: a sample is a function of (seed, epoch, index), the order of (seed, epoch).
+
+
+def shift_and_flip(x: Tensor, u: np.ndarray) -> Tensor:
+    """Each image moved by up to 1/8 of its side (edges reflected) and mirrored half of the time.
+
+    Shapes: x uint8 (B,3,S,S), u (B,3) in [0,1)."""
+    b, _, s, _ = x.shape
+    pad = s // 8
+    at = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64))
+    reflect = torch.from_numpy(np.pad(np.arange(s), pad, mode="reflect"))
+    rows, cols = (reflect[at[:, i, None] + torch.arange(s)] for i in (0, 1))          # (B,S)
+    cols = torch.where(torch.from_numpy(u[:, 2:] < 0.5), cols, cols.flip(1))
+    return x[torch.arange(b)[:, None, None], :, rows[:, :, None], cols[:, None, :]] \
+        .permute(0, 3, 1, 2).contiguous()
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -1579,18 +1576,35 @@ class ImageSet(torch.utils.data.Dataset):
             return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(im))
 
 
-def shift_and_flip(x: Tensor, u: np.ndarray) -> Tensor:
-    """Each image moved by up to 1/8 of its side (edges reflected) and mirrored half of the time.
+def scan(folder: Path) -> tuple[list[str], list[int], list[str]]:
+    """(paths, labels, class names) of a class-per-folder tree, everything in sorted order."""
+    try:
+        classes, to_label = torchvision.datasets.folder.find_classes(folder)
+        found = torchvision.datasets.folder.make_dataset(
+            str(folder), to_label, extensions=torchvision.datasets.folder.IMG_EXTENSIONS,
+            allow_empty=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE") from None
+    if len(classes) < 2:
+        raise UserError(f"{folder} holds one class folder ({classes[0]}), a classifier needs two "
+                        f"or more: expected {folder}/CLASS/IMAGE")
+    empty = [c for c in classes if to_label[c] not in {y for _, y in found}]
+    if empty:
+        raise UserError(f"{folder}: no image in the class folder {empty[0]} ({len(empty)} such)")
+    return [p for p, _ in found], [y for _, y in found], classes
 
-    Shapes: x uint8 (B,3,S,S), u (B,3) in [0,1)."""
-    b, _, s, _ = x.shape
-    pad = s // 8
-    at = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64))
-    reflect = torch.from_numpy(np.pad(np.arange(s), pad, mode="reflect"))
-    rows, cols = (reflect[at[:, i, None] + torch.arange(s)] for i in (0, 1))          # (B,S)
-    cols = torch.where(torch.from_numpy(u[:, 2:] < 0.5), cols, cols.flip(1))
-    return x[torch.arange(b)[:, None, None], :, rows[:, :, None], cols[:, None, :]] \
-        .permute(0, 3, 1, 2).contiguous()
+
+def extended(images: ImageSet, folders: str) -> ImageSet:
+    """The set and the images of more trees of the same class folders, joined by commas."""
+    out = copy.copy(images)
+    for folder in filter(None, folders.split(",")):
+        paths, y, classes = scan(Path(folder))
+        if images.paths is None or set(classes) - set(images.classes):
+            raise UserError(f"robustify.extra: {folder} has other class folders than {images.name}")
+        more = np.array([images.classes.index(classes[k]) for k in y])
+        out.index = np.concatenate([out.index, len(out.y) + np.arange(len(more))])
+        out.paths, out.y = [*out.paths, *paths], np.concatenate([out.y, more])
+    return out
 
 
 class Batches:
@@ -1627,8 +1641,10 @@ def loader(images: ImageSet, sampler, workers: int) -> torch.utils.data.DataLoad
 
 
 def eval_batches(images: ImageSet, batch: int, workers: int = 0):
-    """This rank's batches of the whole set, in order: every world-size-th batch, nothing padded; the
-    first one for a rank without any.  A batch holds the same images for any number of processes, so figures agree to the last bit."""
+    """This rank's batches of the whole set, in order: every world-size-th batch, nothing padded.
+
+    A rank without any gets the first one.  A batch holds the same images for any number of
+    processes, so figures agree to the last bit."""
     rank, size = world()
     starts = list(range(rank * batch, len(images), batch * size)) or [0]
     return loader(images, [[(0, p) for p in range(s, min(s + batch, len(images)))]
@@ -1710,7 +1726,8 @@ def _render_shapes(u: Tensor, k: int, size: int, style: str) -> Tensor:
             u[:, j:j + 3] - c)[..., None, None] * _texture(u[:, i:i + 5], blot, gx, gy)[:, None]
         img = paint(back, 15, 20)
         for o in (24, 30):                               # clutter behind the shape
-            spot = torch.hypot(gx - 2 * col(o) + 1, gy - 2 * col(o + 1) + 1) < 0.1 + 0.2 * col(o + 2)
+            spot = torch.hypot(gx - 2 * col(o) + 1,
+                               gy - 2 * col(o + 1) + 1) < 0.1 + 0.2 * col(o + 2)
             img = torch.where(spot[:, None], u[:, o + 3:o + 6, None, None], img)
         img = torch.where(inside[:, None] > 0, paint(fore, 36, 41), img)
         a = col(45) * math.pi                            # a bar in front of a third of them
@@ -1741,40 +1758,32 @@ def _open_shapes(row: SetRow, data: Data, split: str) -> ImageSet:
 
 # ---- sets from disk ------------------------------------------------------------------------------
 
+def absent(row: SetRow, data: Data) -> UserError:
+    """The error of a set that is not there: where it was looked for, what to put there."""
+    where = " or ".join(str(Path(data.root) / f) for f in row.folders)
+    return UserError(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test "
+                     f"images of {row.n_classes} classes; get it: "
+                     f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
+
+
 def _open_torchvision(row: SetRow, data: Data, split: str) -> ImageSet:
     """Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
-    cls = {"fashion-mnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10,
+    cls = {"fashion-mnist": torchvision.datasets.FashionMNIST,
+           "cifar10": torchvision.datasets.CIFAR10,
            "cifar100": torchvision.datasets.CIFAR100}[row.name]
     try:
         raw = cls(data.root, train=split == "train", download=False)
     except RuntimeError:
         raise absent(row, data) from None
     x = torch.as_tensor(raw.data)
-    x = F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    x = (F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1) if x.ndim == 3
+         else x.permute(0, 3, 1, 2))
     if data.size_px not in (0, x.shape[-1]):
         x = torch.cat([v2.functional.resize(c, [data.size_px] * 2, antialias=True)
                        for c in x.split(512)])
     n = row.n_train if split == "train" else row.n_test
     return ImageSet(row.name, raw.targets, raw.classes, x.shape[-1], images=x.contiguous(),
                     expected=n, source=str(Path(data.root)))
-
-
-def scan(folder: Path) -> tuple[list[str], list[int], list[str]]:
-    """(paths, labels, class names) of a class-per-folder tree, everything in sorted order."""
-    try:
-        classes, to_label = torchvision.datasets.folder.find_classes(folder)
-        found = torchvision.datasets.folder.make_dataset(
-            str(folder), to_label, extensions=torchvision.datasets.folder.IMG_EXTENSIONS,
-            allow_empty=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE") from None
-    if len(classes) < 2:
-        raise UserError(f"{folder} holds one class folder ({classes[0]}), a classifier needs two or "
-                        f"more: expected {folder}/CLASS/IMAGE")
-    empty = [c for c in classes if to_label[c] not in {y for _, y in found}]
-    if empty:
-        raise UserError(f"{folder}: no image in the class folder {empty[0]} ({len(empty)} such)")
-    return [p for p, _ in found], [y for _, y in found], classes
 
 
 def _open_folder(name: str, data: Data, split: str) -> ImageSet:
@@ -1785,8 +1794,8 @@ def _open_folder(name: str, data: Data, split: str) -> ImageSet:
     halves = [root / s for s in (("train",) if split == "train" else ("val", "test"))]
     found = [h for h in halves if h.is_dir()]
     if not found and (split == "train" or (root / "train").is_dir()):
-        raise UserError(f"{root}: no folder {halves[0].name}; training takes {root}/train/CLASS/IMAGE "
-                        f"and {root}/val/CLASS/IMAGE")
+        raise UserError(f"{root}: no folder {halves[0].name}; training takes "
+                        f"{root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE")
     paths, y, classes = scan(found[0] if found else root)
     return ImageSet(name, y, classes, data.size_px or 224, paths=paths, source=str(root))
 
@@ -1795,7 +1804,8 @@ def _open_folder(name: str, data: Data, split: str) -> ImageSet:
 def synsets(part: str = "") -> tuple[str, ...]:
     """ImageNet's 1000 synsets in label order; part "a" or "r": the 200 of ImageNet-A or -R."""
     import timm
-    file = Path(timm.__file__).parent / "data/_info" / f"imagenet_{part + '_' if part else ''}synsets.txt"
+    file = (Path(timm.__file__).parent / "data/_info"
+            / f"imagenet_{part + '_' if part else ''}synsets.txt")
     return tuple(file.read_text().split())
 
 
@@ -1814,7 +1824,8 @@ def _open_imagenet(row: SetRow, data: Data, split: str) -> ImageSet:
     label = {f: int(f) if f.isdigit() else names.index(f) if f in names else -1 for f in folders}
     odd = [f for f in folders if not 0 <= label[f] < len(names)]
     if odd:
-        raise UserError(f"{top}: the folder {odd[0]} is none of the {len(names)} classes of {row.name}")
+        raise UserError(f"{top}: the folder {odd[0]} is none of the {len(names)} classes of "
+                        f"{row.name}")
     y = [label[folders[a]] for a in at]
     project = torch.tensor([synsets().index(s) for s in names]) if part else None
     n = row.n_train if split == "train" else row.n_test
@@ -1836,7 +1847,7 @@ class SetRow:
 
 _TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
 SETS: dict[str, SetRow] = {row.name: row for row in (
-    SetRow("shapes", _open_shapes, 12000, 2000, 10, "made here, no file"),
+    SetRow("shapes", _open_shapes, 8000, 2000, 10, "made here, no file"),
     SetRow("shapes-r", _open_shapes, 0, 2000, 10, "made here, no file"),
     SetRow("fashion-mnist", _open_torchvision, 60000, 10000, 10, _TV.format("FashionMNIST"),
            ("FashionMNIST/raw",)),
@@ -1845,7 +1856,8 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("cifar100", _open_torchvision, 50000, 10000, 100, _TV.format("CIFAR100"),
            ("cifar-100-python",)),
     SetRow("imagenet", _open_imagenet, 1281167, 50000, 1000,
-           "image-net.org (ILSVRC2012), unpacked to class folders", ("imagenet", "ILSVRC2012", ".")),
+           "image-net.org (ILSVRC2012), unpacked to class folders",
+           ("imagenet", "ILSVRC2012", ".")),
     SetRow("imagenet-v2", _open_imagenet, 0, 10000, 1000,
            "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-matched-frequency.tar.gz",
            ("imagenetv2-matched-frequency-format-val", "imagenet-v2")),
@@ -1854,16 +1866,9 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("imagenet-r", _open_imagenet, 0, 30000, 200,
            "github.com/hendrycks/imagenet-r: imagenet-r.tar", ("imagenet-r",)),
     SetRow("imagenet-sketch", _open_imagenet, 0, 50889, 1000,
-           "github.com/HaohanWang/ImageNet-Sketch: ImageNet-Sketch.zip", ("sketch", "imagenet-sketch")),
+           "github.com/HaohanWang/ImageNet-Sketch: ImageNet-Sketch.zip",
+           ("sketch", "imagenet-sketch")),
 )}
-
-
-def absent(row: SetRow, data: Data) -> UserError:
-    """The error of a set that is not there: where it was looked for, what to put there."""
-    where = " or ".join(str(Path(data.root) / f) for f in row.folders)
-    return UserError(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test images "
-                     f"of {row.n_classes} classes; get it: {row.get.replace('ROOT', data.root)}; another "
-                     f"place: data.root=FOLDER")
 
 
 def base_name(name: str) -> tuple[str, bool]:
@@ -1919,98 +1924,6 @@ class Net(nn.Module):
         return self.net(self.prepare(x))
 
 
-class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), the block of the CIFAR ResNets."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(n_out)
-        self.shortcut = nn.Identity() if n_in == n_out and stride == 1 else nn.Sequential(
-            nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-def _build_cifar(name: str, classes: int | None, pretrained: bool) -> Net:
-    """resnetD[-wK][-s2]: the ResNet of depth D = 6n + 2 for small images (He et al. 2016, 4.2),
-    K times as wide, with a stem of stride 2."""
-    m = re.fullmatch(r"resnet(\d+)(?:-w(\d+))?(?:-s(\d))?", name)
-    if not m or int(m[1]) < 8 or (int(m[1]) - 2) % 6:
-        raise UserError(f"unknown network cifar:{name}: expected cifar:resnetD[-wK][-s2] with "
-                        "D = 8, 14, 20, ...")
-    n, width, stride = (int(m[1]) - 2) // 6, 16 * int(m[2] or 1), int(m[3] or 1)
-    layers = [nn.Sequential(nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width),
-                            nn.ReLU())]
-    n_in = width
-    for level in range(3):
-        for i in range(n):
-            n_out = width * 2 ** level
-            layers.append(BasicBlock(n_in, n_out, 2 if level and not i else 1))
-            n_in = n_out
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, classes or 10))
-    for conv in net.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out")
-    return Net(net, name=f"cifar:{name}", n_classes=classes or 10)
-
-
-def _build_timm(name: str, classes: int | None, pretrained: bool) -> Net:
-    """Any network of timm with its own mean, std and input size."""
-    import timm
-    if not timm.is_model(name):
-        known = timm.list_models() + timm.list_pretrained()
-        raise UserError(f"timm has no network {name!r}{nearest(name, known)}")
-    try:
-        net = timm.create_model(name, pretrained=pretrained,
-                                **({} if classes is None else {"num_classes": classes}))
-    except Exception as e:                                # the hub's errors are of many kinds
-        if not pretrained:
-            raise
-        raise UserError(f"the weights of timm:{name} could not be loaded ({type(e).__name__}): no "
-                        "network? give a local file: model.student_weights=PATH or "
-                        "model.teacher_weights=PATH") from None
-    cfg = net.pretrained_cfg
-    fixed = cfg.get("fixed_input_size", False) or "." in name     # a tag: as its weights were trained
-    return Net(net, name=f"timm:{name}", n_classes=net.num_classes, mean=cfg["mean"],
-               std=cfg["std"], size_px=cfg["input_size"][-1] if fixed else 0)
-
-
-FAMILIES = {"timm": _build_timm, "cifar": _build_cifar}
-
-
-def has_tag(name: str) -> bool:
-    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k does."""
-    return name.startswith("timm:") and "." in name
-
-
-def build(name: str | nn.Module, classes: int | None = None, weights: str | None = None) -> nn.Module:
-    """The network of that name, in eval mode.
-
-    name: "timm:resnet50.tv_in1k" (a tag loads its pretrained weights), "cifar:resnet20-w2", "run:runs/x"
-    (what that run made), or your own module, which is returned as it is.
-    classes: number of outputs; None = the network's own.
-    weights: a file of ours or a .safetensors state dict, loaded strictly; "random" = no weights.
-    Raises: UserError on an unknown name and on weights that do not fit."""
-    if isinstance(name, nn.Module):
-        return name
-    family, colon, rest = name.partition(":")
-    if family == "run":
-        return load(rest)
-    if not colon:
-        raise UserError(f"network {name!r}: expected FAMILY:NAME, with FAMILY one of "
-                        f"{', '.join([*FAMILIES, 'run'])}, e.g. timm:resnet50.tv_in1k")
-    maker = choose(FAMILIES, family, "network family")
-    net = maker(rest, classes, has_tag(name) and weights is None)
-    if weights not in (None, "", "random"):
-        load_weights(net, weights)
-    return net.eval()
-
-
 # ---- weights on disk -----------------------------------------------------------------------------
 
 def save_weights(path: Path, module: nn.Module, meta: dict) -> None:
@@ -2048,6 +1961,91 @@ def load_weights(module: nn.Module, path: str | Path) -> dict:
                         f"of another shape {few(shapes)}")
     target.load_state_dict(state)
     return meta
+
+
+# ---- the families ---------------------------------------------------------------------------------
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), the block of the CIFAR ResNets."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n_out)
+        self.shortcut = nn.Identity() if n_in == n_out and stride == 1 else nn.Sequential(
+            nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def _build_cifar(name: str, classes: int | None, pretrained: bool) -> Net:
+    """resnetD[-wK][-s2]: the ResNet of depth D = 6n + 2 for small images (He et al. 2016, 4.2),
+    K times as wide, with a stem of stride 2."""
+    m = re.fullmatch(r"resnet(\d+)(?:-w(\d+))?(?:-s(\d))?", name)
+    if not m or int(m[1]) < 8 or (int(m[1]) - 2) % 6:
+        raise UserError(f"unknown network cifar:{name}: expected cifar:resnetD[-wK][-s2] with "
+                        "D = 8, 14, 20, ...")
+    n, width, stride = (int(m[1]) - 2) // 6, 16 * int(m[2] or 1), int(m[3] or 1)
+    layers = [nn.Sequential(nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width),
+                            nn.ReLU())]
+    n_in = width
+    for level in range(3):
+        for i in range(n):
+            n_out = width * 2 ** level
+            layers.append(BasicBlock(n_in, n_out, 2 if level and not i else 1))
+            n_in = n_out
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                        nn.Linear(n_in, classes or 10))
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+    return Net(net, name=f"cifar:{name}", n_classes=classes or 10)
+
+
+def _build_timm(name: str, classes: int | None, pretrained: bool) -> Net:
+    """Any network of timm with its own mean, std and input size."""
+    import timm
+    if not timm.is_model(name):
+        known = timm.list_models() + timm.list_pretrained()
+        raise UserError(f"timm has no network {name!r}{nearest(name, known)}")
+    try:
+        net = timm.create_model(name, pretrained=pretrained,
+                                **({} if classes is None else {"num_classes": classes}))
+    except Exception as e:                                # the hub's errors are of many kinds
+        if not pretrained:
+            raise
+        raise UserError(f"the weights of timm:{name} could not be loaded ({type(e).__name__}): no "
+                        "network? give a local file: model.student_weights=PATH or "
+                        "model.teacher_weights=PATH") from None
+    cfg = net.pretrained_cfg
+    fixed = cfg.get("fixed_input_size", False) or "." in name   # a tag: as its weights were trained
+    return Net(net, name=f"timm:{name}", n_classes=net.num_classes, mean=cfg["mean"],
+               std=cfg["std"], size_px=cfg["input_size"][-1] if fixed else 0)
+
+
+FAMILIES = {"timm": _build_timm, "cifar": _build_cifar}
+
+
+def has_tag(name: str) -> bool:
+    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k does."""
+    return name.startswith("timm:") and "." in name
+
+
+def named(name: str, classes: int | None = None, weights: str | None = None) -> Net:
+    """The network FAMILY:NAME in eval mode; see `build`, which knows more kinds of names."""
+    family, colon, rest = name.partition(":")
+    if not colon:
+        raise UserError(f"network {name!r}: expected FAMILY:NAME, with FAMILY one of "
+                        f"{', '.join([*FAMILIES, 'run'])}, e.g. timm:resnet50.tv_in1k")
+    maker = choose(FAMILIES | {"run": None}, family, "network family")
+    net = maker(rest, classes, has_tag(name) and weights is None)
+    if weights not in (None, "", "random"):
+        load_weights(net, weights)
+    return net.eval()
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -2088,8 +2086,8 @@ def _vit_embed(n: nn.Module, x: Tensor) -> Tensor:
 
 def _stages_vit(net: nn.Module) -> list[nn.Module]:
     """timm VisionTransformer: embedding | blocks | norm, pooling, head."""
-    embed = Part(net, ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop",
-                       "norm_pre"), _vit_embed)
+    embed = Part(net, ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop",
+                       "patch_drop", "norm_pre"), _vit_embed)
     last = Part(net, ("norm", "attn_pool", "fc_norm", "head_drop"),
                 lambda n, x: n.forward_head(n.norm(x), pre_logits=True))
     return [embed, *net.blocks, Classifier(last, net.head)]
@@ -2135,13 +2133,14 @@ def stages(net: nn.Module) -> nn.Sequential:
     if isinstance(net, Net):
         first, *rest = stages(net.net)
         return nn.Sequential(Part(net, ("mean", "std"), lambda n, x: n.prepare(x)), first, *rest)
-    kind = f"{type(net).__module__}.{type(net).__name__}"      # exact: a subclass may compute otherwise
+    kind = f"{type(net).__module__}.{type(net).__name__}"  # exact: a subclass may compute otherwise
     if kind not in ADAPTERS:
-        raise UserError(f"a {kind} cannot be cut into stages: known are {', '.join(ADAPTERS)}; or pass "
-                        "an nn.Sequential of your own that ends in a Linear")
+        raise UserError(f"a {kind} cannot be cut into stages: known are {', '.join(ADAPTERS)}; or "
+                        "pass an nn.Sequential of your own that ends in a Linear")
     parts = ADAPTERS[kind](net)
     if not isinstance(parts[-1].fc, nn.Linear) or len(parts) < 2:
-        raise UserError(f"a {kind} without a final Linear layer cannot be cut: build it with classes=N")
+        raise UserError(f"a {kind} without a final Linear layer cannot be cut: build it with "
+                        "classes=N")
     return nn.Sequential(*parts)
 
 
@@ -2161,8 +2160,8 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 # ==== 7. METHOD ====
-# In: boundary features of x and x~, logits of both teachers.  Out: the losses of [A] eq. 3-5, and at
-# inference the head that answers ([A] eq. 6).  Always: the frozen part stays equal bit for bit.
+# In: boundary features of x and x~, logits of both teachers.  Out: the losses of [A] eq. 3-5, and
+# at inference the head that answers ([A] eq. 6).  Always: the frozen part stays equal bit for bit.
 
 HEADS = ("clean", "combined", "robust")
 
@@ -2175,8 +2174,9 @@ class Heads(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """probs (B,C) of the answering head; head (B,) index into HEADS; sigma, kl (B,2) of the clean and
-    the robust head."""
+    """probs (B,C) of the answering head; head (B,) index into HEADS.
+
+    sigma, kl (B,2): of the clean and the robust head."""
     probs: Tensor
     head: Tensor
     sigma: Tensor
@@ -2184,10 +2184,10 @@ class Prediction(NamedTuple):
 
 
 class Dropout(nn.Module):
-    """Dropout with three modes: training (random), off, and sampling, in which T passes are one batch.
+    """Dropout with three modes: training (random), off, and sampling, T passes as one batch.
 
-    Sampling draws T masks from the key alone and gives every image the same T masks: T sub-networks,
-    so that a prediction does not depend on the other images of its batch."""
+    Sampling draws T masks from the key alone and gives every image the same T masks: T
+    sub-networks, so that a prediction does not depend on the other images of its batch."""
 
     def __init__(self, p: float, key: int):
         super().__init__()
@@ -2211,7 +2211,7 @@ def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
     """The stage with live dropout of rate p: its own dropout layers where it has some, else one
     behind it (pretrained networks carry none, or some with rate 0)."""
     spots = [(m, k) for n, m in stage.named_modules() for k, c in m.named_children()
-             if isinstance(c, nn.Dropout) and k != "attn_drop"]      # a fused kernel reads attn_drop.p
+             if isinstance(c, nn.Dropout) and k != "attn_drop"]   # a fused kernel reads attn_drop.p
     for i, (module, child) in enumerate(spots):
         setattr(module, child, Dropout(p, fold(key, i)))
     return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
@@ -2264,13 +2264,14 @@ class ThreeHeads(Tuned):
         f[n_clean:] alone and the combined head everything, as [A] trains them."""
         f = self.shared(f)
         a, b = (slice(None),) * 2 if n_clean is None else (slice(n_clean), slice(n_clean, None))
-        return Heads(self.heads["clean"](f[a]), self.heads["combined"](f), self.heads["robust"](f[b]))
+        return Heads(self.heads["clean"](f[a]), self.heads["combined"](f),
+                     self.heads["robust"](f[b]))
 
 
 class Student(nn.Module):
     """[A] fig. 2: a frozen network whose last `tune` stages are tuned, with three heads.
 
-    net: the pretrained network; its modules become the frozen backbone and the clean head's teacher.
+    net: the pretrained network; its modules become the frozen backbone and clean head's teacher.
     tune: stages tuned; head: of these the last ones that each head has for itself.
     dropout_in: "tail" as [A] (tuned stages and classifiers), "head" = before the classifiers only.
     forward(x) -> Heads; x (B,3,H,W) as net takes it."""
@@ -2285,10 +2286,11 @@ class Student(nn.Module):
         self.backbone, tail = cut(net, tune)
         self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
         self.original = freeze(tail)
-        self.n_classes, self.dropout, self.name = tail[-1].fc.out_features, dropout, getattr(net, "name", "")
+        self.n_classes, self.dropout, self.name = (
+            tail[-1].fc.out_features, dropout, getattr(net, "name", ""))
         if classes not in (None, self.n_classes):
-            raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: train a head "
-                            "of that size first (pretrain with tune=0)")
+            raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: "
+                            "train a head of that size first (pretrain with tune=0)")
         self.meta = {"tune": tune, "head": head, "dropout": dropout, "dropout_in": dropout_in}
 
     def train(self, mode: bool = True):
@@ -2320,9 +2322,9 @@ class Student(nn.Module):
             -> tuple[Tensor, Tensor, Tensor]:
         """(mean probabilities (B,3,C), sigma (B,2), mean logits (B,3,C)) from boundary features f.
 
-        sigma: standard deviation over the dropout passes of the probability of the class that the head
-        predicts, of the clean and the robust head.  passes = 0: closed form, exact to first order for
-        the dropout before the classifiers, without randomness; the dropout in the stages is then off.
+        sigma: standard deviation over the dropout passes of the probability of the class that the
+        head predicts, of the clean and robust head.  passes = 0: closed form, exact to first order
+        for dropout before the classifiers, without randomness; dropout in the stages is then off.
         project: the outputs that count, for sets of fewer classes.
         Paper: [A] section 3.3; differs: all images share the T masks."""
         mode, project = self.training, slice(None) if project is None else project
@@ -2364,7 +2366,8 @@ class Student(nn.Module):
 
         Raises: UserError when the rule needs sigma and there is no live dropout."""
         if rule in NEEDS_SIGMA and self.dropout == 0:
-            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout: set dropout above 0")
+            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout: set dropout "
+                            "above 0")
         mean, sigma, logits = self.moments(self.features(x), passes)
         head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
@@ -2397,8 +2400,8 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
            y: Tensor | None = None) -> Tensor:
     """Index into HEADS of the head that answers each image, (B,).
 
-    Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust, logits
-    (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
+    Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
+    logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
     Paper: [A] eq. 6; product or sum, the direction of the KL and the reduction of sigma are ours.
     Raises: UserError on an unknown rule, on sigma = 0 everywhere, on a missing input."""
     choose(dict.fromkeys(RULES), rule, "rule")
@@ -2429,7 +2432,7 @@ def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
 # ---- losses --------------------------------------------------------------------------------------
 
 def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float) -> Tensor:
-    """(1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, mean over the batch.
+    """(1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean.
 
     Paper: [A] eq. 3-4, "weighted sum of classification and distillation loss"; the form is ours."""
     z, teacher = z.float(), teacher.float()
@@ -2469,20 +2472,35 @@ def load(run: str | Path) -> nn.Module:
     path = Path(run)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a run's "
-                        "folder that holds model.safetensors")
+        raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
+                        "run's folder that holds model.safetensors")
     meta = read_meta(path)
     if not meta:
-        raise UserError(f"{path} was not written by erpm.py: use build(NAME, weights={str(path)!r})")
-    net = build(meta["name"], meta["classes"], "random")
+        raise UserError(f"{path} was not written by erpm.py: use "
+                        f"build(NAME, weights={str(path)!r})")
+    net = named(meta["name"], meta["classes"], "random")
     module = Student(net, **meta["student"]) if "student" in meta else net
     load_weights(module, path)
     return freeze(module)
 
 
+def build(name: str | nn.Module, classes: int | None = None,
+          weights: str | None = None) -> nn.Module:
+    """The network of that name, in eval mode.
+
+    name: "timm:resnet50.tv_in1k" (a tag loads its pretrained weights), "cifar:resnet20-w2",
+    "run:runs/x" (what that run made), or your own module, which is returned as it is.
+    classes: number of outputs; None = the network's own.
+    weights: a file of ours or a .safetensors state dict, loaded strictly; "random" = no weights.
+    Raises: UserError on an unknown name and on weights that do not fit."""
+    if isinstance(name, nn.Module):
+        return name
+    return load(name[4:]) if name.startswith("run:") else named(name, classes, weights)
+
+
 # ==== 8. TRAINING ====
-# In: a module, step(model, batch) -> (loss, {name: 0-d tensor}) and images.  Out: trained weights and
-# log.jsonl.  Always: an interrupted run goes on to the same weights, bit for bit.
+# In: a module, step(model, batch) -> (loss, {name: 0-d tensor}) and images.  Out: trained weights
+# and log.jsonl.  Always: an interrupted run goes on to the same weights, bit for bit.
 
 
 class Batch(NamedTuple):
@@ -2564,21 +2582,23 @@ class TrainState:
             write_atomically(self.path, lambda p: torch.save(tensors, p))
 
     def resume(self, device: torch.device) -> None:
-        """Goes to the checkpoint's step, if there is one.  Raises: UserError if it is another job's."""
+        """Goes to the checkpoint's step, if any.  Raises: UserError if it is another job's."""
         if not self.path.is_file():
             return
         saved = torch.load(self.path, map_location=device, weights_only=True)
         changed = differences(json.loads(saved["key"]), self.key)
         if changed:
-            raise UserError(f"{self.path} is a half-done job with other settings ({changed}): finish it "
-                            "with those, delete it, or take another run=NAME")
+            raise UserError(f"{self.path} is a half-done job with other settings ({changed}): "
+                            "finish it with those, delete it, or take another run=NAME")
         self.model.load_state_dict(saved["model"])
         self.opt.load_state_dict(saved["opt"])
         self.scaler.load_state_dict(saved["scaler"])
         self.ema, self.step, self.seconds = saved["ema"], saved["step"], saved["seconds"]
 
-    def update(self) -> None:
+    def update(self, lr: float) -> None:
         """One optimizer step on the gradients that have been summed."""
+        for group in self.opt.param_groups:
+            group["lr"] = lr
         self.scaler.unscale_(self.opt)
         if self.cfg.clip:
             nn.utils.clip_grad_norm_((p for g in self.opt.param_groups for p in g["params"]),
@@ -2606,22 +2626,6 @@ def differences(old: dict, new: dict, path: str = "") -> str:
     return ", ".join(f for f in found if f)
 
 
-class Log:
-    """log.jsonl of a run: a line per interval of a stage; a resumed stage drops what lies ahead."""
-
-    def __init__(self, path: Path, stage: str, step: int):
-        self.path, self.stage = path, stage
-        if world()[0] == 0:
-            rows = read_jsonl(path)
-            keep = [r for r in rows if r["stage"] != stage or 0 < r["step"] <= step]
-            write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in keep)))
-
-    def write(self, **row) -> None:
-        if world()[0] == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"stage": self.stage, **row}) + "\n")
-
-
 def read_jsonl(path: Path) -> list[dict]:
     """The file's rows; none if it is absent.  A last line cut off by a crash is dropped."""
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -2631,8 +2635,50 @@ def read_jsonl(path: Path) -> list[dict]:
             rows.append(json.loads(line))
         except ValueError:
             if i + 1 < len(lines):
-                raise UserError(f"{path}, line {i + 1}: not JSON; mend or delete the line") from None
+                raise UserError(
+                    f"{path}, line {i + 1}: not JSON; mend or delete the line") from None
     return rows
+
+
+class Meter:
+    """Means of an interval of steps -> log.jsonl and the terminal.
+
+    A resumed stage drops the lines that lie ahead of it: they will be written again."""
+
+    def __init__(self, path: Path, stage: str, state: TrainState, total: int, cfg: Train):
+        self.path, self.stage, self.state, self.total, self.cfg = path, stage, state, total, cfg
+        self.sums: dict[str, Tensor] = {}
+        self.since, self.first = time.perf_counter(), state.step
+        if world()[0] == 0:
+            keep = [json.dumps(r) + "\n" for r in read_jsonl(path)
+                    if r["stage"] != stage or 0 < r["step"] <= state.step]
+            write_atomically(path, lambda p: p.write_text("".join(keep)))
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Adds the losses of a micro-batch, without waiting for the device."""
+        for k, v in parts.items():
+            self.sums[k] = self.sums.get(k, 0) + v.detach() / self.cfg.accum
+
+    def flush(self, lr: float, per_epoch: int, quiet: bool) -> None:
+        """Writes the interval's line.  Raises: UserError on a loss that is not finite."""
+        step, now = self.state.step, time.perf_counter()
+        n, seconds = step - self.first, now - self.since
+        means = {k: round(float(v) / n, 5) for k, v in self.sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise UserError(f"{self.stage}: the loss is not finite at step {step} ({means}); the "
+                            f"last checkpoint stands; try a smaller {self.stage}.lr or "
+                            "runtime.amp=none")
+        self.state.seconds += seconds
+        rate = n * self.cfg.batch / seconds
+        row = {"stage": self.stage, "step": step, "epoch": round(step / per_epoch, 3), "lr": lr,
+               "images_per_s": round(rate, 1), **means}
+        if world()[0] == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        if not quiet:
+            say(f"{self.stage} step {step}/{self.total} loss {means['loss']:.4f} {rate:.0f} "
+                f"images/s {(self.total - step) * self.cfg.batch / rate:.0f} s left")
+        self.sums, self.since, self.first = {}, now, step
 
 
 def _agreed(flag: bool, device: torch.device) -> bool:
@@ -2644,81 +2690,11 @@ def _agreed(flag: bool, device: torch.device) -> bool:
     return bool(t)
 
 
-def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
-        out: Path, name: str, seed: int, key: dict, workers: int = 0) -> dict[str, float]:
-    """Trains the module in place and returns {"images", "seconds"} of the training.
-
-    step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is the
-    module or its DDP wrapper.  out/NAME.ckpt is where it goes on if it was interrupted; key tells whose
-    checkpoint that is.  Raises: UserError on a loss that is not finite; Interrupted on a signal."""
-    device, (rank, size) = pick_device(), world()
-    model.to(device).train()
-    seed = fold(seed, name)
-    batches = Batches(len(images), cfg.batch // cfg.accum, seed)
-    per_epoch = max(1, batches.per_epoch // cfg.accum)
-    total = max(1, round(cfg.epochs * per_epoch))
-    state = TrainState(model, cfg, amp_type(runtime.amp, device) == torch.float16,
-                       out / f"{name}.ckpt", key)
-    state.resume(device)
-    batches.start = state.step * cfg.accum
-    wrapped = model
-    if size > 1:
-        wrapped = nn.parallel.DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None)
-    data = iter(loader(images.training(seed), batches, workers))
-    log = Log(out / "log.jsonl", name, state.step)
-    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, "
-        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters"
-        + (f"; goes on at step {state.step:,}" if state.step else ""))
-    sums: dict[str, Tensor] = {}
-    since, first = time.perf_counter(), state.step
-    bar = progress(total * cfg.batch, name, state.step * cfg.batch)
-    with Signals() as signals, bar:
-        while state.step < total:
-            lr = lr_at(state.step, total, cfg.warmup * per_epoch, cfg.lr)
-            for group in state.opt.param_groups:
-                group["lr"] = lr
-            for k in range(cfg.accum):
-                parts = _micro_step(wrapped, step, next(data), state, runtime, device,
-                                    seed=(seed, state.step, k, rank), last=k == cfg.accum - 1)
-                for part, value in parts.items():
-                    sums[part] = sums.get(part, 0) + value.detach() / cfg.accum
-            state.update()
-            bar.update(cfg.batch)
-            at_log = state.step % runtime.log_every == 0 or state.step == total
-            if at_log or size == 1 and signals.hit:
-                n = state.step - first
-                means = {k: float(v) / n for k, v in sums.items()}
-                if not all(map(math.isfinite, means.values())):
-                    raise UserError(f"{name}: the loss is not finite at step {state.step} ({means}); the "
-                                    f"last checkpoint stands; try a smaller {name}.lr or "
-                                    "runtime.amp=none")
-                now = time.perf_counter()
-                state.seconds += now - since
-                rate = n * cfg.batch / (now - since)
-                log.write(step=state.step, epoch=round(state.step / per_epoch, 3), lr=lr,
-                          images_per_s=round(rate, 1), **{k: round(v, 5) for k, v in means.items()})
-                if bar.disable and (state.step % (runtime.log_every * 10) == 0 or state.step == total):
-                    say(f"{name} step {state.step}/{total} loss {means['loss']:.4f} {rate:.0f} images/s "
-                        f"{(total - state.step) * cfg.batch / rate:.0f} s left")
-                since, first, sums = now, state.step, {}
-                if _agreed(bool(signals.hit), device):
-                    state.save()
-                    raise Interrupted(f"{name} stopped at step {state.step} of {total}; the same command "
-                                      "goes on from here")
-                if state.step // runtime.save_every > (state.step - n) // runtime.save_every:
-                    state.save()
-    if state.ema:
-        model.load_state_dict(state.ema)
-    model.eval()
-    return {"images": total * cfg.batch, "seconds": round(state.seconds, 2)}
-
-
 def _micro_step(model, step, data, state: TrainState, runtime: Runtime, device: torch.device, *,
                 seed: tuple, last: bool) -> dict[str, Tensor]:
     """Losses of one micro-batch, whose gradients are added up."""
     x, y, _ = data
-    torch.manual_seed(fold("dropout", *seed))                # dropout draws from the global generator
+    torch.manual_seed(fold("dropout", *seed))              # dropout draws from the global generator
     batch = Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
                   rng("step", *seed))
     sync = contextlib.nullcontext() if last or world()[1] == 1 else model.no_sync()
@@ -2729,11 +2705,61 @@ def _micro_step(model, step, data, state: TrainState, runtime: Runtime, device: 
     return {"loss": loss, **parts}
 
 
+def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
+        out: Path, name: str, seed: int, key: dict, workers: int = 0) -> dict[str, float]:
+    """Trains the module in place and returns {"images", "seconds"} of the training.
+
+    step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is
+    the module or its DDP wrapper.  out/NAME.ckpt is where it goes on if it was interrupted; key
+    tells whose checkpoint that is.
+    Raises: UserError on a loss that is not finite; Interrupted on a signal."""
+    device, (rank, size), seed = pick_device(), world(), fold(seed, name)
+    model.to(device).train()
+    batches = Batches(len(images), cfg.batch // cfg.accum, seed)
+    per_epoch = max(1, batches.per_epoch // cfg.accum)
+    total = max(1, round(cfg.epochs * per_epoch))
+    state = TrainState(model, cfg, amp_type(runtime.amp, device) == torch.float16,
+                       out / f"{name}.ckpt", key)
+    state.resume(device)
+    batches.start = state.step * cfg.accum
+    wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
+    data = iter(loader(images.training(seed), batches, workers))
+    meter = Meter(out / "log.jsonl", name, state, total, cfg)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, {n_trained:,} trained "
+        "parameters" + (f"; goes on at step {state.step:,}" if state.step else ""))
+    bar = progress(total * cfg.batch, name, state.step * cfg.batch)
+    with Signals() as signals, bar:
+        while state.step < total:
+            lr = lr_at(state.step, total, cfg.warmup * per_epoch, cfg.lr)
+            for k in range(cfg.accum):
+                meter.add(_micro_step(wrapped, step, next(data), state, runtime, device,
+                                      seed=(seed, state.step, k, rank), last=k == cfg.accum - 1))
+            state.update(lr)
+            bar.update(cfg.batch)
+            at_log = state.step % runtime.log_every == 0 or state.step == total
+            if at_log or size == 1 and signals.hit:
+                tenth = state.step % (10 * runtime.log_every) == 0 or state.step == total
+                meter.flush(lr, per_epoch, quiet=not bar.disable or not tenth)
+                if _agreed(bool(signals.hit), device):
+                    state.save()
+                    raise Interrupted(f"{name} stopped at step {state.step} of {total}; the same "
+                                      "command goes on from here")
+            if state.step % runtime.save_every == 0 and state.step < total:
+                state.save()
+    if state.ema:
+        model.load_state_dict(state.ema)
+    model.eval()
+    return {"images": total * cfg.batch, "seconds": round(state.seconds, 2)}
+
+
 # ---- the steps of the methods --------------------------------------------------------------------
 
 def harden(x: Tensor, cfg: Robustify, generator: torch.Generator) -> Tensor:
     """x~: the images under the robust teacher's augmentation."""
-    return augment(x, cfg.augment, generator, augmix={"severity": cfg.severity})
+    strength = (0.1, 0.3) if x.shape[-1] <= 64 else (0.375, 0.75)    # small detail drowns sooner
+    return augment(x, cfg.augment, generator, augmix={"severity": cfg.severity},
+                   pixmix={"pictures": cfg.pictures or None}, deepaugment={"strength": strength})
 
 
 def clean_step(smoothing: float) -> Callable:
@@ -2743,20 +2769,22 @@ def clean_step(smoothing: float) -> Callable:
     return step
 
 
-def robust_step(cfg: Robustify) -> Callable:
-    """AugMix training: cross-entropy on the clean view and JSD over three views; jsd = 0: cross-entropy
-    on clean and augmented views (the concatenated sets of DeepAugment)."""
+def robust_step(cfg: Robustify, n_classes: int) -> Callable:
+    """AugMix training: cross-entropy on the clean view and JSD over three views; jsd = 0: cross-
+    entropy on clean and augmented views.  mixup and cutmix mix images and labels before that."""
     ce = functools.partial(F.cross_entropy, label_smoothing=cfg.smoothing)
+    mixes = spec_names(cfg.augment) & set(LABEL_MIXERS)
 
     def step(model, batch):
         x, y, g = batch
+        if mixes:
+            x, y = mix_labels(x, y, cfg.augment, g, n_classes)
         n_views = 2 if cfg.jsd else 1
         views = [harden(x, cfg, g) for _ in range(n_views)]
         z = model(torch.cat([x, *views])).float().chunk(1 + n_views)
         if not cfg.jsd:
-            return ce(torch.cat(z), y.repeat(2)), {}
-        consistency = jsd(*z)
-        loss = ce(z[0], y)
+            return ce(torch.cat(z), torch.cat([y, y])), {}
+        loss, consistency = ce(z[0], y), jsd(*z)
         return loss + cfg.jsd * consistency, {"ce": loss, "jsd": consistency}
     return step
 
@@ -2787,14 +2815,15 @@ def tail_step(backbone: nn.Module | None, cfg: Train, aug: Robustify | None) -> 
 
 
 # ==== 9. EVALUATION ====
-# In: networks and a set.  Out: exact integer counts, a row a cell (model, set, corruption, severity).
+# In: networks, a set.  Out: exact integer counts, a row a cell (model, set, corruption, severity).
 # Always: any number of processes gives the same counts; nothing is padded or counted twice.
 
-FIXED_POINT = 2 ** 20        # means are summed as integers, so that the order of summing is no matter
+FIXED_POINT = 2 ** 20      # means are summed as integers, so that the order of summing is no matter
 
 
-def _score_student(student: Student, x: Tensor, y: Tensor, project, passes: int) -> dict[str, Tensor]:
-    """Sums over the batch for every selection rule: correct answers, and how often each head answered."""
+def _score_student(student: Student, x: Tensor, y: Tensor, project,
+                   passes: int) -> dict[str, Tensor]:
+    """Sums over the batch for every rule: correct answers, and how often each head answered."""
     f = student.features(x)
     sums: dict[str, Tensor] = {}
     for suffix, t in (("", passes), *((" (closed form)", 0),) * bool(passes)):
@@ -2818,14 +2847,14 @@ def _score_plain(predict: Callable, x: Tensor, y: Tensor, project) -> dict[str, 
 
 
 @torch.no_grad()
-def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None, *,
-                 batch: int = 256, passes: int = 10, jpeg: bool = True, amp: str = "auto",
+def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
+                 *, batch: int = 256, passes: int = 10, jpeg: bool = True, amp: str = "auto",
                  workers: int = 0, bar: tqdm | None = None) -> dict[str, dict]:
     """{label: counts} of several networks on the same pixels; see `evaluate`."""
     device = pick_device()
     totals: dict[str, dict[str, Tensor]] = {label: {} for label in models}
     project = None if images.project is None else images.project.to(device)
-    idle = world()[0] * batch >= len(images)     # no batch of its own: the first one, counted 0 times
+    idle = world()[0] * batch >= len(images)   # no batch of its own: the first one, counted 0 times
     for x, y, index in eval_batches(images, batch, workers):
         x, y = x.to(device), y.to(device)
         if cell:
@@ -2860,8 +2889,8 @@ def evaluate(predict: Callable, images: ImageSet | str, cell: tuple[str, int] | 
 
     predict: a Student (then {"n", "rules": {rule: {"correct", "heads"}}, "sigma", "kl"}), or any
     function from images uint8 (B,3,H,W) to logits (then {"n", "correct"}).
-    images: an ImageSet, or the name of a set in ./data.  cell: (corruption, severity), made on the fly.
-    options: batch, passes, jpeg, amp, workers.  Raises: UserError."""
+    images: an ImageSet, or the name of a set in ./data.  cell: (corruption, severity), made on the
+    fly.  options: batch, passes, jpeg, amp, workers.  Raises: UserError."""
     images = open_set(images, Data()) if isinstance(images, str) else images
     return evaluate_all({"": predict}, images, cell, **options)[""]
 
@@ -2884,21 +2913,25 @@ class Entry:
 
 def row_key(row: dict) -> tuple:
     """What makes a result another result."""
-    return tuple(row[k] for k in ("label", "weights", "set", "corruption", "severity", "n", "transform",
-                                  "passes", "versions"))
+    return tuple(row[k] for k in ("label", "weights", "set", "corruption", "severity", "n",
+                                  "transform", "passes", "versions"))
 
 
 def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, out: Path) -> None:
-    """Appends to out/results.jsonl the rows that are missing: a row a cell, as soon as it is known."""
+    """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known."""
     file, code = out / "results.jsonl", versions()["erpm"]
     done = {row_key(r) for r in read_jsonl(file)}
     todo = [(name, cell) for name in opened for cell in cells(name)]
-    with progress(sum(len(opened[n]) for n, _ in todo), "eval") as bar, Signals() as signals:
+    size = {name: len(images) for name, images in opened.items()}
+    with progress(sum(min(size[n], cfg.eval.n_cell or size[n]) if cell else size[n]
+                      for n, cell in todo), "eval") as bar, Signals() as signals:
         for i, (name, cell) in enumerate(todo):
-            images = opened[name]
-            common = {"set": name, "corruption": cell[0] if cell else "", "severity": cell[1] if cell else 0,
-                      "n": len(images), "versions": code, "transform": images.transform + (
-                          f", corrupted on the fly{', jpeg 85' * cfg.eval.jpeg}" if cell else "")}
+            images = opened[name].subset(cfg.eval.n_cell) if cell else opened[name]
+            common = {"set": name, "corruption": cell[0] if cell else "",
+                      "severity": cell[1] if cell else 0, "n": len(images), "versions": code,
+                      "transform": images.transform
+                      + (f", corrupted on the fly{', jpeg 85' * cfg.eval.jpeg}" if cell else "")
+                      + (f", {frost_source()} frost" if cell and cell[0] == "frost" else "")}
             rows = {e.label: {"label": e.label, "weights": e.weights, **common,
                               "passes": cfg.eval.passes if isinstance(e.model, Student) else None}
                     for e in entries}
@@ -2907,8 +2940,9 @@ def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, ou
                 bar.update(len(images))
                 continue
             since = time.perf_counter()
-            found = evaluate_all(pending, images, cell, batch=cfg.eval.batch, passes=cfg.eval.passes,
-                                 jpeg=cfg.eval.jpeg, amp=cfg.runtime.amp, workers=cfg.data.workers, bar=bar)
+            found = evaluate_all(pending, images, cell, batch=cfg.eval.batch,
+                                 passes=cfg.eval.passes, jpeg=cfg.eval.jpeg, amp=cfg.runtime.amp,
+                                 workers=cfg.data.workers, bar=bar)
             seconds = round(time.perf_counter() - since, 3)
             if world()[0] == 0:
                 with open(file, "a") as f:
@@ -2919,7 +2953,8 @@ def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, ou
             if bar.disable and (i % 15 == 14 or i + 1 == len(todo)):
                 say(f"eval: {i + 1} of {len(todo)} cells ({name})")
             if _agreed(bool(signals.hit), pick_device()):
-                raise Interrupted("eval stopped after a whole cell; the same command goes on from here")
+                raise Interrupted("eval stopped after a whole cell; the same command goes on from "
+                                  "here")
 
 
 def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> dict:
@@ -2940,8 +2975,8 @@ LABELS = {"erpm": "ERPM", "apt": "APT", "lp": "LP"}
 def latest(rows: list[dict]) -> list[dict]:
     """One row a cell: of each (run, label) the newest weights and code, of these the last row."""
     newest = {(r["run"], r["label"]): (r["weights"], r["versions"]) for r in rows}
-    keep = {(r["run"], r["label"], r["seed"], r["set"], r["corruption"], r["severity"]): r for r in rows
-            if newest[r["run"], r["label"]] == (r["weights"], r["versions"])}
+    keep = {(r["run"], r["label"], r["seed"], r["set"], r["corruption"], r["severity"]): r
+            for r in rows if newest[r["run"], r["label"]] == (r["weights"], r["versions"])}
     return list(keep.values())
 
 
@@ -2952,7 +2987,7 @@ def accuracy(row: dict, rule: str | None = None) -> float:
 
 
 def f_correct(row: dict, rule: str) -> float:
-    """Share of images sent to the right head: clean in distribution, robust under shift ([A] T6)."""
+    """Share of images with the right head: clean in distribution, robust under shift ([A] T6)."""
     heads = row["rules"][rule]["heads"]
     return heads[0 if row["set"] == row["trained_on"] else 2] / row["n"]
 
@@ -2979,7 +3014,7 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def column(rows: list[dict], label: str, name: str, pick: Callable = accuracy, **where) -> str:
-    """over_seeds of a model on a set; where: corruption=..., severity=... narrow it to a few cells."""
+    """over_seeds of a model on a set; where: corruption=..., severity=... narrow the cells."""
     some = [r for r in rows if r["label"] == label and r["set"] == name
             and all(r[k] == v for k, v in where.items())]
     n = len([c for c in cells(name) if c is None or all(
@@ -2999,11 +3034,13 @@ def rule_rows(rows: list[dict], label: str, sets: Sequence[str]) -> list[list[st
     rules = next(r["rules"] for r in rows if r["label"] == label)
     lines = []
     for rule in rules:
-        name = {"oracle": "either head right"}.get(rule, f"always {rule}" if rule in HEADS else rule)
+        name = {"oracle": "either head right"}.get(
+            rule, f"always {rule}" if rule in HEADS else rule)
         routed = [column(rows, label, s, lambda r: f_correct(r, rule)) for s in sets]
         lines.append([name, *[column(rows, label, s, lambda r: accuracy(r, rule)) for s in sets],
                       *(routed if rule not in (*HEADS, "oracle") else ["-"] * len(sets))])
-    perfect = lambda r: accuracy(r, "clean" if r["set"] == r["trained_on"] else "robust")  # noqa: E731
+    perfect = lambda r: accuracy(                                                      # noqa: E731
+        r, "clean" if r["set"] == r["trained_on"] else "robust")
     lines.append(["perfect routing", *[column(rows, label, s, perfect) for s in sets],
                   *["100.00"] * len(sets)])
     return lines
@@ -3019,41 +3056,47 @@ def report_text(rows: list[dict]) -> str:
     seeds = sorted({r["seed"] for r in rows})
     first = rows[0]
     text = [f"# {first['trained_on']}: {', '.join(labels)}", "",
-            f"Top-1 accuracy in percent; mean over the cells of a -c set; ± = standard deviation over "
-            f"{len(seeds)} seeds." if len(seeds) > 1 else
+            f"Top-1 accuracy in percent; mean over the cells of a -c set; ± = standard deviation "
+            f"over {len(seeds)} seeds." if len(seeds) > 1 else
             "Top-1 accuracy in percent; mean over the cells of a -c set; one seed.", "",
             "## Models", "",
             table(["model", *sets, "ms / training image"],
-                  [[x, *[column(rows, x, s) for s in sets], training_cost(rows, x)] for x in labels])]
+                  [[x, *[column(rows, x, s) for s in sets], training_cost(rows, x)]
+                   for x in labels])]
     for name in wide:
         text += ["", f"## {name} by corruption (mean of 5 severities)", "", table(
             ["corruption", *labels],
             [[c, *[column(rows, x, name, corruption=c) for x in labels]] for c in CORRUPTIONS_15])]
     for x in students:
         text += ["", f"## {x}: which rule picks the head", "",
-                 "F = share of images sent to the right head: clean in distribution, robust under shift.",
-                 "", table(["rule", *sets, *[f"F {s}" for s in sets]], rule_rows(rows, x, sets))]
+                 "F = share of images sent to the right head: clean in distribution, robust under "
+                 "shift.", "",
+                 table(["rule", *sets, *[f"F {s}" for s in sets]], rule_rows(rows, x, sets))]
         rule = next(r["rule"] for r in rows if r["label"] == x)
         share = lambda i: lambda r: r["rules"][rule]["heads"][i] / r["n"]              # noqa: E731
-        body = [[s, "-", *[column(rows, x, s, share(i)) for i in (0, 1, 2)]] for s in sets if s not in wide]
+        body = [[s, "-", *[column(rows, x, s, share(i)) for i in (0, 1, 2)]]
+                for s in sets if s not in wide]
         body += [[s, k, *[column(rows, x, s, share(i), severity=k) for i in (0, 1, 2)]]
                  for s in wide for k in range(1, 6)]
         text += ["", f"## {x}: share of the images that each head answered ({rule})", "",
                  table(["set", "severity", *HEADS], body)]
     n = {s: next(r["n"] for r in rows if r["set"] == s) for s in sets}
     text += ["", "## Sets", "", table(["set", "images a cell", "cells", "transform"], [
-        [s, n[s], len(cells(s)), next(r["transform"] for r in rows if r["set"] == s)] for s in sets])]
+        [s, n[s], len(cells(s)), next(r["transform"] for r in rows if r["set"] == s)]
+        for s in sets])]
     return "\n".join(text) + "\n"
 
 
 @torch.no_grad()
-def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int, columns: int = 8) -> Image.Image:
-    """Sample pictures, clean, corrupted and shifted, with what each head said and which one answered."""
+def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int,
+                 columns: int = 8) -> Image.Image:
+    """Sample pictures, clean, corrupted and shifted; what each head said and which one answered."""
     conditions = [(name, None) for name in sets] + [
-        (next(iter(sets)), (c, 4)) for c in ("gaussian_noise", "glass_blur", "snow", "contrast", "pixelate")]
+        (next(iter(sets)), (c, 4))
+        for c in ("gaussian_noise", "glass_blur", "snow", "contrast", "pixelate")]
     side, font = 96, ImageFont.load_default(9)
     sheet = Image.new("RGB", (110 + columns * (side + 34), len(conditions) * (side + 44)), "white")
-    draw = ImageDraw.Draw(sheet)
+    pen = ImageDraw.Draw(sheet)
     for row, (name, cell) in enumerate(conditions):
         images, top = sets[name], row * (side + 44)
         picks = np.linspace(0, len(images) - 1, columns).astype(int)
@@ -3063,22 +3106,104 @@ def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int, colum
         mean, sigma, logits = (m.cpu() for m in student.moments(
             f, passes, None if images.project is None else images.project.to(f.device)))
         head = select(mean, sigma, "product")
-        draw.text((4, top + side // 2), f"{cell[0]} {cell[1]}" if cell else name, "black", font)
+        pen.text((4, top + side // 2), f"{cell[0]} {cell[1]}" if cell else name, "black", font)
         for i in range(len(x)):
             left = 110 + i * (side + 34)
             picture = Image.fromarray(x[i].permute(1, 2, 0).numpy()).resize((side, side))
             sheet.paste(picture, (left, top))
             for h, probs in enumerate(mean[i]):
                 p, k = probs.max(0)
-                text = f"{'>' if h == head[i] else ' '}{HEADS[h][:5]} {images.classes[k][:10]} {p:.2f}"
-                draw.text((left, top + side + 1 + 12 * h), text,
+                text = (f"{'>' if h == head[i] else ' '}{HEADS[h][:5]} "
+                        f"{images.classes[k][:10]} {p:.2f}")
+                pen.text((left, top + side + 1 + 12 * h), text,
                           "darkgreen" if k == y[i] else "firebrick", font)
     return sheet
 
 
-# ==== 11. COMMANDS ====
-# In: the command line.  Out: files under runs/NAME, a few lines on the terminal, an exit code: 0 done,
-# 2 a mistake that the message explains, 130 interrupted and ready to go on.
+# ==== 11. BENCH ====
+# In: nothing.  Out: rows of ours against what a user would pick instead: the same images, threads
+# and settings, in turns within one run, so that a busy machine slows both alike.
+
+
+def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, rounds: int = 5) -> dict:
+    """{"ours", "theirs", "ratio", "spread"}: median images/s and ratio over the rounds, and the
+    least and largest ratio; None for theirs where there is no such package."""
+    seconds = []
+    for _ in range(rounds + 1):                       # the first round warms up
+        marks = [time.perf_counter()]
+        for call in filter(None, (ours, theirs)):
+            call()
+            marks.append(time.perf_counter())
+        seconds.append(np.diff(marks))
+    rates = np.array([n, n_theirs])[:len(seconds[0])] / np.array(seconds[1:])
+    if theirs is None:
+        return {"ours": round(float(np.median(rates)), 1), "theirs": None, "ratio": None,
+                "spread": None}
+    ratios = rates[:, 0] / rates[:, 1]
+    mine, other = np.median(rates, 0).tolist()
+    return {"ours": round(mine, 1), "theirs": round(other, 1),
+            "ratio": round(float(np.median(ratios)), 2),
+            "spread": [round(float(f(ratios)), 2) for f in (np.min, np.max)]}
+
+
+def bench_images(n: int, size: int) -> Tensor:
+    """uint8 (n,3,size,size): shapes with their textures, smooth areas and edges."""
+    return v2.functional.resize(make_shapes(n, 128, "test")[0], [size, size], antialias=True)
+
+
+def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[dict]:
+    """Every corruption against the PyPI package imagecorruptions or imagenet_c, where installed."""
+    x = bench_images(n, size)
+    package = next((p for p in ("imagecorruptions", "imagenet_c")
+                    if importlib.util.find_spec(p)), None)
+    other = importlib.import_module(package) if package else None
+    pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).numpy()]
+    rows = []
+    for name in CORRUPTIONS:
+        few = pictures[:1] if name == "glass_blur" else pictures     # a Python loop over the pixels
+        theirs = other and (lambda: [other.corrupt(p, severity=severity, corruption_name=name)
+                                     for p in few])
+        row = paired(lambda: corrupt(x, name, severity), theirs, n, len(few), 3)
+        rows.append({"part": name, "against": package, **row})
+    for part, names in (("the 15", CORRUPTIONS_15), ("the 14 without glass_blur", [
+            c for c in CORRUPTIONS_15 if c != "glass_blur"])):
+        some = [r for r in rows if r["part"] in names]
+        rate = [len(some) / sum(1 / r[k] for r in some) if some[0][k] else None
+                for k in ("ours", "theirs")]
+        rows.append({"part": part, "against": package, "ours": round(rate[0], 1),
+                     "theirs": rate[1] and round(rate[1], 1),
+                     "ratio": rate[1] and round(rate[0] / rate[1], 2), "spread": None})
+    return rows
+
+
+def bench_augment(size: int = 224, n: int = 64) -> list[dict]:
+    """AugMix alone against torchvision v2, as a JSD sample (picture and two views) against timm.
+
+    Severity 3 and the paper's nine operations on all sides; timm also as its factory sets it up."""
+    from timm.data.auto_augment import AugMixAugment, augment_and_mix_transform, augmix_ops
+    g, x = rng("bench"), bench_images(n, size)
+    images = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x]
+    nine = ["AutoContrast", "Equalize", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
+            "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
+    fair = {"magnitude_std": float("inf"), "interpolation": Image.BILINEAR}
+    vision, views = v2.AugMix(3, all_ops=False), lambda: augmix(x, g, severity=3)
+    timms = {"timm, the nine operations": AugMixAugment(augmix_ops(3, fair, nine)),
+             "timm": augment_and_mix_transform("augmix-m3")}
+    rows = [{"part": "augmix", "against": "torchvision v2", **paired(
+        views, lambda: torch.stack([vision(i) for i in x]), n, n)}]
+    for name, t in timms.items():
+        rows.append({"part": "augmix + JSD sample", "against": name, **paired(
+            lambda: torch.stack([x, views(), views()]),
+            lambda: np.stack([np.asarray(v) for i in images for v in (i, t(i), t(i))]), n, n)})
+    return rows
+
+
+BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment}
+
+
+# ==== 12. COMMANDS ====
+# In: the command line.  Out: files under runs/NAME, a few lines on the terminal, an exit code:
+# 0 done, 2 a mistake that the message explains, 130 interrupted and ready to go on.
 
 
 def write_config(cfg: Config) -> None:
@@ -3096,8 +3221,8 @@ def _made(cfg: Config, path: Path, key: dict) -> bool:
     made = path.is_file()
     changed = differences(read_meta(path).get("key", {}), key) if made else ""
     if changed:
-        raise UserError(f"{path} was made with other settings ({changed}): take another run=NAME, or "
-                        "delete it to make it again")
+        raise UserError(f"{path} was made with other settings ({changed}): take another run=NAME, "
+                        "or delete it to make it again")
     barrier()
     write_config(cfg)
     if made:
@@ -3130,7 +3255,8 @@ def _train_tail(net: Net, tune: int, images: ImageSet, cfg: Config, stage: str, 
     part = Tail(tail.requires_grad_(True))
     settings = getattr(cfg, stage)
     return fit(part, tail_step(backbone, settings, aug), images.subset(settings.n_images), settings,
-               cfg.runtime, out=cfg.dir, name=stage, seed=cfg.seed, key=key, workers=cfg.data.workers)
+               cfg.runtime, out=cfg.dir, name=stage, seed=cfg.seed, key=key,
+               workers=cfg.data.workers)
 
 
 def _own_classes(name: str) -> int | None:
@@ -3146,8 +3272,8 @@ def student_path(cfg: Config, images: ImageSet) -> str | None:
     if _own_classes(cfg.model.student) == len(images.classes):
         return None
     if not (cfg.dir / "student.safetensors").is_file():
-        say(f"{cfg.model.student} has no pretrained weights for {len(images.classes)} classes: pretrain "
-            "comes first")
+        say(f"{cfg.model.student} has no pretrained weights for {len(images.classes)} classes: "
+            "pretrain comes first")
     return str(pretrain(cfg, images))
 
 
@@ -3164,8 +3290,9 @@ def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
     if stage.tune >= 0:
         stats = _train_tail(net, stage.tune, images, cfg, "pretrain", key, None)
     else:
-        stats = fit(net, clean_step(stage.smoothing), images.subset(stage.n_images), stage, cfg.runtime,
-                    out=cfg.dir, name="pretrain", seed=cfg.seed, key=key, workers=cfg.data.workers)
+        stats = fit(net, clean_step(stage.smoothing), images.subset(stage.n_images), stage,
+                    cfg.runtime, out=cfg.dir, name="pretrain", seed=cfg.seed, key=key,
+                    workers=cfg.data.workers)
     return _finish(path, net, stats, key)
 
 
@@ -3178,8 +3305,9 @@ def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
     images = images or open_set(cfg.data.name, cfg.data, "train")
     torch.manual_seed(fold(cfg.seed, "init teacher"))
     net = build(cfg.model.teacher, len(images.classes))
-    stats = fit(net, robust_step(cfg.robustify), images.subset(cfg.robustify.n_images), cfg.robustify,
-                cfg.runtime, out=cfg.dir, name="robustify", seed=cfg.seed, key=key,
+    stats = fit(net, robust_step(cfg.robustify, len(images.classes)),
+                extended(images.subset(cfg.robustify.n_images), cfg.robustify.extra),
+                cfg.robustify, cfg.runtime, out=cfg.dir, name="robustify", seed=cfg.seed, key=key,
                 workers=cfg.data.workers)
     return _finish(path, net, stats, key)
 
@@ -3208,15 +3336,15 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     student = Student(net, d.tune, d.head, d.dropout, len(images.classes), dropout_in=d.dropout_in)
     teacher = freeze(build(cfg.model.teacher, len(images.classes), teacher_file)).to(device)
     stats = fit(student.to(device).tuned, erpm_step(student, teacher, d, cfg.robustify),
-                images.subset(d.n_images), d, cfg.runtime, out=cfg.dir, name="distill", seed=cfg.seed,
-                key=key, workers=cfg.data.workers)
+                images.subset(d.n_images), d, cfg.runtime, out=cfg.dir, name="distill",
+                seed=cfg.seed, key=key, workers=cfg.data.workers)
     return _finish(path, student, stats, key)
 
 
 def preflight(cfg: Config) -> None:
-    """Raises: UserError for what would stop a long job late: unknown names, absent weights files."""
+    """Raises: UserError for what would stop a long job late: unknown names, absent weights."""
     choose(dict.fromkeys(RULES), cfg.eval.rule, "rule")
-    _names(cfg.robustify.augment)
+    spec_names(cfg.robustify.augment)
     for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
         read_meta(path)
 
@@ -3231,7 +3359,8 @@ def entries_of(run: Path) -> list[Entry]:
     if not found:
         raise UserError(f"no trained network in {run}: run `python erpm.py distill` first, or name "
                         "another run")
-    return [Entry(label, load(f).to(pick_device()), file_sha(f), read_meta(f)) for label, f in found]
+    return [Entry(label, load(f).to(pick_device()), file_sha(f), read_meta(f))
+            for label, f in found]
 
 
 def default_sets(cfg: Config) -> list[str]:
@@ -3268,7 +3397,8 @@ def run_report(cfg: Config, args) -> None:
     runs = [Path(r) for r in (args.run or str(cfg.dir)).split(",")]
     rows = [r for run in runs for r in read_jsonl(run / "results.jsonl")]
     if not rows:
-        raise UserError(f"no results in {', '.join(map(str, runs))}: run `python erpm.py eval` first")
+        raise UserError(f"no results in {', '.join(map(str, runs))}: run `python erpm.py eval` "
+                        "first")
     text = report_text(rows)
     write_atomically(runs[0] / "report.md", lambda p: p.write_text(text))
     say(text)
@@ -3290,7 +3420,8 @@ def run_demo(cfg: Config, args) -> None:
     for method in ("lp", "apt"):
         sub = dataclasses.replace(
             cfg, run=f"{cfg.run}/{method}", distill=dataclasses.replace(cfg.distill, method=method),
-            model=dataclasses.replace(cfg.model, student_weights=student or "", teacher_weights=teacher))
+            model=dataclasses.replace(cfg.model, student_weights=student or "",
+                                      teacher_weights=teacher))
         distill(sub, images)
     distill(cfg, images)
     run_eval(cfg, args)
@@ -3310,8 +3441,111 @@ def run_sets(cfg: Config, args) -> None:
         body.append([name, found, f"{row.n_test:,}", row.n_classes, where or "-",
                      row.get.replace("ROOT", cfg.data.root)])
     say(table(["set", "found", "expected", "classes", "looked for", "how to get it"], body))
-    say("\nNAME-c of any set is its ImageNet-C-like copy, made on the fly.  folder:PATH and folder-c:PATH "
-        "take any PATH/CLASS/IMAGE tree, with PATH/train and PATH/val to train on it.")
+    say("\nNAME-c of any set is its ImageNet-C-like copy, made on the fly.  folder:PATH and "
+        "folder-c:PATH take any PATH/CLASS/IMAGE tree, with PATH/train and PATH/val to train on "
+        "it.")
+
+
+def run_bench(cfg: Config, args) -> None:
+    """Times our parts against the public ones -> bench.jsonl, and prints the ratios."""
+    threads = torch.get_num_threads()
+    for name in args.paths or BENCHES:
+        bench = choose(BENCHES, name, "bench")
+        torch.set_num_threads(1)
+        rows = bench()
+        torch.set_num_threads(threads)
+        cfg.dir.mkdir(parents=True, exist_ok=True)
+        with open(cfg.dir / "bench.jsonl", "a") as f:
+            f.writelines(json.dumps({"bench": name, **r, "packages": versions()}) + "\n"
+                         for r in rows)
+        say(table(["part", "ours, images/s", "theirs, images/s", "ratio", "least, most",
+                   "against"], [
+            [r["part"], r["ours"], r["theirs"] or "-", r["ratio"] or "-", r["spread"] or "-",
+             r["against"] or "not installed"] for r in rows]))
+
+
+def _corrupt_job(images: ImageSet, positions: Sequence[int], source: Path, out: Path) -> int:
+    """Writes the copies of a few images that are missing; returns the number of images x cells."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # the parent stops the pool
+    x, _, index = images.__getitems__([(0, p) for p in positions])
+    files = [Path(images.paths[i]).relative_to(source) for i in index.tolist()]
+    for name, severity in cells("folder-c:"):
+        paths = [out / name / str(severity) / f for f in files]
+        if all(p.is_file() for p in paths):
+            continue
+        for path, y in zip(paths, corrupt(x, name, severity, index=index.tolist())):
+            kind = Image.registered_extensions()[path.suffix.lower()]
+            picture = Image.fromarray(y.permute(1, 2, 0).numpy())
+            write_atomically(path, lambda p: picture.save(p, kind, quality=85))
+    return len(positions) * len(cells("folder-c:"))
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Makes the output folder ours, or finds it ours.  Raises: UserError on other content."""
+    marker = out / "corrupt.json"
+    if marker.is_file():
+        changed = differences(json.loads(marker.read_text()), settings)
+        if changed:
+            raise UserError(f"{out} was made with other settings ({changed}): take another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists with other content: nothing was written, take another "
+                        "folder")
+    else:
+        write_atomically(marker, lambda p: p.write_text(json.dumps(settings)))
+
+
+def corruption_grid(path: Path, size_px: int) -> Image.Image:
+    """15 x 5 pictures of one image under every corruption and severity, named."""
+    x = ImageSet("picture", [0], ["-"], size_px, paths=[path]).__getitems__([(0, 0)])[0]
+    side, left, font = 112, 120, ImageFont.load_default(12)
+    sheet = Image.new("RGB", (left + 6 * side, 15 * side), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, name in enumerate(CORRUPTIONS_15):
+        pen.text((4, row * side + side // 2), name, "black", font)
+        views = [x, *(corrupt(x, name, s) for s in range(1, 6))]
+        for k, view in enumerate(views):
+            picture = Image.fromarray(view[0].permute(1, 2, 0).numpy()).resize((side - 2, side - 2))
+            sheet.paste(picture, (left + k * side, row * side))
+    return sheet
+
+
+def run_corrupt(cfg: Config, args) -> None:
+    """IN -> OUT/corruption/severity/class/name in parallel; what is there already is kept."""
+    if len(args.paths) != 2:
+        raise UserError("corrupt takes two paths: corrupt IN OUT (folders), or corrupt --grid "
+                        "PICTURE GRID.png")
+    source, out = map(Path, args.paths)
+    size_px = cfg.data.size_px or 224
+    if args.grid:
+        if out.exists():
+            raise UserError(f"{out} exists: nothing was written, take another name")
+        grid = corruption_grid(source, size_px)
+        return write_atomically(out, lambda p: grid.save(p, "png"))
+    if not source.is_dir():
+        raise UserError(f"no folder {source}: corrupt takes any tree of images")
+    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds)
+    if not paths:
+        raise UserError(f"no image below {source}")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out} lies in {source}: take a folder beside it")
+    _claim(out, {"source": str(source.resolve()), "images": len(paths), "size_px": size_px,
+                 "seed": 0, "frost": frost_source()})
+    images = ImageSet(str(source), [0] * len(paths), ["-"], size_px, paths=paths)
+    jobs = [range(i, min(i + 8, len(paths)))
+            for i in range(0, len(paths), 8)][world()[0]::world()[1]]
+    context = torch.multiprocessing.get_context("fork")
+    with Signals() as signals, ProcessPoolExecutor(
+            cfg.data.workers or os.cpu_count(), context) as pool, progress(
+            len(paths) * len(cells("folder-c:")), "corrupt") as bar:
+        running = [pool.submit(_corrupt_job, images, job, source, out) for job in jobs]
+        for done in as_completed(running):
+            bar.update(done.result())
+            if signals.hit:
+                pool.shutdown(cancel_futures=True)
+                raise Interrupted("corrupt stopped; the same command goes on from here")
+    say(f"{out}: {len(paths):,} images x {len(cells('folder-c:'))} cells")
 
 
 COMMANDS: dict[str, tuple[Callable, str]] = {
@@ -3321,6 +3555,9 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "distill": (lambda cfg, args: distill(cfg), "tune the large network with three heads"),
     "eval": (run_eval, "score a run or a network on sets"),
     "report": (run_report, "tables and pictures of results"),
+    "bench": (run_bench, "speed against the public code, as ratios: bench [corruptions] [augment]"),
+    "corrupt": (run_corrupt, "corrupt IN OUT: the ImageNet-C-like copy of a folder; --grid: of a "
+                             "picture"),
     "sets": (run_sets, "the data sets: found or not, how to get them"),
 }
 TRAINING = ("demo", "pretrain", "robustify", "distill")
@@ -3334,22 +3571,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=f"{__doc__.split('Sections:')[0]}\ncommands:\n{lines}",
         epilog="keys, given as key=value:\n" + config_help())
     p.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
-    p.add_argument("words", nargs="*", metavar="key=value", help="settings, see below")
+    p.add_argument("words", nargs="*", metavar="key=value", help="settings, see below; bench and "
+                   "corrupt take names and paths too")
+    p.add_argument("--grid", action="store_true", help="corrupt: one picture of a picture's copies")
     p.add_argument("--recipe", default="demo", help="recipe of config.yaml")
     p.add_argument("--config", type=Path, help="file of recipes instead of config.yaml")
     p.add_argument("--run", default="", help="folder of a run (eval, report; report takes several, "
                                              "joined by commas)")
     p.add_argument("--set", default="", help="eval: sets, joined by commas")
     p.add_argument("--model", default="", help="eval: any network by name instead of a run")
-    return p.parse_intermixed_args(argv)
+    args = p.parse_intermixed_args(argv)
+    free = args.command in ("bench", "corrupt")
+    args.paths = [w for w in args.words if free and "=" not in w]
+    args.words = [w for w in args.words if w not in args.paths]
+    return args
 
 
 def configure(args: argparse.Namespace) -> Config:
     """The Config of the command: for eval and report the run's own file, else the recipe."""
     words = [*args.words, *([f"eval.sets={args.set}"] if args.set else [])]
     cfg = resolve(args.recipe, words, args.config)
-    if args.command in TRAINING:
+    if args.command in (*TRAINING, "bench", "corrupt", "sets"):
         return cfg
+    if args.model and not args.run and not any(w.startswith("run=") for w in words):
+        return dataclasses.replace(cfg, run="models")
     run = Path(args.run.split(",")[0]) if args.run else cfg.dir
     if (run / "config.yaml").is_file():
         cfg = resolve("", words, run=run)
@@ -3372,7 +3617,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         preflight(cfg)
         COMMANDS[args.command][0](cfg, args)
         return 0
-    except UserError as e:                # from a loader process it comes with that process's traceback
+    except UserError as e:            # from a loader process it comes with that process's traceback
         print(f"erpm.py: {str(e).strip().split('UserError: ')[-1]}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
