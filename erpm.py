@@ -1963,7 +1963,7 @@ def load_weights(module: nn.Module, path: str | Path) -> dict:
     return meta
 
 
-# ---- the families ---------------------------------------------------------------------------------
+# ---- the families --------------------------------------------------------------------------------
 
 class BasicBlock(nn.Module):
     """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), the block of the CIFAR ResNets."""
@@ -2041,7 +2041,7 @@ def named(name: str, classes: int | None = None, weights: str | None = None) -> 
     if not colon:
         raise UserError(f"network {name!r}: expected FAMILY:NAME, with FAMILY one of "
                         f"{', '.join([*FAMILIES, 'run'])}, e.g. timm:resnet50.tv_in1k")
-    maker = choose(FAMILIES | {"run": None}, family, "network family")
+    maker = choose(FAMILIES, family, "network family")
     net = maker(rest, classes, has_tag(name) and weights is None)
     if weights not in (None, "", "random"):
         load_weights(net, weights)
@@ -2144,6 +2144,11 @@ def stages(net: nn.Module) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
+def freeze(module: nn.Module) -> nn.Module:
+    """The module in eval mode, without gradients."""
+    return module.eval().requires_grad_(False)
+
+
 def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
     """(frozen backbone, tail): the tail is the last `tune` stages and the classifier."""
     parts = stages(net)
@@ -2152,11 +2157,6 @@ def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
         raise UserError(f"tune = {tune}: {getattr(net, 'name', type(net).__name__)} has "
                         f"{len(parts) - 1} stages, of which the first stays frozen")
     return freeze(parts[:at]), parts[at:]
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """The module in eval mode, without gradients."""
-    return module.eval().requires_grad_(False)
 
 
 # ==== 7. METHOD ====
