@@ -2268,6 +2268,62 @@ class ThreeHeads(Tuned):
                      self.heads["robust"](f[b]))
 
 
+def divergence(mean: Tensor) -> Tensor:
+    """KL(head || combined) of the clean and the robust head, (B,2) in nats, from mean (B,3,C)."""
+    log = mean.float().clamp_min(1e-12).log()
+    return (mean[:, ::2].float() * (log[:, ::2] - log[:, 1:2])).sum(-1).clamp_min(0)
+
+
+TINY = 1e-12
+# The head with the least objective answers ([A] eq. 6).  s sigma, d divergence, m mean, z logits,
+# all of the clean and the robust head.
+OBJECTIVES: dict[str, Callable] = {
+    "product": lambda s, d, m, z: (s + TINY) * (d + TINY),
+    "sum": lambda s, d, m, z: s + d,
+    "sigma": lambda s, d, m, z: s,
+    "kl": lambda s, d, m, z: d,
+    "max-logit": lambda s, d, m, z: -z.amax(-1),
+    "max-prob": lambda s, d, m, z: -m.amax(-1),
+    "entropy": lambda s, d, m, z: -(m * m.clamp_min(TINY).log()).sum(-1),
+    "soft": lambda s, d, m, z: (s + TINY) * (d + TINY),
+}
+RULES = (*OBJECTIVES, *HEADS, "oracle")
+NEEDS_SIGMA = ("product", "sum", "sigma", "soft")
+
+
+def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor | None = None,
+           y: Tensor | None = None) -> Tensor:
+    """Index into HEADS of the head that answers each image, (B,).
+
+    Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
+    logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
+    Paper: [A] eq. 6; product or sum, the direction of the KL and the reduction of sigma are ours.
+    Raises: UserError on an unknown rule, on sigma = 0 everywhere, on a missing input."""
+    choose(dict.fromkeys(RULES), rule, "rule")
+    if rule in HEADS:
+        return torch.full((len(mean),), HEADS.index(rule), device=mean.device)
+    if rule == "oracle":
+        if y is None:
+            raise UserError("rule 'oracle' needs the labels")
+        right = mean[:, ::2].argmax(-1) == y[:, None]                                    # (B,2)
+        return torch.where(right[:, 1] & ~right[:, 0], 2, 0)
+    if rule in NEEDS_SIGMA and not sigma.any():
+        raise UserError(f"rule {rule!r}: sigma is 0 everywhere, there is no live dropout")
+    if rule == "max-logit" and logits is None:
+        raise UserError("rule 'max-logit' needs the logits")
+    z = None if logits is None else logits[:, ::2]
+    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], z).argmin(-1)
+
+
+def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
+    """Probabilities (B,C) of the answering head; "soft" mixes clean and robust by 1/(sigma KL)."""
+    if rule != "soft":
+        return mean[torch.arange(len(mean), device=mean.device), head]
+    weight = 1 / OBJECTIVES["product"](sigma, divergence(mean), None, None)
+    weight = weight / weight.sum(-1, keepdim=True)
+    return (mean[:, ::2] * weight[..., None]).sum(1)
+
+
 class Student(nn.Module):
     """[A] fig. 2: a frozen network whose last `tune` stages are tuned, with three heads.
 
@@ -2371,62 +2427,6 @@ class Student(nn.Module):
         mean, sigma, logits = self.moments(self.features(x), passes)
         head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
-
-
-def divergence(mean: Tensor) -> Tensor:
-    """KL(head || combined) of the clean and the robust head, (B,2) in nats, from mean (B,3,C)."""
-    log = mean.float().clamp_min(1e-12).log()
-    return (mean[:, ::2].float() * (log[:, ::2] - log[:, 1:2])).sum(-1).clamp_min(0)
-
-
-TINY = 1e-12
-# The head with the least objective answers ([A] eq. 6).  s sigma, d divergence, m mean, z logits,
-# all of the clean and the robust head.
-OBJECTIVES: dict[str, Callable] = {
-    "product": lambda s, d, m, z: (s + TINY) * (d + TINY),
-    "sum": lambda s, d, m, z: s + d,
-    "sigma": lambda s, d, m, z: s,
-    "kl": lambda s, d, m, z: d,
-    "max-logit": lambda s, d, m, z: -z.amax(-1),
-    "max-prob": lambda s, d, m, z: -m.amax(-1),
-    "entropy": lambda s, d, m, z: -(m * m.clamp_min(TINY).log()).sum(-1),
-    "soft": lambda s, d, m, z: (s + TINY) * (d + TINY),
-}
-RULES = (*OBJECTIVES, *HEADS, "oracle")
-NEEDS_SIGMA = ("product", "sum", "sigma", "soft")
-
-
-def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor | None = None,
-           y: Tensor | None = None) -> Tensor:
-    """Index into HEADS of the head that answers each image, (B,).
-
-    Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
-    logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
-    Paper: [A] eq. 6; product or sum, the direction of the KL and the reduction of sigma are ours.
-    Raises: UserError on an unknown rule, on sigma = 0 everywhere, on a missing input."""
-    choose(dict.fromkeys(RULES), rule, "rule")
-    if rule in HEADS:
-        return torch.full((len(mean),), HEADS.index(rule), device=mean.device)
-    if rule == "oracle":
-        if y is None:
-            raise UserError("rule 'oracle' needs the labels")
-        right = mean[:, ::2].argmax(-1) == y[:, None]                                    # (B,2)
-        return torch.where(right[:, 1] & ~right[:, 0], 2, 0)
-    if rule in NEEDS_SIGMA and not sigma.any():
-        raise UserError(f"rule {rule!r}: sigma is 0 everywhere, there is no live dropout")
-    if rule == "max-logit" and logits is None:
-        raise UserError("rule 'max-logit' needs the logits")
-    z = None if logits is None else logits[:, ::2]
-    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], z).argmin(-1)
-
-
-def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
-    """Probabilities (B,C) of the answering head; "soft" mixes clean and robust by 1/(sigma KL)."""
-    if rule != "soft":
-        return mean[torch.arange(len(mean), device=mean.device), head]
-    weight = 1 / OBJECTIVES["product"](sigma, divergence(mean), None, None)
-    weight = weight / weight.sum(-1, keepdim=True)
-    return (mean[:, ::2] * weight[..., None]).sum(1)
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -2563,6 +2563,18 @@ class Signals:
             signal.signal(s, handler)
 
 
+def differences(old: dict, new: dict, path: str = "") -> str:
+    """What differs between two nested mappings, as "a.b: 1 -> 2", or ""."""
+    found = []
+    for k in sorted({*old, *new}):
+        a, b = old.get(k), new.get(k)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found.append(differences(a, b, f"{path}{k}."))
+        elif a != b:
+            found.append(f"{path}{k}: {a} -> {b}")
+    return ", ".join(f for f in found if f)
+
+
 class TrainState:
     """Model, optimizer, scaler, averaged weights and step: all that a checkpoint holds."""
 
@@ -2612,18 +2624,6 @@ class TrainState:
                 self.ema[k].lerp_(v, 1 - self.cfg.ema)
             else:
                 self.ema[k].copy_(v)
-
-
-def differences(old: dict, new: dict, path: str = "") -> str:
-    """What differs between two nested mappings, as "a.b: 1 -> 2", or ""."""
-    found = []
-    for k in sorted({*old, *new}):
-        a, b = old.get(k), new.get(k)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found.append(differences(a, b, f"{path}{k}."))
-        elif a != b:
-            found.append(f"{path}{k}: {a} -> {b}")
-    return ", ".join(f for f in found if f)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -2846,6 +2846,19 @@ def _score_plain(predict: Callable, x: Tensor, y: Tensor, project) -> dict[str, 
     return {"correct": (z.argmax(-1) == y).sum()[None]}
 
 
+def _counts(n: int, sums: dict[str, Tensor]) -> dict:
+    """The sums of all processes as plain numbers."""
+    flat = torch.cat(list(sums.values()))
+    if world()[1] > 1:
+        dist.all_reduce(flat)
+    parts = dict(zip(sums, flat.cpu().split([len(v) for v in sums.values()])))
+    if "correct" in parts:
+        return {"n": n, "correct": int(parts["correct"])}
+    moments = [round(int(v) / FIXED_POINT / n, 6) for v in parts.pop("moments")]
+    rules = {rule: {"correct": int(v[0]), "heads": v[1:].tolist()} for rule, v in parts.items()}
+    return {"n": n, "rules": rules, "sigma": moments[:2], "kl": moments[2:]}
+
+
 @torch.no_grad()
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
                  *, batch: int = 256, passes: int = 10, jpeg: bool = True, amp: str = "auto",
@@ -2868,19 +2881,6 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
         if bar is not None:
             bar.update(len(x) * world()[1])
     return {label: _counts(len(images), sums) for label, sums in totals.items()}
-
-
-def _counts(n: int, sums: dict[str, Tensor]) -> dict:
-    """The sums of all processes as plain numbers."""
-    flat = torch.cat(list(sums.values()))
-    if world()[1] > 1:
-        dist.all_reduce(flat)
-    parts = dict(zip(sums, flat.cpu().split([len(v) for v in sums.values()])))
-    if "correct" in parts:
-        return {"n": n, "correct": int(parts["correct"])}
-    moments = [round(int(v) / FIXED_POINT / n, 6) for v in parts.pop("moments")]
-    rules = {rule: {"correct": int(v[0]), "heads": v[1:].tolist()} for rule, v in parts.items()}
-    return {"n": n, "rules": rules, "sigma": moments[:2], "kl": moments[2:]}
 
 
 def evaluate(predict: Callable, images: ImageSet | str, cell: tuple[str, int] | None = None,
@@ -2915,6 +2915,14 @@ def row_key(row: dict) -> tuple:
     """What makes a result another result."""
     return tuple(row[k] for k in ("label", "weights", "set", "corruption", "severity", "n",
                                   "transform", "passes", "versions"))
+
+
+def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> dict:
+    """The columns of a row that say where it comes from."""
+    return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": cfg.data.name,
+            "source": images.source, "seconds": seconds, "device": pick_device().type,
+            "amp": str(amp_type(cfg.runtime.amp, pick_device())), "processes": world()[1],
+            "packages": versions(), "train": entry.meta.get("train", {})}
 
 
 def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, out: Path) -> None:
@@ -2955,14 +2963,6 @@ def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, ou
             if _agreed(bool(signals.hit), pick_device()):
                 raise Interrupted("eval stopped after a whole cell; the same command goes on from "
                                   "here")
-
-
-def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> dict:
-    """The columns of a row that say where it comes from."""
-    return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": cfg.data.name,
-            "source": images.source, "seconds": seconds, "device": pick_device().type,
-            "amp": str(amp_type(cfg.runtime.amp, pick_device())), "processes": world()[1],
-            "packages": versions(), "train": entry.meta.get("train", {})}
 
 
 # ==== 10. REPORT ====
@@ -3265,18 +3265,6 @@ def _own_classes(name: str) -> int | None:
     return timm.get_pretrained_cfg(name.partition(":")[2]).num_classes if has_tag(name) else None
 
 
-def student_path(cfg: Config, images: ImageSet) -> str | None:
-    """The student's weights file, made by pretrain when there is none; None = by the name's tag."""
-    if cfg.model.student_weights:
-        return cfg.model.student_weights
-    if _own_classes(cfg.model.student) == len(images.classes):
-        return None
-    if not (cfg.dir / "student.safetensors").is_file():
-        say(f"{cfg.model.student} has no pretrained weights for {len(images.classes)} classes: "
-            "pretrain comes first")
-    return str(pretrain(cfg, images))
-
-
 def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
     """Trains the student on clean data -> student.safetensors (kept if it is there)."""
     path = cfg.dir / "student.safetensors"
@@ -3294,6 +3282,18 @@ def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
                     cfg.runtime, out=cfg.dir, name="pretrain", seed=cfg.seed, key=key,
                     workers=cfg.data.workers)
     return _finish(path, net, stats, key)
+
+
+def student_path(cfg: Config, images: ImageSet) -> str | None:
+    """The student's weights file, made by pretrain when there is none; None = by the name's tag."""
+    if cfg.model.student_weights:
+        return cfg.model.student_weights
+    if _own_classes(cfg.model.student) == len(images.classes):
+        return None
+    if not (cfg.dir / "student.safetensors").is_file():
+        say(f"{cfg.model.student} has no pretrained weights for {len(images.classes)} classes: "
+            "pretrain comes first")
+    return str(pretrain(cfg, images))
 
 
 def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
@@ -3372,6 +3372,11 @@ def default_sets(cfg: Config) -> list[str]:
     return [name, wide, *([f"{name}-r"] if f"{name}-r" in SETS else [])]
 
 
+def summary(rows: list[dict]) -> str:
+    """The first table of the report."""
+    return report_text(rows).split("\n## ")[1].partition("\n")[2].strip("\n")
+
+
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or --model NAME, on sets -> results.jsonl."""
     sets = {name: open_set(name, cfg.data) for name in default_sets(cfg)}
@@ -3383,11 +3388,6 @@ def run_eval(cfg: Config, args) -> None:
     score(entries, sets, cfg, cfg.dir)
     if world()[0] == 0:
         say(summary(read_jsonl(cfg.dir / "results.jsonl")))
-
-
-def summary(rows: list[dict]) -> str:
-    """The first table of the report."""
-    return report_text(rows).split("\n## ")[1].partition("\n")[2].strip("\n")
 
 
 def run_report(cfg: Config, args) -> None:
