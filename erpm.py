@@ -261,6 +261,8 @@ class Eval:
     passes: int = opt(10, "dropout passes; 0 = closed form")
     n_cell: int = opt(0, "images used at most of each cell of a generated -c set; 0 = all")
     batch: int = opt(256, "images a forward")
+    frost_dir: str = opt("", "folder of the original frost textures; empty = those of the package "
+                             "imagecorruptions or imagenet-c where installed, else made here")
     jpeg: bool = opt(True, "JPEG round trip (quality 85) of generated -c sets, as in the files")
 
 
@@ -2861,8 +2863,8 @@ def _counts(n: int, sums: dict[str, Tensor]) -> dict:
 
 @torch.no_grad()
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
-                 *, batch: int = 256, passes: int = 10, jpeg: bool = True, amp: str = "auto",
-                 workers: int = 0, bar: tqdm | None = None) -> dict[str, dict]:
+                 *, batch: int = 256, passes: int = 10, jpeg: bool = True, frost_dir: str = "",
+                 amp: str = "auto", workers: int = 0, bar: tqdm | None = None) -> dict[str, dict]:
     """{label: counts} of several networks on the same pixels; see `evaluate`."""
     device = pick_device()
     totals: dict[str, dict[str, Tensor]] = {label: {} for label in models}
@@ -2871,7 +2873,7 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
     for x, y, index in eval_batches(images, batch, workers):
         x, y = x.to(device), y.to(device)
         if cell:
-            x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg)
+            x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg, frost_dir=frost_dir or None)
         with autocast(amp, device):
             for label, model in models.items():
                 sums = _score_student(model, x, y, project, passes) if isinstance(model, Student) \
@@ -2939,7 +2941,8 @@ def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, ou
                       "severity": cell[1] if cell else 0, "n": len(images), "versions": code,
                       "transform": images.transform
                       + (f", corrupted on the fly{', jpeg 85' * cfg.eval.jpeg}" if cell else "")
-                      + (f", {frost_source()} frost" if cell and cell[0] == "frost" else "")}
+                      + (f", {frost_source(cfg.eval.frost_dir)} frost"
+                         if cell and cell[0] == "frost" else "")}
             rows = {e.label: {"label": e.label, "weights": e.weights, **common,
                               "passes": cfg.eval.passes if isinstance(e.model, Student) else None}
                     for e in entries}
@@ -2949,7 +2952,8 @@ def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, ou
                 continue
             since = time.perf_counter()
             found = evaluate_all(pending, images, cell, batch=cfg.eval.batch,
-                                 passes=cfg.eval.passes, jpeg=cfg.eval.jpeg, amp=cfg.runtime.amp,
+                                 passes=cfg.eval.passes, jpeg=cfg.eval.jpeg,
+                                 frost_dir=cfg.eval.frost_dir, amp=cfg.runtime.amp,
                                  workers=cfg.data.workers, bar=bar)
             seconds = round(time.perf_counter() - since, 3)
             if world()[0] == 0:
@@ -3347,6 +3351,10 @@ def preflight(cfg: Config) -> None:
     spec_names(cfg.robustify.augment)
     for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
         read_meta(path)
+    lost = [f for f in ICE_FILES if not (Path(cfg.eval.frost_dir) / f).is_file()]
+    if cfg.eval.frost_dir and lost:
+        raise UserError(f"eval.frost_dir: no {lost[0]} in {cfg.eval.frost_dir} (the textures are "
+                        f"{', '.join(ICE_FILES)})")
 
 
 def entries_of(run: Path) -> list[Entry]:
@@ -3464,7 +3472,8 @@ def run_bench(cfg: Config, args) -> None:
              r["against"] or "not installed"] for r in rows]))
 
 
-def _corrupt_job(images: ImageSet, positions: Sequence[int], source: Path, out: Path) -> int:
+def _corrupt_job(images: ImageSet, positions: Sequence[int], source: Path, out: Path,
+                 frost_dir: str | None) -> int:
     """Writes the copies of a few images that are missing; returns the number of images x cells."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)             # the parent stops the pool
@@ -3474,7 +3483,8 @@ def _corrupt_job(images: ImageSet, positions: Sequence[int], source: Path, out: 
         paths = [out / name / str(severity) / f for f in files]
         if all(p.is_file() for p in paths):
             continue
-        for path, y in zip(paths, corrupt(x, name, severity, index=index.tolist())):
+        copies = corrupt(x, name, severity, index=index.tolist(), frost_dir=frost_dir)
+        for path, y in zip(paths, copies):
             kind = Image.registered_extensions()[path.suffix.lower()]
             picture = Image.fromarray(y.permute(1, 2, 0).numpy())
             write_atomically(path, lambda p: picture.save(p, kind, quality=85))
@@ -3531,7 +3541,7 @@ def run_corrupt(cfg: Config, args) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies in {source}: take a folder beside it")
     _claim(out, {"source": str(source.resolve()), "images": len(paths), "size_px": size_px,
-                 "seed": 0, "frost": frost_source()})
+                 "seed": 0, "frost": frost_source(cfg.eval.frost_dir)})
     images = ImageSet(str(source), [0] * len(paths), ["-"], size_px, paths=paths)
     jobs = [range(i, min(i + 8, len(paths)))
             for i in range(0, len(paths), 8)][world()[0]::world()[1]]
@@ -3539,7 +3549,8 @@ def run_corrupt(cfg: Config, args) -> None:
     with Signals() as signals, ProcessPoolExecutor(
             cfg.data.workers or os.cpu_count(), context) as pool, progress(
             len(paths) * len(cells("folder-c:")), "corrupt") as bar:
-        running = [pool.submit(_corrupt_job, images, job, source, out) for job in jobs]
+        running = [pool.submit(_corrupt_job, images, job, source, out, cfg.eval.frost_dir or None)
+                   for job in jobs]
         for done in as_completed(running):
             bar.update(done.result())
             if signals.hit:

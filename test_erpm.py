@@ -1241,6 +1241,7 @@ def test_an_absent_set_names_folder_count_and_source(tmp_path, capsys, monkeypat
     (["distill", "data.name=folder:nowhere"], "no folder nowhere"),
     (["distill", "robustify.augment=augmax"], "augmax"),
     (["distill", "data.name=imagenet-r"], "has no training split"),
+    (["eval", "--set", "shapes", "eval.frost_dir=ice"], "eval.frost_dir: no frost1.png in ice"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line_and_code_2(
         words, says, tmp_path, capsys, monkeypatch):
