@@ -224,6 +224,11 @@ class Train:
     clip: float = opt(1.0, "largest gradient norm; 0 = off")
     ema: float = opt(0.0, "decay of the averaged weights that are kept; 0 = off")
     smoothing: float = opt(0.0, "label smoothing")
+
+
+@dataclass(frozen=True)
+class Pretrain(Train):
+    """How the student learns clean data, where its name has no pretrained weights for them."""
     tune: int = opt(-1, "last stages that are trained, the classifier always; -1 = all, "
                         "0 = linear probe")
 
@@ -283,7 +288,7 @@ class Config:
     seed: int = opt(0, "seed of everything but the cuts of the data")
     data: Data = Data()
     model: Model = Model()
-    pretrain: Train = Train()
+    pretrain: Pretrain = Pretrain()
     robustify: Robustify = Robustify()
     distill: Distill = Distill()
     eval: Eval = Eval()
@@ -292,6 +297,10 @@ class Config:
     @property
     def dir(self) -> Path:
         return Path(self.out) / self.run
+
+
+OPTIMIZERS = ("adamw", "sgd")
+METHODS = ("erpm", "apt", "lp")
 
 
 class _Loader(yaml.SafeLoader):
@@ -313,7 +322,7 @@ def read_yaml(path: Path) -> dict:
     try:
         with open(path) as f:
             tree = yaml.load(f, _Loader) or {}
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping at the top")
@@ -323,7 +332,7 @@ def read_yaml(path: Path) -> dict:
 def typed(value, kind: str, path: str):
     """value as the field's type.  Raises: UserError naming path, expected and got."""
     text = isinstance(value, str)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         if kind == "bool" and (isinstance(value, bool) or value in ("true", "false")):
             return value in (True, "true")
         if kind in ("int", "float") and not isinstance(value, bool):
@@ -375,14 +384,25 @@ def words_tree(words: Sequence[str]) -> dict:
 def check(cfg: Config) -> None:
     """Raises: UserError where a value of the right type makes no sense."""
     d = cfg.distill
-    positive = {f"{s}.{k}": getattr(getattr(cfg, s), k)
-                for s in ("pretrain", "robustify", "distill")
+    stages_ = {"pretrain": cfg.pretrain, "robustify": cfg.robustify, "distill": d}
+    positive = {f"{name}.{k}": getattr(stage, k) for name, stage in stages_.items()
                 for k in ("epochs", "batch", "accum", "lr")}
     positive |= {"eval.batch": cfg.eval.batch, "runtime.log_every": cfg.runtime.log_every,
                  "runtime.save_every": cfg.runtime.save_every, "distill.temperature": d.temperature}
     for key, value in positive.items():
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise UserError(f"{key}: expected a value above 0, got {value}")
+    counts = {"data.workers": cfg.data.workers, "data.n_train": cfg.data.n_train,
+              "data.n_test": cfg.data.n_test, "eval.passes": cfg.eval.passes,
+              "eval.n_cell": cfg.eval.n_cell, "distill.tune": d.tune}
+    for key, value in counts.items():
+        if value < 0:
+            raise UserError(f"{key}: expected 0 or more, got {value}")
+    for name, stage in stages_.items():
+        if stage.batch % stage.accum:
+            raise UserError(f"{name}.accum: {stage.batch} images are not {stage.accum} equal "
+                            "micro-batches")
+        choose(dict.fromkeys(OPTIMIZERS), stage.optimizer, f"{name}.optimizer")
     for key, value in {"distill.dropout": d.dropout, "distill.alpha": d.alpha}.items():
         if not 0 <= value <= 1 or value == 1 and key == "distill.dropout":
             raise UserError(f"{key}: expected a value from 0 to 1, got {value}")
@@ -391,7 +411,7 @@ def check(cfg: Config) -> None:
     if cfg.data.size_px and not 32 <= cfg.data.size_px <= 512:
         raise UserError(f"data.size_px: expected 0 or 32 to 512, got {cfg.data.size_px}")
     for key, value, known in (("distill.dropout_in", d.dropout_in, ("tail", "head")),
-                              ("distill.method", d.method, ("erpm", "apt", "lp")),
+                              ("distill.method", d.method, METHODS),
                               ("runtime.amp", cfg.runtime.amp, ("auto", "bf16", "fp16", "none"))):
         choose(dict.fromkeys(known), value, key)
 
@@ -399,12 +419,13 @@ def check(cfg: Config) -> None:
 def resolve(recipe: str, words: Sequence[str], file: Path | None = None,
             run: Path | None = None) -> Config:
     """The frozen Config: default < recipe (or the run's config.yaml) < key=value words."""
-    base = Config()
+    base, given = Config(), file is not None
     if run is not None:
         base = merge(base, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
     else:
         file = file or Path(__file__).with_name("config.yaml")
-        recipes = read_yaml(file) if file.is_file() or recipe != "demo" else {"demo": {}}
+        plain = recipe == "demo" and not given and not file.is_file()
+        recipes = {"demo": {}} if plain else read_yaml(file)
         base = merge(base, choose(recipes, recipe, f"recipe in {file}") or {}, f"{file}: {recipe}")
         base = dataclasses.replace(base, recipe=recipe)
     cfg = merge(base, words_tree(words), "command line")
@@ -414,11 +435,6 @@ def resolve(recipe: str, words: Sequence[str], file: Path | None = None,
         seed = [f"s{cfg.seed}"] if cfg.seed else []
         cfg = dataclasses.replace(cfg, run="-".join([cfg.recipe, *data, *seed]))
     return cfg
-
-
-def as_tree(cfg) -> dict:
-    """Plain nested mapping of a config, ready for YAML or JSON."""
-    return dataclasses.asdict(cfg)
 
 
 def config_help(cfg=None, path: str = "") -> str:
@@ -1024,10 +1040,7 @@ RANDOM = {"gaussian_noise": gaussian_noise, "shot_noise": shot_noise,
 
 def check_corrupt(x, name, severity, index):
     """The identities of the images, a list. Raises: UserError: what was expected and what came."""
-    if name not in CONSTANTS:
-        near = difflib.get_close_matches(str(name), CORRUPTIONS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"unknown corruption {name!r}{hint}; known: {', '.join(CORRUPTIONS)}")
+    choose(CONSTANTS, str(name), "corruption")
     if not isinstance(severity, (int, np.integer)) or not 1 <= severity <= 5:
         raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
     if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
@@ -1438,7 +1451,6 @@ def randaugment(x, generator, num_ops=2, magnitude=9):
 
 AUGMENTATIONS = {  # in the order in which a sum applies them
     "none": lambda x, generator: x,
-    "clean": lambda x, generator: x,
     "deepaugment": deepaugment,
     "pixmix": pixmix,
     "augmix": augmix,
@@ -1585,12 +1597,13 @@ def scan(folder: Path) -> tuple[list[str], list[int], list[str]]:
         found = torchvision.datasets.folder.make_dataset(
             str(folder), to_label, extensions=torchvision.datasets.folder.IMG_EXTENSIONS,
             allow_empty=True)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE") from None
     if len(classes) < 2:
         raise UserError(f"{folder} holds one class folder ({classes[0]}), a classifier needs two "
                         f"or more: expected {folder}/CLASS/IMAGE")
-    empty = [c for c in classes if to_label[c] not in {y for _, y in found}]
+    used = {y for _, y in found}
+    empty = [c for c in classes if to_label[c] not in used]
     if empty:
         raise UserError(f"{folder}: no image in the class folder {empty[0]} ({len(empty)} such)")
     return [p for p, _ in found], [y for _, y in found], classes
@@ -1607,6 +1620,12 @@ def extended(images: ImageSet, folders: str) -> ImageSet:
         out.index = np.concatenate([out.index, len(out.y) + np.arange(len(more))])
         out.paths, out.y = [*out.paths, *paths], np.concatenate([out.y, more])
     return out
+
+
+def ignore_signals() -> None:
+    """Leaves Ctrl-C and SIGTERM to the parent, which stops its workers when it is ready."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
 
 
 class Batches:
@@ -1639,7 +1658,8 @@ def loader(images: ImageSet, sampler, workers: int) -> torch.utils.data.DataLoad
     workers = 0 if images.images is not None else workers
     return torch.utils.data.DataLoader(
         images, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=workers,
-        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None)
+        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
+        worker_init_fn=lambda _: ignore_signals())
 
 
 def eval_batches(images: ImageSet, batch: int, workers: int = 0):
@@ -2079,7 +2099,11 @@ class Classifier(nn.Module):
         self.features, self.drop, self.fc = features, nn.Identity(), fc
 
     def forward(self, f: Tensor) -> Tensor:
-        return self.fc(self.drop(self.features(f)))
+        h = self.drop(self.features(f))
+        if self.fc.weight.dtype != torch.float32:
+            return self.fc(h)
+        with torch.autocast(h.device.type, enabled=False):   # logits in float32: sigma, KL, ties
+            return self.fc(h.float())
 
 
 def _vit_embed(n: nn.Module, x: Tensor) -> Tensor:
@@ -2194,14 +2218,14 @@ class Dropout(nn.Module):
     def __init__(self, p: float, key: int):
         super().__init__()
         self.p, self.key = p, key
-        self.sample = None                                   # (passes T, images B), or None = off
+        self.sample = None                 # (passes T, images B that are not repeated yet), or off
         self.masks = torch.empty(0)                          # the last masks drawn, (T, *features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sample is None:
             return F.dropout(x, self.p, self.training)
         t, b = self.sample
-        if x.shape[0] == b:                                  # the first dropout on the way forks
+        if x.shape[0] == b:
             x = x.repeat(t, *[1] * (x.ndim - 1))
         if self.masks.shape != (t, *x.shape[1:]) or self.masks.device != x.device:
             masks = torch.rand(t, *x.shape[1:], generator=rng("mask", self.key)) >= self.p
@@ -2365,12 +2389,15 @@ class Student(nn.Module):
         return self.tuned(self.features(x))
 
     @contextlib.contextmanager
-    def _sampling(self, passes: int, b: int):
+    def _sampling(self, f: Tensor, passes: int):
+        """Context in which tuned(f') draws `passes` masks; f' is f, repeated for each pass where
+        dropout stands in the stages (in residual branches too), else the classifiers repeat it."""
+        early = self.meta["dropout_in"] == "tail" and self.meta["tune"] > 0
         drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
         for d in drops:
-            d.sample = (passes, b)
+            d.sample = (passes, 0 if early else f.shape[0])
         try:
-            yield
+            yield f.repeat(passes, *[1] * (f.ndim - 1)) if early else f
         finally:
             for d in drops:
                 d.sample = None
@@ -2392,8 +2419,8 @@ class Student(nn.Module):
         return out
 
     def _sampled(self, f: Tensor, passes: int, project) -> tuple[Tensor, Tensor, Tensor]:
-        with self._sampling(passes, f.shape[0]):
-            z = torch.stack([h.float().unflatten(0, (-1, f.shape[0])) for h in self.tuned(f)], 2)
+        with self._sampling(f, passes) as repeated:
+            z = torch.stack([h.float().unflatten(0, (passes, -1)) for h in self.tuned(repeated)], 2)
         z = z[..., project]
         p = z.softmax(-1)                                                        # (T,B,3,C)
         mean = p.mean(0)
@@ -2403,20 +2430,22 @@ class Student(nn.Module):
 
     def _closed_form(self, f: Tensor, project) -> tuple[Tensor, Tensor, Tensor]:
         f = self.tuned.shared(f)
-        logits, sigmas = [], []
-        for name in HEADS:
-            *blocks, last = self.tuned.heads[name]
-            h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
-            z = last.fc(h).float()[:, project]
-            p, top = z.softmax(-1).max(-1)
+        moments = [self._closed_head(self.tuned.heads[name], f, project) for name in HEADS]
+        z = torch.stack([z for z, _ in moments], 1)
+        return z.softmax(-1), torch.stack([sigma for _, sigma in moments[::2]], 1), z
+
+    def _closed_head(self, head: nn.Sequential, f: Tensor, project) -> tuple[Tensor, Tensor]:
+        *blocks, last = head
+        h = last.features(nn.Sequential(*blocks)(f)).float()                         # (B,D)
+        with torch.autocast(f.device.type, enabled=False):   # a difference of near equals below
             w = last.fc.weight.float()[project]
+            z = h @ w.T + (0 if last.fc.bias is None else last.fc.bias.float()[project])
+            p = z.softmax(-1)
             # d p_top / d h = p_top (w_top - sum_j p_j w_j); dropout moves h_i by variance h_i^2 q
-            grad = p[:, None] * (w[top] - z.softmax(-1) @ w)                     # (B,D)
+            p_top, top = p.max(-1)
+            grad = p_top[:, None] * (w[top] - p @ w)                                 # (B,D)
             q = self.dropout / (1 - self.dropout)
-            sigmas.append((q * (grad * h).square().sum(-1)).sqrt())
-            logits.append(z)
-        z = torch.stack(logits, 1)
-        return z.softmax(-1), torch.stack(sigmas[::2], 1), z
+            return z, (q * (grad * h).square().sum(-1)).sqrt()
 
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
         """What the chosen head says.  passes: dropout passes in one batch after one pass of the
@@ -2433,23 +2462,26 @@ class Student(nn.Module):
 
 # ---- losses --------------------------------------------------------------------------------------
 
-def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float) -> Tensor:
+def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float,
+              smoothing: float = 0.0) -> Tensor:
     """(1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean.
 
     Paper: [A] eq. 3-4, "weighted sum of classification and distillation loss"; the form is ours."""
     z, teacher = z.float(), teacher.float()
     kl = F.kl_div(F.log_softmax(z / t, -1), F.log_softmax(teacher / t, -1), reduction="batchmean",
                   log_target=True)
-    return (1 - alpha) * F.cross_entropy(z, y) + alpha * t * t * kl
+    ce = F.cross_entropy(z, y, label_smoothing=smoothing)
+    return (1 - alpha) * ce + alpha * t * t * kl
 
 
-def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: float) -> dict:
+def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: float,
+              smoothing: float = 0.0) -> dict:
     """{part: loss} of a batch of b clean and b augmented images; their sum is minimised.
 
     Shapes: z.clean, z.robust (b,C), z.combined (2b,C) clean first; z0 = initial model on the clean,
     zt = robust teacher on the augmented images, (b,C) each; y (b,).
     Paper: [A] eq. 5 = eq. 3 + eq. 4."""
-    loss = functools.partial(head_loss, y=y, alpha=alpha, t=t)
+    loss = functools.partial(head_loss, y=y, alpha=alpha, t=t, smoothing=smoothing)
     b = len(y)
     # METHOD [A] eq. 3: clean images, teacher = the initial model
     clean = {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0)}
@@ -2477,7 +2509,7 @@ def load(run: str | Path) -> nn.Module:
         raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
                         "run's folder that holds model.safetensors")
     meta = read_meta(path)
-    if not meta:
+    if not {"name", "classes"} <= set(meta):
         raise UserError(f"{path} was not written by erpm.py: use "
                         f"build(NAME, weights={str(path)!r})")
     net = named(meta["name"], meta["classes"], "random")
@@ -2502,7 +2534,7 @@ def build(name: str | nn.Module, classes: int | None = None,
 
 # ==== 8. TRAINING ====
 # In: a module, step(model, batch) -> (loss, {name: 0-d tensor}) and images.  Out: trained weights
-# and log.jsonl.  Always: an interrupted run goes on to the same weights, bit for bit.
+# and log.jsonl.  Always: an interrupted run goes on to the same weights, on a CPU bit for bit.
 
 
 class Batch(NamedTuple):
@@ -2556,7 +2588,7 @@ class Signals:
         return self
 
     def _note(self, number, frame):
-        if self.hit:                                         # a second Ctrl-C is impatient
+        if self.hit and number == signal.SIGINT:             # a second Ctrl-C is impatient
             raise KeyboardInterrupt
         self.hit = number
 
@@ -2599,7 +2631,11 @@ class TrainState:
         """Goes to the checkpoint's step, if any.  Raises: UserError if it is another job's."""
         if not self.path.is_file():
             return
-        saved = torch.load(self.path, map_location=device, weights_only=True)
+        try:
+            saved = torch.load(self.path, map_location=device, weights_only=True)
+        except Exception as e:                               # truncated, foreign, or a pickle
+            raise UserError(f"{self.path} is damaged ({type(e).__name__}): delete it to start this "
+                            "stage again") from None
         changed = differences(json.loads(saved["key"]), self.key)
         if changed:
             raise UserError(f"{self.path} is a half-done job with other settings ({changed}): "
@@ -2739,15 +2775,17 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
                                       seed=(seed, state.step, k, rank), last=k == cfg.accum - 1))
             state.update(lr)
             bar.update(cfg.batch)
+            at_save = state.step % runtime.save_every == 0 and state.step < total
             at_log = state.step % runtime.log_every == 0 or state.step == total
-            if at_log or size == 1 and signals.hit:
+            if at_log or at_save or size == 1 and signals.hit:
                 tenth = state.step % (10 * runtime.log_every) == 0 or state.step == total
                 meter.flush(lr, per_epoch, quiet=not bar.disable or not tenth)
                 if _agreed(bool(signals.hit), device):
                     state.save()
+                    barrier()
                     raise Interrupted(f"{name} stopped at step {state.step} of {total}; the same "
                                       "command goes on from here")
-            if state.step % runtime.save_every == 0 and state.step < total:
+            if at_save:
                 state.save()
     if state.ema:
         model.load_state_dict(state.ema)
@@ -2799,7 +2837,8 @@ def erpm_step(student: Student, teacher: nn.Module, cfg: Distill, aug: Robustify
         f = student.features(torch.cat([x, xa]))
         with torch.no_grad():
             z0, zt = student.original(f[:b]), teacher(xa)
-        parts = erpm_loss(model(f, b), z0, zt, y, alpha=cfg.alpha, t=cfg.temperature)
+        parts = erpm_loss(model(f, b), z0, zt, y, alpha=cfg.alpha, t=cfg.temperature,
+                          smoothing=cfg.smoothing)
         return sum(parts.values()), parts
     return step
 
@@ -2866,7 +2905,8 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
                  *, batch: int = 256, passes: int = 10, jpeg: bool = True, frost_dir: str = "",
                  amp: str = "auto", workers: int = 0, bar: tqdm | None = None) -> dict[str, dict]:
     """{label: counts} of several networks on the same pixels; see `evaluate`."""
-    device = pick_device()
+    weights = (p for m in models.values() if isinstance(m, nn.Module) for p in m.parameters())
+    device = next((p.device for p in weights), pick_device())
     totals: dict[str, dict[str, Tensor]] = {label: {} for label in models}
     project = None if images.project is None else images.project.to(device)
     idle = world()[0] * batch >= len(images)   # no batch of its own: the first one, counted 0 times
@@ -2913,24 +2953,36 @@ class Entry:
     meta: dict
 
 
+ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "transform", "passes", "amp",
+           "versions")
+
+
 def row_key(row: dict) -> tuple:
     """What makes a result another result."""
-    return tuple(row[k] for k in ("label", "weights", "set", "corruption", "severity", "n",
-                                  "transform", "passes", "versions"))
+    return tuple(row[k] for k in ROW_KEY)
+
+
+def read_rows(run: Path) -> list[dict]:
+    """The rows of a run's results.jsonl.  Raises: UserError on rows of another form."""
+    rows = read_jsonl(run / "results.jsonl")
+    if any(not {*ROW_KEY, "run", "seed", "trained_on"} <= set(r) for r in rows):
+        raise UserError(f"{run / 'results.jsonl'} holds rows of another version of erpm.py: "
+                        "move it away and run eval again")
+    return rows
 
 
 def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> dict:
     """The columns of a row that say where it comes from."""
     return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": cfg.data.name,
             "source": images.source, "seconds": seconds, "device": pick_device().type,
-            "amp": str(amp_type(cfg.runtime.amp, pick_device())), "processes": world()[1],
+            "processes": world()[1],
             "packages": versions(), "train": entry.meta.get("train", {})}
 
 
 def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, out: Path) -> None:
     """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known."""
     file, code = out / "results.jsonl", versions()["erpm"]
-    done = {row_key(r) for r in read_jsonl(file)}
+    done = {row_key(r) for r in read_rows(out)}
     todo = [(name, cell) for name in opened for cell in cells(name)]
     size = {name: len(images) for name, images in opened.items()}
     with progress(sum(min(size[n], cfg.eval.n_cell or size[n]) if cell else size[n]
@@ -2939,6 +2991,7 @@ def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, ou
             images = opened[name].subset(cfg.eval.n_cell) if cell else opened[name]
             common = {"set": name, "corruption": cell[0] if cell else "",
                       "severity": cell[1] if cell else 0, "n": len(images), "versions": code,
+                      "amp": str(amp_type(cfg.runtime.amp, pick_device())),
                       "transform": images.transform
                       + (f", corrupted on the fly{', jpeg 85' * cfg.eval.jpeg}" if cell else "")
                       + (f", {frost_source(cfg.eval.frost_dir)} frost"
@@ -2977,10 +3030,19 @@ LABELS = {"erpm": "ERPM", "apt": "APT", "lp": "LP"}
 
 
 def latest(rows: list[dict]) -> list[dict]:
-    """One row a cell: of each (run, label) the newest weights and code, of these the last row."""
+    """One row a cell: of each (run, label) those of the newest weights and code, and of each set
+    those of the newest number of images.  Raises: UserError on two runs that are no two seeds."""
     newest = {(r["run"], r["label"]): (r["weights"], r["versions"]) for r in rows}
-    keep = {(r["run"], r["label"], r["seed"], r["set"], r["corruption"], r["severity"]): r
-            for r in rows if newest[r["run"], r["label"]] == (r["weights"], r["versions"])}
+    rows = [r for r in rows if newest[r["run"], r["label"]] == (r["weights"], r["versions"])]
+    sizes = {(r["run"], r["label"], r["set"], bool(r["corruption"])): r["n"] for r in rows}
+    keep = {(r["run"], r["label"], r["set"], r["corruption"], r["severity"]): r for r in rows
+            if sizes[r["run"], r["label"], r["set"], bool(r["corruption"])] == r["n"]}
+    runs: dict[tuple, str] = {}
+    for r in keep.values():
+        other = runs.setdefault((r["label"], r["seed"]), r["run"])
+        if other != r["run"]:
+            raise UserError(f"{other} and {r['run']} both hold {r['label']} of seed {r['seed']}: a "
+                            "report averages over seeds; give it runs that differ in nothing else")
     return list(keep.values())
 
 
@@ -3092,9 +3154,9 @@ def report_text(rows: list[dict]) -> str:
 
 
 @torch.no_grad()
-def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int,
+def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int, rule: str,
                  columns: int = 8) -> Image.Image:
-    """Sample pictures, clean, corrupted and shifted; what each head said and which one answered."""
+    """Sample pictures, clean, corrupted and shifted: what each head said and which one answered."""
     conditions = [(name, None) for name in sets] + [
         (next(iter(sets)), (c, 4))
         for c in ("gaussian_noise", "glass_blur", "snow", "contrast", "pixelate")]
@@ -3109,7 +3171,7 @@ def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int,
         f = student.features(x.to(pick_device()))
         mean, sigma, logits = (m.cpu() for m in student.moments(
             f, passes, None if images.project is None else images.project.to(f.device)))
-        head = select(mean, sigma, "product")
+        head = select(mean, sigma, rule, logits=logits, y=y)
         pen.text((4, top + side // 2), f"{cell[0]} {cell[1]}" if cell else name, "black", font)
         for i in range(len(x)):
             left = 110 + i * (side + 34)
@@ -3213,32 +3275,28 @@ BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment}
 def write_config(cfg: Config) -> None:
     """runs/NAME/config.yaml: the resolved config."""
     if world()[0] == 0:
-        text = yaml.safe_dump(as_tree(cfg), sort_keys=False)
+        text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
         write_atomically(cfg.dir / "config.yaml", lambda p: p.write_text(text))
     barrier()
 
 
-def _made(cfg: Config, path: Path, key: dict) -> bool:
-    """Whether a stage's file is there already; writes the config once that is clear.
-
-    Raises: UserError when it was made with other settings; nothing is touched then."""
-    made = path.is_file()
-    changed = differences(read_meta(path).get("key", {}), key) if made else ""
+def _made(path: Path, key: dict) -> bool:
+    """Whether a stage's file is there.  Raises: UserError when it was made with other settings."""
+    if not path.is_file():
+        return False
+    changed = differences(read_meta(path).get("key", {}), key)
     if changed:
         raise UserError(f"{path} was made with other settings ({changed}): take another run=NAME, "
                         "or delete it to make it again")
-    barrier()
-    write_config(cfg)
-    if made:
-        say(f"{key['stage']}: {path} is there, kept")
-    return made
+    say(f"{key['stage']}: {path} is there, kept")
+    return True
 
 
 def _stage_key(cfg: Config, stage: str, **more) -> dict:
     """The settings that a stage's result depends on."""
     data = {k: getattr(cfg.data, k) for k in ("name", "size_px", "n_train")}
     return {"seed": cfg.seed, "data": data, "stage": stage,
-            stage: as_tree(getattr(cfg, stage)), **more}
+            stage: dataclasses.asdict(getattr(cfg, stage)), **more}
 
 
 def _finish(path: Path, module: nn.Module, stats: dict, key: dict) -> Path:
@@ -3266,15 +3324,21 @@ def _train_tail(net: Net, tune: int, images: ImageSet, cfg: Config, stage: str, 
 def _own_classes(name: str) -> int | None:
     """Number of outputs that the pretrained weights of a tagged name come with."""
     import timm
-    return timm.get_pretrained_cfg(name.partition(":")[2]).num_classes if has_tag(name) else None
+    if not has_tag(name):
+        return None
+    with contextlib.suppress(RuntimeError, AttributeError):
+        return timm.get_pretrained_cfg(name.partition(":")[2]).num_classes
+    known = [f"timm:{n}" for n in timm.list_pretrained()]
+    raise UserError(f"timm has no pretrained network {name!r}{nearest(name, known)}")
 
 
 def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
     """Trains the student on clean data -> student.safetensors (kept if it is there)."""
     path = cfg.dir / "student.safetensors"
     key = _stage_key(cfg, "pretrain", model=cfg.model.student)
-    if _made(cfg, path, key):
+    if _made(path, key):
         return path
+    write_config(cfg)
     images = images or open_set(cfg.data.name, cfg.data, "train")
     torch.manual_seed(fold(cfg.seed, "init student"))
     net = build(cfg.model.student, len(images.classes), cfg.model.student_weights or None)
@@ -3304,8 +3368,9 @@ def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
     """Trains the small teacher to be robust -> teacher.safetensors (kept if it is there)."""
     path = cfg.dir / "teacher.safetensors"
     key = _stage_key(cfg, "robustify", model=cfg.model.teacher)
-    if _made(cfg, path, key):
+    if _made(path, key):
         return path
+    write_config(cfg)
     images = images or open_set(cfg.data.name, cfg.data, "train")
     torch.manual_seed(fold(cfg.seed, "init teacher"))
     net = build(cfg.model.teacher, len(images.classes))
@@ -3329,8 +3394,9 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     key = _stage_key(cfg, "distill", augment=cfg.robustify.augment,
                      severity=cfg.robustify.severity, student=cfg.model.student,
                      files=[file_sha(f) if f else "" for f in (student_file, teacher_file)])
-    if _made(cfg, path, key):
+    if _made(path, key):
         return path
+    write_config(cfg)
     net = build(cfg.model.student, len(images.classes), student_file)
     if d.method != "erpm":
         stats = _train_tail(net, d.tune if d.method == "apt" else 0, images, cfg, "distill", key,
@@ -3345,10 +3411,32 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     return _finish(path, student, stats, key)
 
 
-def preflight(cfg: Config) -> None:
-    """Raises: UserError for what would stop a long job late: unknown names, absent weights."""
+def default_sets(cfg: Config) -> list[str]:
+    """eval.sets, or the training set, its corrupted copy and its renditions."""
+    if cfg.eval.sets:
+        return [s.strip() for s in cfg.eval.sets.split(",") if s.strip()]
+    name = cfg.data.name
+    wide = name.replace("folder:", "folder-c:", 1) if name.startswith("folder:") else f"{name}-c"
+    return [name, wide, *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+
+
+def preflight(cfg: Config, training: bool) -> None:
+    """Raises: UserError for what would stop a long job late: unknown names, absent weights files,
+    networks that cannot be cut, rules without sigma."""
     choose(dict.fromkeys(RULES), cfg.eval.rule, "rule")
     spec_names(cfg.robustify.augment)
+    for base in (base_name(name)[0] for name in default_sets(cfg)):
+        if not base.startswith("folder:"):
+            choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
+    if training:
+        for name in (cfg.model.student, cfg.model.teacher):
+            _own_classes(name)
+        cut(named(cfg.model.student, 2, "random"), cfg.distill.tune)
+        named(cfg.model.teacher, 2, "random")
+        d = cfg.distill
+        if cfg.eval.rule in NEEDS_SIGMA and d.method == "erpm" and not d.dropout:
+            raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={cfg.eval.rule} "
+                            "needs it; set a rate above 0, or eval.rule=kl")
     for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
         read_meta(path)
     lost = [f for f in ICE_FILES if not (Path(cfg.eval.frost_dir) / f).is_file()]
@@ -3357,27 +3445,46 @@ def preflight(cfg: Config) -> None:
                         f"{', '.join(ICE_FILES)})")
 
 
-def entries_of(run: Path) -> list[Entry]:
+def weights_sha(net: nn.Module) -> str:
+    """First 12 hex digits of a hash of the network's tensors."""
+    h = hashlib.sha256()
+    for k, v in net.state_dict().items():
+        h.update(k.encode())
+        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()[:12]
+
+
+def entry(label: str, net: nn.Module, meta: dict) -> Entry:
+    """A network ready to be scored."""
+    return Entry(label, net.to(pick_device()), weights_sha(net), meta)
+
+
+def entries_of(cfg: Config) -> list[Entry]:
     """The networks of a run: original student, teacher, baselines, model."""
-    files = [("original", run / "student.safetensors"), ("teacher", run / "teacher.safetensors")]
-    models = [*sorted(run.glob("*/model.safetensors")), run / "model.safetensors"]
-    for f in filter(Path.is_file, models):
-        files.append((LABELS[read_meta(f)["key"]["distill"]["method"]], f))
-    found = [(label, f) for label, f in files if f.is_file()]
-    if not found:
+    run, m, files = cfg.dir, cfg.model, []
+    for f in filter(Path.is_file, [*sorted(run.glob("*/model.safetensors")),
+                                   run / "model.safetensors"]):
+        method = read_meta(f).get("key", {}).get("distill", {}).get("method", "erpm")
+        files.append((LABELS[method], f))
+    own = [(label, run / f"{name}.safetensors") for label, name in
+           (("original", "student"), ("teacher", "teacher"))]
+    entries = [entry(label, load(f), read_meta(f)) for label, f in own if f.is_file()]
+    models = [entry(label, load(f), read_meta(f)) for label, f in files]
+    if not entries and not models:
         raise UserError(f"no trained network in {run}: run `python erpm.py distill` first, or name "
                         "another run")
-    return [Entry(label, load(f).to(pick_device()), file_sha(f), read_meta(f))
-            for label, f in found]
+    labels = {e.label for e in entries}
+    for label, name, weights in (("original", m.student, m.student_weights),
+                                 ("teacher", m.teacher, m.teacher_weights)):
+        if models and label not in labels and (weights or label == "original" and has_tag(name)):
+            net = named(name, models[-1].model.n_classes, weights or None)
+            entries.append(entry(label, freeze(net), {}))
+    return [*entries, *models]
 
 
-def default_sets(cfg: Config) -> list[str]:
-    """eval.sets, or the training set, its corrupted copy and its renditions."""
-    if cfg.eval.sets:
-        return [s.strip() for s in cfg.eval.sets.split(",") if s.strip()]
-    name = cfg.data.name
-    wide = name.replace("folder:", "folder-c:", 1) if name.startswith("folder:") else f"{name}-c"
-    return [name, wide, *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+def headline(rows: list[dict], rule: str) -> list[dict]:
+    """The rows with the rule of the headline figures set to `rule`."""
+    return [r | {"rule": rule} for r in rows]
 
 
 def summary(rows: list[dict]) -> str:
@@ -3388,14 +3495,21 @@ def summary(rows: list[dict]) -> str:
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or --model NAME, on sets -> results.jsonl."""
     sets = {name: open_set(name, cfg.data) for name in default_sets(cfg)}
-    if args.model:
-        entries = [Entry(args.model, build(args.model).to(pick_device()), "by name", {})]
-    else:
-        entries = entries_of(cfg.dir)
+    if args.model and not has_tag(args.model) and not args.model.startswith("run:"):
+        named(args.model)
+        raise UserError(f"--model {args.model} has no weights: add a pretrained tag "
+                        "(timm:resnet50.tv_in1k), or name what a run made (run:runs/x)")
+    entries = [entry(args.model, build(args.model), {})] if args.model else entries_of(cfg)
+    for name, images in sets.items():
+        n = len(synsets()) if images.project is not None else len(images.classes)
+        for e in entries:
+            if e.model.n_classes != n:
+                raise UserError(f"{e.label} has {e.model.n_classes} classes and {name} needs {n}: "
+                                "score it on the sets of its own classes")
     cfg.dir.mkdir(parents=True, exist_ok=True)
     score(entries, sets, cfg, cfg.dir)
     if world()[0] == 0:
-        say(summary(read_jsonl(cfg.dir / "results.jsonl")))
+        say(summary(headline(read_rows(cfg.dir), cfg.eval.rule)))
 
 
 def run_report(cfg: Config, args) -> None:
@@ -3403,7 +3517,7 @@ def run_report(cfg: Config, args) -> None:
     if world()[0]:
         return
     runs = [Path(r) for r in (args.run or str(cfg.dir)).split(",")]
-    rows = [r for run in runs for r in read_jsonl(run / "results.jsonl")]
+    rows = headline([r for run in runs for r in read_rows(run)], cfg.eval.rule)
     if not rows:
         raise UserError(f"no results in {', '.join(map(str, runs))}: run `python erpm.py eval` "
                         "first")
@@ -3415,7 +3529,7 @@ def run_report(cfg: Config, args) -> None:
     if model.is_file() and "student" in read_meta(model):
         names = [s for s in dict.fromkeys(r["set"] for r in rows) if len(cells(s)) == 1]
         sets = {n: open_set(n, cfg.data) for n in names}
-        picture = picture_grid(load(model).to(pick_device()), sets, cfg.eval.passes)
+        picture = picture_grid(load(model).to(pick_device()), sets, cfg.eval.passes, cfg.eval.rule)
         write_atomically(runs[0] / "pictures.png", lambda p: picture.save(p, "png"))
         say(f"{runs[0] / 'pictures.png'} written")
 
@@ -3424,7 +3538,8 @@ def run_demo(cfg: Config, args) -> None:
     """Everything: the three stages, the baselines lp and apt, eval and report."""
     since = time.perf_counter()
     images = open_set(cfg.data.name, cfg.data, "train")
-    student, teacher = student_path(cfg, images), str(robustify(cfg, images))
+    student = student_path(cfg, images)
+    teacher = cfg.model.teacher_weights or str(robustify(cfg, images))
     for method in ("lp", "apt"):
         sub = dataclasses.replace(
             cfg, run=f"{cfg.run}/{method}", distill=dataclasses.replace(cfg.distill, method=method),
@@ -3476,7 +3591,7 @@ def _corrupt_job(images: ImageSet, positions: Sequence[int], source: Path, out: 
                  frost_dir: str | None) -> int:
     """Writes the copies of a few images that are missing; returns the number of images x cells."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)             # the parent stops the pool
+    ignore_signals()
     x, _, index = images.__getitems__([(0, p) for p in positions])
     files = [Path(images.paths[i]).relative_to(source) for i in index.tolist()]
     for name, severity in cells("folder-c:"):
@@ -3540,8 +3655,10 @@ def run_corrupt(cfg: Config, args) -> None:
         raise UserError(f"no image below {source}")
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies in {source}: take a folder beside it")
-    _claim(out, {"source": str(source.resolve()), "images": len(paths), "size_px": size_px,
-                 "seed": 0, "frost": frost_source(cfg.eval.frost_dir)})
+    if world()[0] == 0:
+        _claim(out, {"source": str(source.resolve()), "images": len(paths), "size_px": size_px,
+                     "seed": 0, "frost": frost_source(cfg.eval.frost_dir)})
+    barrier()
     images = ImageSet(str(source), [0] * len(paths), ["-"], size_px, paths=paths)
     jobs = [range(i, min(i + 8, len(paths)))
             for i in range(0, len(paths), 8)][world()[0]::world()[1]]
@@ -3551,11 +3668,14 @@ def run_corrupt(cfg: Config, args) -> None:
             len(paths) * len(cells("folder-c:")), "corrupt") as bar:
         running = [pool.submit(_corrupt_job, images, job, source, out, cfg.eval.frost_dir or None)
                    for job in jobs]
-        for done in as_completed(running):
-            bar.update(done.result())
-            if signals.hit:
-                pool.shutdown(cancel_futures=True)
-                raise Interrupted("corrupt stopped; the same command goes on from here")
+        try:
+            for done in as_completed(running):
+                bar.update(done.result())
+                if signals.hit:
+                    raise Interrupted("corrupt stopped; the same command goes on from here")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     say(f"{out}: {len(paths):,} images x {len(cells('folder-c:'))} cells")
 
 
@@ -3625,7 +3745,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.cuda.set_device(pick_device())
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         cfg = configure(args)
-        preflight(cfg)
+        preflight(cfg, args.command in TRAINING)
         COMMANDS[args.command][0](cfg, args)
         return 0
     except UserError as e:            # from a loader process it comes with that process's traceback
