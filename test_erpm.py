@@ -1224,6 +1224,21 @@ def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_signal_to_the_whole_group_stops_cleanly_with_loader_workers(tmp_path):
+    make_tree(tmp_path / "set", n=40)
+    words = ["pretrain", *TINY, f"data.name=folder:{tmp_path}/set", "data.size_px=32", "run=x",
+             "data.n_train=0", "data.n_test=0", "data.workers=2", "pretrain.epochs=400"]
+    p = subprocess.Popen([sys.executable, str(HERE / "erpm.py"), *words], cwd=tmp_path, env=ENV,
+                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    since, log = time.time(), tmp_path / "runs/x/log.jsonl"
+    while not (log.is_file() and log.read_text()) and time.time() - since < 120:
+        time.sleep(0.05)
+    os.killpg(p.pid, signal.SIGINT)
+    err = p.communicate(timeout=60)[1].decode()
+    assert p.returncode == 130 and "goes on from here" in err and "Traceback" not in err
+    assert (tmp_path / "runs/x/pretrain.ckpt").is_file()
+
+
 def fails(capsys, *words):
     """The one line that a failing command prints on stderr."""
     assert erpm.main([str(w) for w in words]) == 2
