@@ -1341,6 +1341,8 @@ def test_bench_pairs_the_same_work():
     row = erpm.paired(lambda: calls.append("a"), lambda: calls.append("b"), 10, 10, 3)
     assert calls == ["a", "b"] * 4 and row["spread"][0] <= row["ratio"] <= row["spread"][1]
     assert erpm.paired(lambda: time.sleep(0.01), None, 10, 10, 3)["ours"] <= 1000
+    assert [r["part"] for r in erpm.bench_corruptions(size=32, n=2)][-2:] == [
+        "the 15", "the 14 without glass_blur"]
     parts = [r["part"] for r in erpm.bench_augment(size=32, n=2)]
     assert parts == ["augmix", "augmix + JSD sample", "augmix + JSD sample"]
 
