@@ -3439,6 +3439,8 @@ def preflight(cfg: Config, training: bool) -> None:
         if not base.startswith("folder:"):
             choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
     if training:
+        for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
+            read_meta(path)
         for name in (cfg.model.student, cfg.model.teacher):
             _own_classes(name)
         cut(named(cfg.model.student, 2, "random"), cfg.distill.tune)
@@ -3447,8 +3449,6 @@ def preflight(cfg: Config, training: bool) -> None:
         if cfg.eval.rule in NEEDS_SIGMA and d.method == "erpm" and not d.dropout:
             raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={cfg.eval.rule} "
                             "needs it; set a rate above 0, or eval.rule=kl")
-    for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
-        read_meta(path)
     lost = [f for f in ICE_FILES if not (Path(cfg.eval.frost_dir) / f).is_file()]
     if cfg.eval.frost_dir and lost:
         raise UserError(f"eval.frost_dir: no {lost[0]} in {cfg.eval.frost_dir} (the textures are "
