@@ -1262,7 +1262,7 @@ def test_an_absent_set_names_folder_count_and_source(tmp_path, capsys, monkeypat
     (["eval", "--set", "shapes", "--model", "timm:resnet18"], "has no weights: add a pretrained"),
     (["distill", "model.student=timm:resnet50.foo"], "no pretrained network 'timm:resnet50.foo'"),
     (["distill", "distill.tune=99"], "tune = 99"),
-    (["distill", "distill.dropout=0"], "sigma would be 0 and eval.rule=product needs it"),
+    (["distill", "distill.dropout=0"], "sigma would be 0 and eval.rule=soft needs it"),
     (["distill", "eval.sets=shape"], "unknown set 'shape'; did you mean 'shapes'?"),
     (["distill", "distill.optimizer=adam"], "did you mean 'adamw'?"),
     (["distill", "distill.accum=7"], "50 images are not 7 equal micro-batches"),
