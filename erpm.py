@@ -172,8 +172,10 @@ def file_sha(path: Path | str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()[:12]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions that a result depends on: this file, Python and the packages."""
+    """Versions that a result depends on: this file (once: it may be edited during a long run),
+    Python and the packages."""
     return {"erpm": file_sha(__file__), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
             "numpy": np.__version__}
@@ -1673,6 +1675,18 @@ def eval_batches(images: ImageSet, batch: int, workers: int = 0):
                            for s in starts], workers)
 
 
+@dataclass(frozen=True)
+class SetRow:
+    """A row of the table of sets: how it is opened, what it should hold, how to get it."""
+    name: str
+    open: Callable
+    n_train: int                  # published number of training images, 0 = no such split
+    n_test: int                   # published number of test images
+    n_classes: int
+    get: str
+    folders: tuple[str, ...] = ()
+
+
 # ---- shapes: a procedural set --------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "half disc",
@@ -1855,18 +1869,6 @@ def _open_imagenet(row: SetRow, data: Data, split: str) -> ImageSet:
                     expected=n, source=str(top))
 
 
-@dataclass(frozen=True)
-class SetRow:
-    """A row of the table of sets: how it is opened, what it should hold, how to get it."""
-    name: str
-    open: Callable
-    n_train: int                  # published number of training images, 0 = no such split
-    n_test: int                   # published number of test images
-    n_classes: int
-    get: str
-    folders: tuple[str, ...] = ()
-
-
 _TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
 SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("shapes", _open_shapes, 8000, 2000, 10, "made here, no file"),
@@ -1902,12 +1904,17 @@ def base_name(name: str) -> tuple[str, bool]:
     return name, False
 
 
+def set_row(base: str) -> SetRow:
+    """The row of a set that is no folder.  Raises: UserError with the nearest name, -c included."""
+    return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
+
+
 def open_set(name: str, data: Data, split: str = "test") -> ImageSet:
     """The named set.  Raises: UserError when it is unknown, absent or incomplete."""
     base = base_name(name)[0]
     if base.startswith("folder:"):
         return _open_folder(base, data, split)
-    row = choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
+    row = set_row(base)
     if split == "train" and not row.n_train:
         raise UserError(f"{name} has no training split: train on {name.rsplit('-', 1)[0]}")
     images = row.open(row, data, split)
@@ -3320,15 +3327,18 @@ def _finish(path: Path, module: nn.Module, stats: dict, key: dict) -> Path:
     return path
 
 
-def _train_tail(net: Net, tune: int, images: ImageSet, cfg: Config, stage: str, key: dict,
+def _train(cfg: Config, key: dict, module: nn.Module, step: Callable, images: ImageSet) -> dict:
+    """fit with the settings of the stage that key names."""
+    return fit(module, step, images, getattr(cfg, key["stage"]), cfg.runtime, out=cfg.dir,
+               name=key["stage"], seed=cfg.seed, key=key, workers=cfg.data.workers)
+
+
+def _train_tail(cfg: Config, key: dict, net: Net, tune: int, images: ImageSet,
                 aug: Robustify | None) -> dict:
     """Trains the last `tune` stages and the classifier of a plain network, in place."""
     backbone, tail = cut(net.to(pick_device()), tune)
     part = Tail(tail.requires_grad_(True))
-    settings = getattr(cfg, stage)
-    return fit(part, tail_step(backbone, settings, aug), images.subset(settings.n_images), settings,
-               cfg.runtime, out=cfg.dir, name=stage, seed=cfg.seed, key=key,
-               workers=cfg.data.workers)
+    return _train(cfg, key, part, tail_step(backbone, getattr(cfg, key["stage"]), aug), images)
 
 
 def _own_classes(name: str) -> int | None:
@@ -3352,13 +3362,11 @@ def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
     images = images or open_set(cfg.data.name, cfg.data, "train")
     torch.manual_seed(fold(cfg.seed, "init student"))
     net = build(cfg.model.student, len(images.classes), cfg.model.student_weights or None)
-    stage = cfg.pretrain
+    stage, images = cfg.pretrain, images.subset(cfg.pretrain.n_images)
     if stage.tune >= 0:
-        stats = _train_tail(net, stage.tune, images, cfg, "pretrain", key, None)
+        stats = _train_tail(cfg, key, net, stage.tune, images, None)
     else:
-        stats = fit(net, clean_step(stage.smoothing), images.subset(stage.n_images), stage,
-                    cfg.runtime, out=cfg.dir, name="pretrain", seed=cfg.seed, key=key,
-                    workers=cfg.data.workers)
+        stats = _train(cfg, key, net, clean_step(stage.smoothing), images)
     return _finish(path, net, stats, key)
 
 
@@ -3384,10 +3392,8 @@ def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
     images = images or open_set(cfg.data.name, cfg.data, "train")
     torch.manual_seed(fold(cfg.seed, "init teacher"))
     net = build(cfg.model.teacher, len(images.classes))
-    stats = fit(net, robust_step(cfg.robustify, len(images.classes)),
-                extended(images.subset(cfg.robustify.n_images), cfg.robustify.extra),
-                cfg.robustify, cfg.runtime, out=cfg.dir, name="robustify", seed=cfg.seed, key=key,
-                workers=cfg.data.workers)
+    stats = _train(cfg, key, net, robust_step(cfg.robustify, len(images.classes)),
+                   extended(images.subset(cfg.robustify.n_images), cfg.robustify.extra))
     return _finish(path, net, stats, key)
 
 
@@ -3408,16 +3414,16 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
         return path
     write_config(cfg)
     net = build(cfg.model.student, len(images.classes), student_file)
+    images = images.subset(d.n_images)
     if d.method != "erpm":
-        stats = _train_tail(net, d.tune if d.method == "apt" else 0, images, cfg, "distill", key,
+        stats = _train_tail(cfg, key, net, d.tune if d.method == "apt" else 0, images,
                             cfg.robustify)
         return _finish(path, net, stats, key)
     device = pick_device()
     student = Student(net, d.tune, d.head, d.dropout, len(images.classes), dropout_in=d.dropout_in)
     teacher = freeze(build(cfg.model.teacher, len(images.classes), teacher_file)).to(device)
-    stats = fit(student.to(device).tuned, erpm_step(student, teacher, d, cfg.robustify),
-                images.subset(d.n_images), d, cfg.runtime, out=cfg.dir, name="distill",
-                seed=cfg.seed, key=key, workers=cfg.data.workers)
+    stats = _train(cfg, key, student.to(device).tuned,
+                   erpm_step(student, teacher, d, cfg.robustify), images)
     return _finish(path, student, stats, key)
 
 
@@ -3437,7 +3443,7 @@ def preflight(cfg: Config, training: bool) -> None:
     spec_names(cfg.robustify.augment)
     for base in (base_name(name)[0] for name in default_sets(cfg)):
         if not base.startswith("folder:"):
-            choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
+            set_row(base)
     if training:
         for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
             read_meta(path)

@@ -1022,15 +1022,6 @@ def seeded_net():
     return erpm.build("cifar:resnet8-s2", 5)
 
 
-def freeze_statistics(net):
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.momentum = 0.0
-            m.train = lambda mode=True: m
-            m.eval()
-    return net
-
-
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     a, b = (quick_fit(tmp_path / str(k), tail_of(seeded_net()), tail_step_of(), accum=k)
             for k in (1, 4))
