@@ -38,6 +38,7 @@ Papers:
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -55,7 +56,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -1624,10 +1624,19 @@ def extended(images: ImageSet, folders: str) -> ImageSet:
     return out
 
 
-def ignore_signals() -> None:
+def _ignore_signals(_) -> None:
     """Leaves Ctrl-C and SIGTERM to the parent, which stops its workers when it is ready."""
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """At exit, ends workers whose iterator is still held, by a traceback for example: Python would
+    wait for ever for the effect of a SIGTERM, which they ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's handler reports it as a crash
+    for process in torch.multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class Batches:
@@ -1655,13 +1664,20 @@ class Batches:
             epoch, k = epoch + 1, 0
 
 
+def forked(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
+    """DataLoader whose workers leave signals to this process and end with it, however it ends."""
+    if workers:
+        atexit.unregister(_kill_workers)                 # once, and before multiprocessing's own
+        atexit.register(_kill_workers)
+    return torch.utils.data.DataLoader(
+        jobs, num_workers=workers, collate_fn=lambda batch: batch, worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if workers else None, **options)
+
+
 def loader(images: ImageSet, sampler, workers: int) -> torch.utils.data.DataLoader:
     """DataLoader of whole batches; the number of workers changes no sample."""
-    workers = 0 if images.images is not None else workers
-    return torch.utils.data.DataLoader(
-        images, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=workers,
-        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
-        worker_init_fn=lambda _: ignore_signals())
+    return forked(images, 0 if images.images is not None else workers, batch_sampler=sampler,
+                  pin_memory=torch.cuda.is_available())
 
 
 def eval_batches(images: ImageSet, batch: int, workers: int = 0):
@@ -3603,23 +3619,25 @@ def run_bench(cfg: Config, args) -> None:
              r["against"] or "not installed"] for r in rows]))
 
 
-def _corrupt_job(images: ImageSet, positions: Sequence[int], source: Path, out: Path,
-                 frost_dir: str | None) -> int:
-    """Writes the copies of a few images that are missing; returns the number of images x cells."""
-    torch.set_num_threads(1)
-    ignore_signals()
-    x, _, index = images.__getitems__([(0, p) for p in positions])
-    files = [Path(images.paths[i]).relative_to(source) for i in index.tolist()]
-    for name, severity in cells("folder-c:"):
-        paths = [out / name / str(severity) / f for f in files]
-        if all(p.is_file() for p in paths):
-            continue
-        copies = corrupt(x, name, severity, index=index.tolist(), frost_dir=frost_dir)
-        for path, y in zip(paths, copies):
-            kind = Image.registered_extensions()[path.suffix.lower()]
+class _CorruptJobs(torch.utils.data.Dataset):
+    """Item k writes the missing copies of image k and returns how many copies an image has."""
+
+    def __init__(self, images: ImageSet, source: Path, out: Path, frost_dir: str | None):
+        self.images, self.source, self.out, self.frost_dir = images, source, out, frost_dir
+
+    def __getitem__(self, k: int) -> int:
+        x, todo = None, cells("folder-c:")
+        file = Path(self.images.paths[k]).relative_to(self.source)
+        kind = Image.registered_extensions()[file.suffix.lower()]
+        for name, severity in todo:
+            path = self.out / name / str(severity) / file
+            if path.is_file():
+                continue
+            x = self.images.__getitems__([(0, k)])[0] if x is None else x
+            y = corrupt(x, name, severity, index=[k], frost_dir=self.frost_dir)[0]
             picture = Image.fromarray(y.permute(1, 2, 0).numpy())
             write_atomically(path, lambda p: picture.save(p, kind, quality=85))
-    return len(positions) * len(cells("folder-c:"))
+        return len(todo)
 
 
 def _claim(out: Path, settings: dict) -> None:
@@ -3676,22 +3694,14 @@ def run_corrupt(cfg: Config, args) -> None:
                      "seed": 0, "frost": frost_source(cfg.eval.frost_dir)})
     barrier()
     images = ImageSet(str(source), [0] * len(paths), ["-"], size_px, paths=paths)
-    jobs = [range(i, min(i + 8, len(paths)))
-            for i in range(0, len(paths), 8)][world()[0]::world()[1]]
-    context = torch.multiprocessing.get_context("fork")
-    with Signals() as signals, ProcessPoolExecutor(
-            cfg.data.workers or os.cpu_count(), context) as pool, progress(
-            len(paths) * len(cells("folder-c:")), "corrupt") as bar:
-        running = [pool.submit(_corrupt_job, images, job, source, out, cfg.eval.frost_dir or None)
-                   for job in jobs]
-        try:
-            for done in as_completed(running):
-                bar.update(done.result())
-                if signals.hit:
-                    raise Interrupted("corrupt stopped; the same command goes on from here")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    jobs = _CorruptJobs(images, source, out, cfg.eval.frost_dir or None)
+    work = forked(jobs, cfg.data.workers or os.cpu_count(), batch_size=None,
+                  sampler=range(world()[0], len(paths), world()[1]))
+    with Signals() as signals, progress(len(paths) * len(cells("folder-c:")), "corrupt") as bar:
+        for done in work:
+            bar.update(done * world()[1])
+            if signals.hit:
+                raise Interrupted("corrupt stopped; the same command goes on from here")
     say(f"{out}: {len(paths):,} images x {len(cells('folder-c:'))} cells")
 
 

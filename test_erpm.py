@@ -1230,6 +1230,15 @@ def test_a_signal_to_the_whole_group_stops_cleanly_with_loader_workers(tmp_path)
     assert (tmp_path / "runs/x/pretrain.ckpt").is_file()
 
 
+def test_a_process_with_a_held_loader_ends(tmp_path):
+    make_tree(tmp_path / "set")
+    code = (f"import erpm; s = erpm.open_set('folder:{tmp_path}/set', erpm.Data(), 'train')\n"
+            "it = iter(erpm.loader(s, erpm.Batches(len(s), 4, 0), 1)); next(it); 1 / 0")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                          timeout=60, env=ENV)
+    assert "ZeroDivisionError" in done.stderr
+
+
 def fails(capsys, *words):
     """The one line that a failing command prints on stderr."""
     assert erpm.main([str(w) for w in words]) == 2
