@@ -196,7 +196,7 @@ class Data:
     """The training set, and how sets are cut."""
     name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
     root: str = opt("data", "folder that holds the data sets")
-    size_px: int = opt(0, "side of the square images in pixels; 0 = the set's own")
+    size_px: int = opt(0, "side of the square images in pixels; 0 = the set's or network's own")
     n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all")
     n_test: int = opt(0, "images used at most of each evaluated set (likewise); 0 = all")
     allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
@@ -1526,15 +1526,64 @@ def shift_and_flip(x: Tensor, u: np.ndarray) -> Tensor:
         .permute(0, 3, 1, 2).contiguous()
 
 
+@dataclass(frozen=True)
+class View:
+    """How a picture file becomes a square image to score: the short side resized to size_px /
+    crop_pct, the centre cut out; squash = both sides resized, whatever the shape."""
+    size_px: int = 224
+    crop_pct: float = 0.875
+    interpolation: str = "bilinear"
+    squash: bool = False
+
+    @property
+    def resize_px(self) -> int:
+        return math.floor(self.size_px / self.crop_pct)
+
+    def __str__(self) -> str:
+        side = "both sides" if self.squash else "short side"
+        return f"{side} {self.resize_px}, centre {self.size_px}, {self.interpolation}"
+
+    def __call__(self, im: Image.Image) -> Image.Image:
+        size = [self.resize_px] * (2 if self.squash else 1)
+        mode = v2.InterpolationMode(self.interpolation)
+        im = v2.functional.resize(im, size, interpolation=mode, antialias=True)
+        return v2.functional.center_crop(im, self.size_px)
+
+
+class Project:
+    """The outputs of a network that a set scores: z (..., N) -> (..., C), for each class the
+    largest of its outputs.
+
+    ids[k]: the output of class k, or the several that mean it (ObjectNet)."""
+
+    def __init__(self, ids: Sequence[int | Sequence[int]]):
+        many = [[i] if isinstance(i, int) else list(i) for i in ids]
+        wide = max(map(len, many))
+        self.ids = torch.tensor([m + m[:1] * (wide - len(m)) for m in many])          # (C,wide)
+
+    def winners(self, z: Tensor) -> Tensor:
+        """Index into the N outputs of the one that speaks for each class, (..., C)."""
+        ids = self.ids.to(z.device)
+        if ids.shape[1] == 1:
+            return ids[:, 0].expand(*z.shape[:-1], -1)
+        best = z[..., ids].argmax(-1, keepdim=True)                                  # (..., C, 1)
+        return ids.expand(*best.shape[:-1], -1).gather(-1, best)[..., 0]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z[..., self.ids.to(z.device)].amax(-1)
+
+
 class ImageSet(torch.utils.data.Dataset):
     """Labelled square images, held in memory (uint8) or read from files.
 
-    y: labels (n,).  project: the network's outputs that this set scores, in the order of its
-    labels; None = all.  train: crops and flips at random, else resizes and crops the centre."""
+    y: labels (n,).  project: the network's outputs that this set scores; None = all.
+    view: how files become squares.  border_px: cut off on each side before (ObjectNet's frame).
+    train: crops and flips at random instead of the view."""
 
-    def __init__(self, name: str, y, classes: Sequence[str], size_px: int, *, images=None,
-                 paths=None, project=None, expected: int = 0, source: str = ""):
-        self.name, self.classes, self.size_px = name, list(classes), size_px
+    def __init__(self, name: str, y, classes: Sequence[str], view: View = View(), *, images=None,
+                 paths=None, project: Project | None = None, border_px: int = 0,
+                 expected: int = 0, source: str = ""):
+        self.name, self.classes, self.view, self.border_px = name, list(classes), view, border_px
         self.y, self.images, self.paths = np.asarray(y, np.int64), images, paths
         self.project, self.expected, self.source = project, expected, source
         self.index = np.arange(len(self.y))           # which of the set's images are in use
@@ -1547,8 +1596,8 @@ class ImageSet(torch.utils.data.Dataset):
     def transform(self) -> str:
         """What happens to an image before it is scored, as recorded in the results."""
         if self.images is not None:
-            return f"as stored, {self.size_px} px"
-        return f"short side {self.size_px * 256 // 224}, centre {self.size_px}, bilinear"
+            return f"as stored, {self.view.size_px} px"
+        return (f"cut {self.border_px} px, " if self.border_px else "") + str(self.view)
 
     def subset(self, n: int) -> ImageSet:
         """The same set with at most n of its images (0 = all), drawn once by a fixed seed."""
@@ -1580,15 +1629,17 @@ class ImageSet(torch.utils.data.Dataset):
         try:
             with Image.open(self.paths[i]) as im:
                 im = im.convert("RGB")
+                cut = self.border_px
+                im = im.crop((cut, cut, im.width - cut, im.height - cut)) if cut else im
         except OSError as e:
             raise UserError(f"cannot read the image {self.paths[i]} ({e}): mend or remove it") \
                 from None
         if not self.train:
-            im = v2.functional.resize(im, self.size_px * 256 // 224, antialias=True)
-            return v2.functional.pil_to_tensor(v2.functional.center_crop(im, self.size_px))
+            return v2.functional.pil_to_tensor(self.view(im))
         with torch.random.fork_rng(devices=[]):       # torchvision draws from the global generator
             torch.manual_seed(fold(self.seed, "crop", epoch, i))
-            im = v2.RandomResizedCrop(self.size_px, antialias=True)(im)
+            mode = v2.InterpolationMode(self.view.interpolation)
+            im = v2.RandomResizedCrop(self.view.size_px, interpolation=mode, antialias=True)(im)
             return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(im))
 
 
@@ -1801,11 +1852,11 @@ def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor,
     return x, y
 
 
-def _open_shapes(row: SetRow, data: Data, split: str) -> ImageSet:
+def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     size, n = data.size_px or 32, row.n_train if split == "train" else row.n_test
     n = min(n, (data.n_train if split == "train" else data.n_test) or n)
     x, y = make_shapes(n, size, split, "r" if row.name == "shapes-r" else "")
-    return ImageSet(row.name, y, SHAPES, size, images=x, expected=n, source="procedural")
+    return ImageSet(row.name, y, SHAPES, View(size), images=x, expected=n, source="procedural")
 
 
 # ---- sets from disk ------------------------------------------------------------------------------
@@ -1818,7 +1869,7 @@ def absent(row: SetRow, data: Data) -> UserError:
                      f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
 
 
-def _open_torchvision(row: SetRow, data: Data, split: str) -> ImageSet:
+def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     """Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
     cls = {"fashion-mnist": torchvision.datasets.FashionMNIST,
            "cifar10": torchvision.datasets.CIFAR10,
@@ -1834,11 +1885,11 @@ def _open_torchvision(row: SetRow, data: Data, split: str) -> ImageSet:
         x = torch.cat([v2.functional.resize(c, [data.size_px] * 2, antialias=True)
                        for c in x.split(512)])
     n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, raw.targets, raw.classes, x.shape[-1], images=x.contiguous(),
+    return ImageSet(row.name, raw.targets, raw.classes, View(x.shape[-1]), images=x.contiguous(),
                     expected=n, source=str(Path(data.root)))
 
 
-def _open_folder(name: str, data: Data, split: str) -> ImageSet:
+def _open_folder(name: str, split: str, view: View) -> ImageSet:
     """folder:PATH with PATH/train and PATH/val (or test), or, to score only, PATH itself."""
     root = Path(name.partition(":")[2])
     if not root.is_dir():
@@ -1849,7 +1900,7 @@ def _open_folder(name: str, data: Data, split: str) -> ImageSet:
         raise UserError(f"{root}: no folder {halves[0].name}; training takes "
                         f"{root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE")
     paths, y, classes = scan(found[0] if found else root)
-    return ImageSet(name, y, classes, data.size_px or 224, paths=paths, source=str(root))
+    return ImageSet(name, y, classes, view, paths=paths, source=str(root))
 
 
 @functools.cache
@@ -1861,7 +1912,7 @@ def synsets(part: str = "") -> tuple[str, ...]:
     return tuple(file.read_text().split())
 
 
-def _open_imagenet(row: SetRow, data: Data, split: str) -> ImageSet:
+def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     """A set of the ImageNet family.  The label comes from the folder's name (a synset, or V2's
     number), never from its place in the text order."""
     part = {"imagenet-a": "a", "imagenet-r": "r"}.get(row.name, "")
@@ -1879,10 +1930,10 @@ def _open_imagenet(row: SetRow, data: Data, split: str) -> ImageSet:
         raise UserError(f"{top}: the folder {odd[0]} is none of the {len(names)} classes of "
                         f"{row.name}")
     y = [label[folders[a]] for a in at]
-    project = torch.tensor([synsets().index(s) for s in names]) if part else None
+    project = Project([synsets().index(s) for s in names]) if part else None
     n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, y, names, data.size_px or 224, paths=paths, project=project,
-                    expected=n, source=str(top))
+    return ImageSet(row.name, y, names, view, paths=paths, project=project, expected=n,
+                    source=str(top))
 
 
 _TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
@@ -1925,15 +1976,18 @@ def set_row(base: str) -> SetRow:
     return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
 
 
-def open_set(name: str, data: Data, split: str = "test") -> ImageSet:
-    """The named set.  Raises: UserError when it is unknown, absent or incomplete."""
+def open_set(name: str, data: Data, split: str = "test", view: View = View()) -> ImageSet:
+    """The named set.  view: of picture files; data.size_px goes before its size.
+
+    Raises: UserError when it is unknown, absent or incomplete."""
     base = base_name(name)[0]
+    view = dataclasses.replace(view, size_px=data.size_px or view.size_px)
     if base.startswith("folder:"):
-        return _open_folder(base, data, split)
+        return _open_folder(base, split, view)
     row = set_row(base)
     if split == "train" and not row.n_train:
         raise UserError(f"{name} has no training split: train on {name.rsplit('-', 1)[0]}")
-    images = row.open(row, data, split)
+    images = row.open(row, data, split, view)
     if len(images) != images.expected and not data.allow_partial:
         raise UserError(f"{name}: {len(images):,} images in {images.source}, expected "
                         f"{images.expected:,}: it is incomplete or holds more; unpack it again, or "
@@ -1949,12 +2003,14 @@ def open_set(name: str, data: Data, split: str = "test") -> ImageSet:
 class Net(nn.Module):
     """A network that takes images and normalises and resizes them for itself.
 
+    view: how it wants picture files to be cut for scoring.
     Shapes: x (B,3,H,W), uint8 or in [0, 1] -> logits (B, n_classes)."""
 
     def __init__(self, net: nn.Module, *, name: str, n_classes: int, mean=(0.5,) * 3,
-                 std=(0.25,) * 3, size_px: int = 0):
+                 std=(0.25,) * 3, size_px: int = 0, view: View = View()):
         super().__init__()
         self.net, self.name, self.n_classes, self.size_px = net, name, n_classes, size_px
+        self.view = view
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -2066,10 +2122,11 @@ def _build_timm(name: str, classes: int | None, pretrained: bool) -> Net:
         raise UserError(f"the weights of timm:{name} could not be loaded ({type(e).__name__}): no "
                         "network? give a local file: model.student_weights=PATH or "
                         "model.teacher_weights=PATH") from None
-    cfg = net.pretrained_cfg
+    cfg, size = net.pretrained_cfg, net.pretrained_cfg["input_size"][-1]
     fixed = cfg.get("fixed_input_size", False) or "." in name   # a tag: as its weights were trained
+    view = View(size, cfg["crop_pct"], cfg["interpolation"], cfg.get("crop_mode") == "squash")
     return Net(net, name=f"timm:{name}", n_classes=net.num_classes, mean=cfg["mean"],
-               std=cfg["std"], size_px=cfg["input_size"][-1] if fixed else 0)
+               std=cfg["std"], size_px=size if fixed else 0, view=view)
 
 
 FAMILIES = {"timm": _build_timm, "cifar": _build_cifar}
@@ -2426,7 +2483,7 @@ class Student(nn.Module):
                 d.sample = None
 
     @torch.no_grad()
-    def moments(self, f: Tensor, passes: int = 10, project: Tensor | None = None) \
+    def moments(self, f: Tensor, passes: int = 10, project: Project | None = None) \
             -> tuple[Tensor, Tensor, Tensor]:
         """(mean probabilities (B,3,C), sigma (B,2), mean logits (B,3,C)) from boundary features f.
 
@@ -2435,38 +2492,43 @@ class Student(nn.Module):
         for dropout before the classifiers, without randomness; dropout in the stages is then off.
         project: the outputs that count, for sets of fewer classes.
         Paper: [A] section 3.3; differs: all images share the T masks."""
-        mode, project = self.training, slice(None) if project is None else project
+        mode = self.training
         self.eval()
         out = self._sampled(f, passes, project) if passes else self._closed_form(f, project)
         self.train(mode)
         return out
 
-    def _sampled(self, f: Tensor, passes: int, project) -> tuple[Tensor, Tensor, Tensor]:
+    def _sampled(self, f: Tensor, passes: int, project: Project | None) \
+            -> tuple[Tensor, Tensor, Tensor]:
         with self._sampling(f, passes) as repeated:
             z = torch.stack([h.float().unflatten(0, (passes, -1)) for h in self.tuned(repeated)], 2)
-        z = z[..., project]
+        z = project(z) if project else z
         p = z.softmax(-1)                                                        # (T,B,3,C)
         mean = p.mean(0)
         top = mean.argmax(-1, keepdim=True).expand(len(p), -1, -1, -1)
         sigma = p.gather(-1, top)[..., 0].std(0, correction=0)                   # (B,3)
         return mean, sigma[:, ::2], z.mean(0)
 
-    def _closed_form(self, f: Tensor, project) -> tuple[Tensor, Tensor, Tensor]:
+    def _closed_form(self, f: Tensor, project: Project | None) -> tuple[Tensor, Tensor, Tensor]:
         f = self.tuned.shared(f)
         moments = [self._closed_head(self.tuned.heads[name], f, project) for name in HEADS]
         z = torch.stack([z for z, _ in moments], 1)
         return z.softmax(-1), torch.stack([sigma for _, sigma in moments[::2]], 1), z
 
-    def _closed_head(self, head: nn.Sequential, f: Tensor, project) -> tuple[Tensor, Tensor]:
+    def _closed_head(self, head: nn.Sequential, f: Tensor, project: Project | None) \
+            -> tuple[Tensor, Tensor]:
         *blocks, last = head
         h = last.features(nn.Sequential(*blocks)(f)).float()                         # (B,D)
         with torch.autocast(f.device.type, enabled=False):   # a difference of near equals below
-            w = last.fc.weight.float()[project]
-            z = h @ w.T + (0 if last.fc.bias is None else last.fc.bias.float()[project])
+            w, z = last.fc.weight.float(), last.fc(h)
+            at = project.winners(z) if project else torch.arange(z.shape[-1]).to(z.device).expand(
+                z.shape)                                                             # (B,C)
+            whole, z = z, z.gather(-1, at)
             p = z.softmax(-1)
             # d p_top / d h = p_top (w_top - sum_j p_j w_j); dropout moves h_i by variance h_i^2 q
-            p_top, top = p.max(-1)
-            grad = p_top[:, None] * (w[top] - p @ w)                                 # (B,D)
+            p_top, top = p.max(-1, keepdim=True)
+            mean_w = torch.zeros_like(whole).scatter(-1, at, p) @ w
+            grad = p_top * (w[at.gather(-1, top)[:, 0]] - mean_w)                    # (B,D)
             q = self.dropout / (1 - self.dropout)
             return z, (q * (grad * h).square().sum(-1)).sqrt()
 
@@ -2906,7 +2968,7 @@ def _score_student(student: Student, x: Tensor, y: Tensor, project,
 
 def _score_plain(predict: Callable, x: Tensor, y: Tensor, project) -> dict[str, Tensor]:
     z = predict(x)
-    z = z if project is None else z[:, project]
+    z = project(z) if project else z
     return {"correct": (z.argmax(-1) == y).sum()[None]}
 
 
@@ -2931,7 +2993,7 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
     weights = (p for m in models.values() if isinstance(m, nn.Module) for p in m.parameters())
     device = next((p.device for p in weights), pick_device())
     totals: dict[str, dict[str, Tensor]] = {label: {} for label in models}
-    project = None if images.project is None else images.project.to(device)
+    project = images.project
     idle = world()[0] * batch >= len(images)   # no batch of its own: the first one, counted 0 times
     for x, y, index in eval_batches(images, batch, workers):
         x, y = x.to(device), y.to(device)
@@ -3192,8 +3254,7 @@ def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int, rule:
         x, y, index = images.__getitems__([(0, int(p)) for p in picks])
         x = corrupt(x, *cell, index=index.tolist()) if cell else x
         f = student.features(x.to(pick_device()))
-        mean, sigma, logits = (m.cpu() for m in student.moments(
-            f, passes, None if images.project is None else images.project.to(f.device)))
+        mean, sigma, logits = (m.cpu() for m in student.moments(f, passes, images.project))
         head = select(mean, sigma, rule, logits=logits, y=y)
         pen.text((4, top + side // 2), f"{cell[0]} {cell[1]}" if cell else name, "black", font)
         for i in range(len(x)):
@@ -3589,7 +3650,7 @@ def run_sets(cfg: Config, args) -> None:
     body = []
     for name, row in SETS.items():
         try:
-            found = f"{len(row.open(row, cfg.data, 'test')):,}"
+            found = f"{len(row.open(row, cfg.data, 'test', View())):,}"
         except UserError:
             found = "-"
         where = " or ".join(str(Path(cfg.data.root) / f) for f in row.folders)
@@ -3656,7 +3717,7 @@ def _claim(out: Path, settings: dict) -> None:
 
 def corruption_grid(path: Path, size_px: int) -> Image.Image:
     """15 x 5 pictures of one image under every corruption and severity, named."""
-    x = ImageSet("picture", [0], ["-"], size_px, paths=[path]).__getitems__([(0, 0)])[0]
+    x = ImageSet("picture", [0], ["-"], View(size_px), paths=[path]).__getitems__([(0, 0)])[0]
     side, left, font = 112, 120, ImageFont.load_default(12)
     sheet = Image.new("RGB", (left + 6 * side, 15 * side), "white")
     pen = ImageDraw.Draw(sheet)
@@ -3693,7 +3754,7 @@ def run_corrupt(cfg: Config, args) -> None:
         _claim(out, {"source": str(source.resolve()), "images": len(paths), "size_px": size_px,
                      "seed": 0, "frost": frost_source(cfg.eval.frost_dir)})
     barrier()
-    images = ImageSet(str(source), [0] * len(paths), ["-"], size_px, paths=paths)
+    images = ImageSet(str(source), [0] * len(paths), ["-"], View(size_px), paths=paths)
     jobs = _CorruptJobs(images, source, out, cfg.eval.frost_dir or None)
     work = forked(jobs, cfg.data.workers or os.cpu_count(), batch_size=None,
                   sampler=range(world()[0], len(paths), world()[1]))

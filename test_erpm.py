@@ -258,10 +258,24 @@ def test_imagenet_r_scores_its_200_classes_by_synset(tmp_path):
     with pytest.raises(erpm.UserError, match="3 images in .*, expected 30,000"):
         erpm.open_set("imagenet-r", erpm.Data(root=str(tmp_path)))
     s = erpm.open_set("imagenet-r", erpm.Data(root=str(tmp_path), allow_partial=True, size_px=32))
-    assert s.y.tolist() == [5, 6, 7] and [erpm.synsets()[p] for p in s.project] == list(names)
+    own = s.project.ids[:, 0]
+    assert s.y.tolist() == [5, 6, 7] and [erpm.synsets()[p] for p in own] == list(names)
     z = torch.zeros(1000)
-    z[s.project[6]], z[0 if 0 not in s.project else 4] = 1.0, 2.0  # a class outside the 200: louder
+    z[own[6]], z[0 if 0 not in own else 4] = 1.0, 2.0  # a class outside the 200: louder
     assert erpm.evaluate(lambda x: z.expand(len(x), -1), s)["correct"] == 1
+
+
+def test_a_projection_takes_the_largest_of_each_classs_outputs():
+    project, z = erpm.Project([4, [0, 3], [2]]), torch.randn(6, 3, 5, generator=erpm.rng("z"))
+    for a, b in zip(z.flatten(0, 1), project(z).flatten(0, 1)):
+        assert b.tolist() == [float(a[4]), float(max(a[0], a[3])), float(a[2])]
+    assert torch.equal(z.gather(-1, project.winners(z)), project(z))
+    student = erpm.Student(tiny_net(), 1, 1, 0.1, dropout_in="head")   # closed form: same numbers
+    f = student.features(images(8, 32) / 255)
+    grouped, plain = student.moments(f, 0, project), student.moments(f, 0)
+    assert torch.allclose(grouped[0], project(plain[2]).softmax(-1))
+    drawn = student.moments(f, 3000, project)[1]
+    assert torch.allclose(grouped[1], drawn, rtol=0.12)
 
 
 def test_imagenet_v2_takes_the_label_from_the_folder_number(tmp_path):
@@ -869,7 +883,7 @@ def test_the_frozen_part_stays_equal_bit_for_bit(tmp_path):
     stats = {k: v.clone() for k, v in s.tuned.state_dict().items()
              if "running" in k or "num_b" in k}
     before = s.tuned.heads["clean"][-1].fc.weight.clone()
-    data = erpm.ImageSet("x", np.arange(32) % 5, "abcde", 32, images=images(32))
+    data = erpm.ImageSet("x", np.arange(32) % 5, "abcde", erpm.View(32), images=images(32))
     step = erpm.erpm_step(s, tiny_net_on_uint8(), erpm.Distill(), erpm.Robustify())
     s.backbone.insert(0, Scale())
     erpm.fit(s.tuned, step, data, erpm.Train(epochs=2, batch=16), erpm.Runtime(amp="none"),
@@ -1010,7 +1024,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def quick_fit(out, model=None, step=None, **cfg):
     model = model or erpm.build("cifar:resnet8-s2", 5, "random")
-    data = erpm.ImageSet("x", np.arange(64) % 5, "abcde", 32, images=images(64))
+    data = erpm.ImageSet("x", np.arange(64) % 5, "abcde", erpm.View(32), images=images(64))
     settings = {"epochs": 2, "batch": 16, "lr": 1e-3, **cfg}
     erpm.fit(model, step or erpm.clean_step(0.0), data, erpm.Train(**settings),
              erpm.Runtime(amp="none", log_every=1, save_every=3), out=out, name="t", seed=0, key={})
@@ -1080,7 +1094,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 
 def test_counts_are_those_of_a_slow_loop():
     s = erpm.Student(erpm.build("cifar:resnet8-s2", 5), 1, 1, 0.3).eval()
-    data = erpm.ImageSet("x", np.arange(50) % 5, "abcde", 32, images=images(50))
+    data = erpm.ImageSet("x", np.arange(50) % 5, "abcde", erpm.View(32), images=images(50))
     got = erpm.evaluate(s, data, batch=16, passes=4, amp="none")
     for rule in ("product", "kl", "clean", "soft", "max-logit"):
         p = s.predict(data.images, 4, rule)
