@@ -3108,10 +3108,9 @@ PARTIAL = "\\* of a part of the set's images (data.allow_partial)"
 
 # ---- rows and measures ---------------------------------------------------------------------------
 
-def _setting(row: dict) -> tuple:
-    """What the cells of one mean must share (the source of frost's textures is frost's alone)."""
-    parts = [p for p in row["transform"].split(", ") if not p.endswith("frost")]
-    return (row["n"], row["passes"], row["amp"], *parts)
+def _transform(row: dict) -> str:
+    """The transform without the source of frost's textures, which is frost's alone."""
+    return re.sub(", [a-z]+ frost$", "", row["transform"])
 
 
 def latest(rows: list[dict]) -> list[dict]:
@@ -3124,7 +3123,8 @@ def latest(rows: list[dict]) -> list[dict]:
             (lambda r: (r["run"], r["label"], r["head"], probed(r)),
              lambda r: (r["weights"], r["versions"])),
             (lambda r: r["set"], lambda r: r["made"]),
-            (lambda r: (r["label"], r["head"], r["set"]), _setting),
+            (lambda r: (r["label"], r["head"], r["set"]),
+             lambda r: (r["n"], r["passes"], r["amp"], _transform(r))),
             (lambda r: (r["label"], r["head"], r["set"], r["corruption"]),
              lambda r: r["transform"])):
         newest = {group(r): same(r) for r in rows}
@@ -3207,8 +3207,10 @@ def effective_robustness(clean: float, shift: float,
 
     reference: (clean, shift) accuracies of such networks; the expected value is a line through
     their logits.  Units: fractions.  Paper: Taori et al. 2020, rho = shift - beta(clean)."""
-    logit = lambda p: np.log(np.clip(p, 1e-6, 1 - 1e-6) / (1 - np.clip(p, 1e-6, 1 - 1e-6)))  # noqa
-    x, y = logit(np.array(reference, float)).T
+    def logit(p):
+        p = np.clip(p, 1e-6, 1 - 1e-6)
+        return np.log(p / (1 - p))
+    x, y = logit(np.array(reference)).T
     slope, offset = np.polyfit(x, y, 1)
     return float(shift - 1 / (1 + np.exp(-(slope * logit(clean) + offset))))
 
@@ -3237,7 +3239,8 @@ def measured(rows: list[dict], label: str, names: str | Sequence[str],
     for r in cells_of(rows, label, names, **where):
         seeds[r["run"], r["seed"]].append(r)
     n = len([c for name in ((names,) if isinstance(names, str) else names) for c in cells(name)
-             if c is None or all(v == c[k == "severity"] for k, v in where.items())])
+             if c is None or all(dict(corruption=c[0], severity=c[1])[k] == v
+                                 for k, v in where.items())])
     full = [v for v in seeds.values() if len(v) == n > 0]
     return [measure(v) for v in full] if len(full) == len(seeds) else []
 
@@ -3506,11 +3509,10 @@ def every_set_part(rows: list[dict]) -> str:
 
 
 def sets_part(rows: list[dict]) -> str:
-    """What each set is: images, cells, transform, where from."""
-    first = {r["set"]: r for r in reversed(rows)}
-    return part("Sets", ["set", "images a cell", "cells", "transform", "made"], [
-        [s, f"{first[s]['n']}{'*' * first[s]['partial']}", len(cells(s)), first[s]["transform"],
-         first[s]["made"] or "-"] for s in dict.fromkeys(r["set"] for r in rows)])
+    """What each set is: images, cells, transform, where from; a line for each way it was scored."""
+    lines = {(r["set"], f"{r['n']}{'*' * r['partial']}", len(cells(r["set"])), _transform(r),
+              r["made"] or "-"): None for r in rows}
+    return part("Sets", ["set", "images a cell", "cells", "transform", "made"], list(lines))
 
 
 APPENDIX = "Every cell: "
