@@ -1573,12 +1573,25 @@ class Project:
         return z[..., self.ids.to(z.device)].amax(-1)
 
 
+def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
+    """The picture in RGB, border_px cut off on each side.  Raises: UserError."""
+    try:
+        with Image.open(path) as im:
+            im = im.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
+    cut = border_px
+    return im.crop((cut, cut, im.width - cut, im.height - cut)) if cut else im
+
+
 class ImageSet(torch.utils.data.Dataset):
     """Labelled square images, held in memory (uint8) or read from files.
 
     y: labels (n,).  project: the network's outputs that this set scores; None = all.
     view: how files become squares.  border_px: cut off on each side before (ObjectNet's frame).
-    train: crops and flips at random instead of the view."""
+    train: crops and flips at random instead of the view.
+    made: "disk" or "regenerated" of a -c set, else "".  cells_dir: its archive, for open_cell.
+    partial: the number of images is not the published one."""
 
     def __init__(self, name: str, y, classes: Sequence[str], view: View = View(), *, images=None,
                  paths=None, project: Project | None = None, border_px: int = 0,
@@ -1588,6 +1601,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.project, self.expected, self.source = project, expected, source
         self.index = np.arange(len(self.y))           # which of the set's images are in use
         self.train, self.seed = False, 0
+        self.made, self.cells_dir, self.partial, self.allow_partial = "", None, False, False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -1626,14 +1640,7 @@ class ImageSet(torch.utils.data.Dataset):
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
     def _read(self, epoch: int, i: int) -> Tensor:
-        try:
-            with Image.open(self.paths[i]) as im:
-                im = im.convert("RGB")
-                cut = self.border_px
-                im = im.crop((cut, cut, im.width - cut, im.height - cut)) if cut else im
-        except OSError as e:
-            raise UserError(f"cannot read the image {self.paths[i]} ({e}): mend or remove it") \
-                from None
+        im = read_picture(self.paths[i], self.border_px)
         if not self.train:
             return v2.functional.pil_to_tensor(self.view(im))
         with torch.random.fork_rng(devices=[]):       # torchvision draws from the global generator
@@ -1643,23 +1650,38 @@ class ImageSet(torch.utils.data.Dataset):
             return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(im))
 
 
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def subfolders(folder: Path | str) -> list[str]:
+    """Names of the folders in a folder, sorted; hidden ones and __MACOSX are passed over."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not _hidden(e.name))
+
+
+def pictures(folder: Path | str) -> list[str]:
+    """Paths of the image files below a folder, sorted folder by folder; hidden ones likewise."""
+    kinds, out = torchvision.datasets.folder.IMG_EXTENSIONS, []
+    for top, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not _hidden(f))
+        out += [os.path.join(top, f) for f in sorted(files)
+                if f.lower().endswith(kinds) and not _hidden(f)]
+    return out
+
+
 def scan(folder: Path) -> tuple[list[str], list[int], list[str]]:
     """(paths, labels, class names) of a class-per-folder tree, everything in sorted order."""
-    try:
-        classes, to_label = torchvision.datasets.folder.find_classes(folder)
-        found = torchvision.datasets.folder.make_dataset(
-            str(folder), to_label, extensions=torchvision.datasets.folder.IMG_EXTENSIONS,
-            allow_empty=True)
-    except OSError:
-        raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE") from None
+    classes = subfolders(folder) if Path(folder).is_dir() else []
+    if not classes:
+        raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE")
     if len(classes) < 2:
         raise UserError(f"{folder} holds one class folder ({classes[0]}), a classifier needs two "
                         f"or more: expected {folder}/CLASS/IMAGE")
-    used = {y for _, y in found}
-    empty = [c for c in classes if to_label[c] not in used]
+    found = [pictures(Path(folder) / c) for c in classes]
+    empty = [c for c, files in zip(classes, found) if not files]
     if empty:
         raise UserError(f"{folder}: no image in the class folder {empty[0]} ({len(empty)} such)")
-    return [p for p, _ in found], [y for _, y in found], classes
+    return [p for f in found for p in f], [k for k, f in enumerate(found) for _ in f], classes
 
 
 def extended(images: ImageSet, folders: str) -> ImageSet:
@@ -1744,14 +1766,22 @@ def eval_batches(images: ImageSet, batch: int, workers: int = 0):
 
 @dataclass(frozen=True)
 class SetRow:
-    """A row of the table of sets: how it is opened, what it should hold, how to get it."""
+    """A row of the table of sets: how it is opened, what it should hold, how to get it.
+
+    Folders are below data.root; their case does not matter, nor - and _.  All sets are scored by
+    top-1 over their own classes, those with a part over these outputs of an ImageNet network."""
     name: str
-    open: Callable
+    open: Callable                # (row, data, split, view) -> ImageSet
     n_train: int                  # published number of training images, 0 = no such split
     n_test: int                   # published number of test images
     n_classes: int
     get: str
     folders: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()   # the training half in a folder; a+b = both, /a = in data.root
+    test: tuple[str, ...] = ("",)
+    part: str = ""                # the classes of ImageNet that are scored: "a", "r", "objectnet"
+    view: View | None = None      # the set's own, whatever the network's
+    archive: tuple[str, ...] = ()                 # folders of its published -c copy
 
 
 # ---- shapes: a procedural set --------------------------------------------------------------------
@@ -1861,12 +1891,83 @@ def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
 
 # ---- sets from disk ------------------------------------------------------------------------------
 
-def absent(row: SetRow, data: Data) -> UserError:
+class Absent(UserError):
+    """A set whose folder is nowhere (a set that is there but spoilt is a plain UserError)."""
+
+
+def absent(row: SetRow, data: Data) -> Absent:
     """The error of a set that is not there: where it was looked for, what to put there."""
     where = " or ".join(str(Path(data.root) / f) for f in row.folders)
-    return UserError(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test "
-                     f"images of {row.n_classes} classes; get it: "
-                     f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
+    return Absent(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test "
+                  f"images of {row.n_classes} classes; get it: "
+                  f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
+
+
+def locate(root: Path | str, folders: Sequence[str]) -> Path | None:
+    """The first of the folders that is below root: case, - and _ do not matter, and A/A is for A
+    where an archive was unpacked in a folder of its own name."""
+    def alike(top: Path, name: str) -> list[Path]:
+        plain = lambda n: re.sub(r"[-_ ]", "", n.lower())                              # noqa: E731
+        found = [n for n in subfolders(top) if plain(n) == plain(name)]
+        return [top / n for n in sorted(found, key=lambda n: n != name)]  # the very name first
+    for folder in folders:
+        tops = [Path(root)] if Path(root).is_dir() else []
+        for part in Path(folder).parts:
+            tops = [q for t in tops for p in alike(t, part) for q in (*alike(p, part), p)]
+        if tops:
+            return tops[0]
+    return None
+
+
+def split_folders(row: SetRow, data: Data, split: str) -> list[Path]:
+    """The folders that hold a split, as a rule one.  Raises: Absent."""
+    for folder in row.folders:
+        for half in row.train if split == "train" else row.test:
+            names = [h[1:] if h.startswith("/") else f"{folder}/{h}" for h in half.split("+")]
+            tops = [locate(data.root, [n]) for n in names]
+            if all(tops):
+                return tops
+    raise absent(row, data)
+
+
+def class_folders(top: Path, names: Sequence[str], numbers: bool = False,
+             others: bool = False) -> tuple[list[str], list[int]]:
+    """(paths, labels) of class folders.  The label comes from the folder's name: its place in
+    `names`, or (numbers) the number itself, never its place in the text order.
+
+    others: folders of other classes are passed over.  Raises: UserError where they are not."""
+    place, paths, y = {n: k for k, n in enumerate(names)}, [], []
+    for folder in subfolders(top):
+        number = int(folder) if numbers and folder.isdecimal() else -1
+        label = place.get(folder, number if number < len(names) else -1)
+        found = [] if label < 0 and others else pictures(top / folder)
+        if label < 0 and found:
+            raise UserError(f"{top}: the folder {folder} is none of its {len(names)} classes "
+                            f"({names[0]}, {names[1]}, ...)")
+        paths += found
+        y += [label] * len(found)
+    return paths, y
+
+
+def complete(images: ImageSet, allow_partial: bool) -> ImageSet:
+    """The set, marked where it is partial.  Raises: UserError where that is not allowed."""
+    n, want = len(images.y), images.expected
+    if not n:
+        raise UserError(f"{images.name}: no image in {images.source}, expected {want:,}")
+    if want and n != want and not allow_partial:
+        raise UserError(f"{images.name}: {n:,} images in {images.source}, expected {want:,}: it is "
+                        "incomplete or holds more; unpack it again, or data.allow_partial=true to "
+                        "use it as it is")
+    images.partial, images.allow_partial = bool(want) and n != want, allow_partial
+    return images
+
+
+def _resized(x: Tensor, size_px: int) -> Tensor:
+    """Images of this size; 0 = as they are."""
+    if size_px in (0, x.shape[-1]):
+        return x.contiguous()
+    return torch.cat([v2.functional.resize(c, [size_px] * 2, antialias=True)
+                      for c in x.split(512)])
 
 
 def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
@@ -1874,19 +1975,21 @@ def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageS
     cls = {"fashion-mnist": torchvision.datasets.FashionMNIST,
            "cifar10": torchvision.datasets.CIFAR10,
            "cifar100": torchvision.datasets.CIFAR100}[row.name]
+    top = locate(data.root, row.folders)
+    if top is None:
+        raise absent(row, data)
+    root = top.parents[len(Path(row.folders[0]).parts) - 1]
     try:
-        raw = cls(data.root, train=split == "train", download=False)
+        raw = cls(root, train=split == "train", download=False)
     except RuntimeError:
-        raise absent(row, data) from None
+        raise UserError(f"{top} is incomplete: {row.get.replace('ROOT', str(root))}") from None
     x = torch.as_tensor(raw.data)
     x = (F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1) if x.ndim == 3
          else x.permute(0, 3, 1, 2))
-    if data.size_px not in (0, x.shape[-1]):
-        x = torch.cat([v2.functional.resize(c, [data.size_px] * 2, antialias=True)
-                       for c in x.split(512)])
+    x = _resized(x, data.size_px)
     n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, raw.targets, raw.classes, View(x.shape[-1]), images=x.contiguous(),
-                    expected=n, source=str(Path(data.root)))
+    return ImageSet(row.name, raw.targets, raw.classes, View(x.shape[-1]), images=x, expected=n,
+                    source=str(root))
 
 
 def _open_folder(name: str, split: str, view: View) -> ImageSet:
@@ -1903,6 +2006,34 @@ def _open_folder(name: str, split: str, view: View) -> ImageSet:
     return ImageSet(name, y, classes, view, paths=paths, source=str(root))
 
 
+# ---- the ImageNet family -------------------------------------------------------------------------
+
+# ObjectNet's 113 folders that are ImageNet classes too, and these classes' outputs (125).  Source:
+# objectnet_to_imagenet_1k.json of objectnet-1.0/mappings.
+OBJECTNET: dict[str, list[int]] = {item.split()[0]: list(map(int, item.split()[1:])) for item in """
+    alarm_clock 409 530, backpack 414, banana 954, band_aid 419, basket 790, beer_bottle 440,
+    bench 703, bicycle 444 671, binder_closed 446, bottle_cap 455, bread_loaf 930, broom 462,
+    bucket 463, butchers_knife 499, can_opener 473, candle 470, cellphone 487, chair 423 559 765,
+    clothes_hamper 588, coffee_french_press 550, combination_lock 507, computer_mouse 673,
+    desk_lamp 846, doormat 539, dress 578, dress_shoe_men 630, drill 740, drinking_cup 968,
+    drying_rack_for_dishes 729, envelope 549, fan 545, frying_pan 567, full_sized_towel 434,
+    hair_dryer 589, hammer 587, hand_towel_or_rag 533, helmet 518 560, iron_for_clothes 606,
+    jeans 608, keyboard 508, ladle 618, lampshade 619, laptop_open 620, lemon 951,
+    letter_opener 623, lighter 626, lipstick 629, match 644, measuring_cup 647, microwave 651,
+    mixing_salad_bowl 659, monitor 664, mug 504, nail_fastener 677, necklace 679, orange 950,
+    padlock 695, paintbrush 696, paper_towel 700, pen 418 563 749, pill_bottle 720, pillow 721,
+    pitcher 725, plastic_bag 728, plate 923, plunger 731, pop_can 737, portable_heater 811,
+    printer 742, remote_control 761, ruler 769, running_shoe 770, safety_pin 772, salt_shaker 773,
+    sandal 774, screw 783, shovel 792, skirt 601 655 689, sleeping_bag 797, soap_dispenser 804,
+    sock 806, soup_bowl 809, spatula 813, speaker 632, still_camera 732 759, strainer 828,
+    stuffed_animal 850, suit_jacket 834, sunglasses 837, sweater 841, swimming_trunks 842,
+    t-shirt 610, teapot 849, tennis_racket 752, tie 457 906, toaster 859, toilet_paper_roll 999,
+    trash_bin 412, tray 868, tv 851, umbrella 879, vacuum_cleaner 882, vase 883, wallet 893,
+    watch 531, water_bottle 898, weight_exercise 543, weight_scale 778, wheel 479 694,
+    whistle 902, wine_bottle 907, winter_glove 658, wok 909
+""".split(",")}
+
+
 @functools.cache
 def synsets(part: str = "") -> tuple[str, ...]:
     """ImageNet's 1000 synsets in label order; part "a" or "r": the 200 of ImageNet-A or -R."""
@@ -1912,58 +2043,319 @@ def synsets(part: str = "") -> tuple[str, ...]:
     return tuple(file.read_text().split())
 
 
-def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
-    """A set of the ImageNet family.  The label comes from the folder's name (a synset, or V2's
-    number), never from its place in the text order."""
-    part = {"imagenet-a": "a", "imagenet-r": "r"}.get(row.name, "")
-    names = synsets(part)
-    tops = [Path(data.root) / f for f in row.folders] if row.folders else []
-    if row.name == "imagenet":
-        tops = [t / split for t in tops]
-    top = next((t for t in tops if t.is_dir()), None)
-    if top is None:
-        raise absent(row, data)
-    paths, at, folders = scan(top)
-    label = {f: int(f) if f.isdigit() else names.index(f) if f in names else -1 for f in folders}
-    odd = [f for f in folders if not 0 <= label[f] < len(names)]
-    if odd:
-        raise UserError(f"{top}: the folder {odd[0]} is none of the {len(names)} classes of "
-                        f"{row.name}")
-    y = [label[folders[a]] for a in at]
-    project = Project([synsets().index(s) for s in names]) if part else None
-    n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, y, names, view, paths=paths, project=project, expected=n,
-                    source=str(top))
+PARTS = ("a", "r", "objectnet")
 
+
+def part_classes(part: str) -> tuple[tuple[str, ...], Project | None]:
+    """(class names, the outputs that mean them) of a part of ImageNet; "" = all 1000."""
+    if part == "objectnet":
+        return tuple(OBJECTNET), Project(list(OBJECTNET.values()))
+    place = {s: k for k, s in enumerate(synsets())}
+    return synsets(part), Project([place[s] for s in synsets(part)]) if part else None
+
+
+def _loadmat(path: Path, instead: str) -> dict:
+    """Content of a MATLAB file.  instead: what does without it."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"{path} needs scipy: pip install scipy, or {instead}") from None
+    try:
+        return loadmat(path, squeeze_me=True)
+    except OSError:
+        raise UserError(f"no file {path}: unpack it there, or {instead}") from None
+
+
+TRUTH = ("LOC_val_solution.csv", "val.txt", "imagenet_2012_validation_synset_labels.txt",
+         "synset_labels.txt", "ILSVRC2012_validation_ground_truth.txt")
+
+
+def _val_truth(file: Path) -> dict[str, int]:
+    """{name of an ImageNet validation image, no suffix: label} by a public ground-truth file.
+
+    Lines "NAME LABEL", or LABEL alone in the order of the images.  LABEL: a synset, its place in
+    the sorted synsets from 0, or in the devkit's file an ILSVRC2012_ID, which is another order
+    (n02119789 is 1) that only its meta.mat tells."""
+    place = {s: k for k, s in enumerate(synsets())}
+    label = place | {str(k): k for k in place.values()}
+    if file.name == TRUTH[-1]:
+        meta = _loadmat(file.with_name("meta.mat"), f"put {', '.join(TRUTH[:-1])} there instead")
+        label = {str(int(s["ILSVRC2012_ID"])): place[str(s["WNID"])] for s in meta["synsets"]
+                 if str(s["WNID"]) in place}
+    truth = {}
+    for line in file.read_text().splitlines():
+        words = re.split(r"[,\s]+", line.strip())
+        name, word = words[:2] if len(words) > 1 else (
+            f"ILSVRC2012_val_{len(truth) + 1:08d}", words[0])
+        if name == "ImageId" or not word:                         # Kaggle's head, an empty line
+            continue
+        if word not in label:
+            raise UserError(f"{file}: {word} is no label of ImageNet (a synset, or 0 to 999)")
+        truth[Path(name).stem] = label[word]
+    return truth
+
+
+def _flat_val(top: Path, root: Path) -> tuple[list[str], list[int]]:
+    """(paths, labels) of ImageNet's validation images in one folder: by the synset at the end of
+    their names, or by a ground-truth file there or above, up to the root of the data."""
+    paths = pictures(top)
+    ends = [re.search(r"_(n\d{8})$", Path(p).stem) for p in paths]
+    if paths and all(ends):
+        place = {s: k for k, s in enumerate(synsets())}
+        return paths, [place[e[1]] for e in ends]
+    tops = [t / s for t in (top, *(p for p in top.parents if p == root or root in p.parents))
+            for s in ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "caffe_ilsvrc12")]
+    file = next((t / name for name in TRUTH for t in tops if (t / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{top} holds no class folders: sort its images into folders named by "
+                        f"synset, or put one of {', '.join(TRUTH)} there")
+    truth = _val_truth(file)
+    lost = [p for p in paths if Path(p).stem not in truth]
+    if lost:
+        raise UserError(f"{file} does not name {lost[0]} ({len(lost)} such)")
+    return paths, [truth[Path(p).stem] for p in paths]
+
+
+def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
+    """A set of the ImageNet family."""
+    names, project = part_classes(row.part)
+    top, n = split_folders(row, data, split)[0], row.n_train if split == "train" else row.n_test
+    if row.name == "imagenet" and split == "test" and not subfolders(top):
+        paths, y = _flat_val(top, Path(data.root))
+    else:
+        paths, y = class_folders(top, names, len(names) == 1000, others=row.part == "objectnet")
+    return ImageSet(row.name, y, names, view, paths=paths, project=project, expected=n,
+                    border_px=2 if row.part == "objectnet" else 0, source=str(top))
+
+
+def of_part(images: ImageSet, part: str) -> ImageSet:
+    """The images of the classes of a part of ImageNet, scored over these classes alone."""
+    names, project = part_classes(part)
+    label = {i: k for k, ids in enumerate(project.ids.tolist()) for i in ids}
+    keep = [n for n, y in enumerate(images.y.tolist()) if y in label]
+    out = ImageSet(f"{images.name}@{part}", [label[y] for y in images.y[keep].tolist()], names,
+                   images.view, paths=[images.paths[n] for n in keep], project=project,
+                   expected=images.expected // 1000 * len(label), source=images.source)
+    return complete(out, images.allow_partial)
+
+
+# ---- transfer sets -------------------------------------------------------------------------------
+
+Listing = tuple[list[tuple[str, int]], Sequence[str]]        # ((path, label) pairs, class names)
+
+
+def _listed_flowers(top: Path, split: str) -> Listing | None:
+    """torchvision's layout.  Training = the official train and val, as in CLIP's linear probes."""
+    if not (top / "jpg").is_dir():
+        return None
+    other = f"class folders {top}/train, val and test"
+    y = _loadmat(top / "imagelabels.mat", other)["labels"]
+    ids = _loadmat(top / "setid.mat", other)
+    ids = [*ids["trnid"], *ids["valid"]] if split == "train" else ids["tstid"]
+    names = torchvision.datasets.Flowers102.classes
+    return [(f"{top}/jpg/image_{i:05d}.jpg", int(y[i - 1]) - 1) for i in ids], names
+
+
+def _listed_sun(top: Path, split: str) -> Listing | None:
+    """The first of the ten official partitions, 50 + 50 images a class."""
+    file = "Training_01.txt" if split == "train" else "Testing_01.txt"
+    lists = next((d for d in (top, top / "Partitions", top.parent, top.parent / "Partitions")
+                  if (d / file).is_file() and (d / "ClassName.txt").is_file()), None)
+    if lists is None:
+        return None
+    classes = (lists / "ClassName.txt").read_text().split()       # /a/abbey
+    place = {c: k for k, c in enumerate(classes)}
+    lines = (lists / file).read_text().split()
+    return [(f"{top}{p}", place[p.rpartition("/")[0]]) for p in lines], [c[3:] for c in classes]
+
+
+def _listed_places(top: Path, split: str) -> Listing | None:
+    """The official lists of lines "a/abbey/NAME.jpg 0"; a class is named by its folder."""
+    lists = next((d for d in (top, top / "trainvalsplit_places205", top.parent,
+                              top.parent / "trainvalsplit_places205")
+                  if (d / "val_places205.csv").is_file()), None)
+    half = "train" if split == "train" else "val"
+    if lists is None or not (lists / f"{half}_places205.csv").is_file():
+        return None
+    base = next((b for b in (top / "data/vision/torralba/deeplearning/images256",
+                             top / "images256") if b.is_dir()), top)
+    rows = {h: [line.rsplit(None, 1) for line in (lists / f"{h}_places205.csv").read_text()
+                .splitlines() if line] for h in {half, "val"}}
+    names = {int(k): p.strip("/").split("/", 1)[1].rpartition("/")[0] for p, k in rows["val"]}
+    return ([(f"{base}/{p.strip('/')}", int(k)) for p, k in rows[half]],
+            [names[k] for k in sorted(names)])
+
+
+def _listed_tiny(top: Path, split: str) -> Listing | None:
+    """The validation half as it is published: all images in one folder, labels in a text file."""
+    file = top / "val/val_annotations.txt"
+    if split == "train" or not file.is_file() or not (top / "wnids.txt").is_file():
+        return None
+    classes = sorted((top / "wnids.txt").read_text().split())
+    lines = [line.split("\t") for line in file.read_text().splitlines() if line]
+    found = [(f"{top}/val/images/{p}", classes.index(c)) for p, c, *_ in lines]
+    return (found, classes) if any(os.path.isfile(p) for p, _ in found) else None
+
+
+def _open_transfer(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
+    """A set with its published lists, or else with a tree of class folders for each half."""
+    n = row.n_train if split == "train" else row.n_test
+    listed = {"flowers102": _listed_flowers, "sun397": _listed_sun, "places205": _listed_places,
+              "tiny-imagenet": _listed_tiny}.get(row.name, lambda top, split: None)
+    for top in filter(None, (locate(data.root, [f]) for f in row.folders)):
+        listing = listed(top, split)
+        if listing:
+            there = [(p, k) for p, k in listing[0] if os.path.isfile(p)]
+            paths, y = [p for p, _ in there], [k for _, k in there]
+            classes, source = listing[1], top
+            break
+    else:
+        tops = split_folders(row, data, split)
+        source = tops[0]
+        classes = [c for c in subfolders(source) if any(os.scandir(source / c))]
+        found = [class_folders(t, classes) for t in tops]
+        paths, y = [p for f in found for p in f[0]], [k for f in found for k in f[1]]
+    if len(classes) != row.n_classes:
+        raise UserError(f"{row.name}: {len(classes):,} classes in {source}, expected "
+                        f"{row.n_classes:,}: unpack it again")
+    return ImageSet(row.name, y, classes, view, paths=paths, expected=n, source=str(source))
+
+
+# ---- published -c archives -----------------------------------------------------------------------
+
+def _cell_place(folder: Path, name: str, severity: int) -> Path | None:
+    """Where an archive holds a cell: CIFAR's arrays, folders, or folders in the tars' groups."""
+    if (folder / f"{name}.npy").is_file():
+        return folder / f"{name}.npy"
+    tops = (folder / group / name / str(severity)
+            for group in ("", "noise", "blur", "weather", "digital"))
+    return next((t for t in tops if t.is_dir()), None)
+
+
+def _cell_arrays(file: Path, severity: int) -> tuple[Tensor, np.ndarray]:
+    """(x uint8 (n,3,H,W), y (n,)) of one severity: the five are stacked, in order."""
+    try:
+        x, y = np.load(file, mmap_mode="r"), np.load(file.with_name("labels.npy"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {file} and labels.npy beside it ({e})") from None
+    if len(x) != len(y):
+        raise UserError(f"{file} holds {len(x):,} images, labels.npy {len(y):,}: unpack it again")
+    at = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
+    return torch.tensor(x[at]).permute(0, 3, 1, 2).contiguous(), y[at]
+
+
+def open_cell(images: ImageSet, cell: tuple[str, int] | None
+              ) -> tuple[ImageSet, tuple[str, int] | None]:
+    """(the images of a cell, None) where the set is a published archive, corrupted already; else
+    (images, cell), to be corrupted on the fly.  Raises: UserError on an incomplete cell."""
+    if cell is None or images.cells_dir is None:
+        return images, cell
+    place, out = _cell_place(images.cells_dir, *cell), copy.copy(images)
+    if place is None:
+        raise UserError(f"{images.cells_dir} lacks the cell {cell[0]}/{cell[1]}")
+    if place.suffix == ".npy":
+        x, out.y = _cell_arrays(place, cell[1])
+        out.images = _resized(x, images.view.size_px)
+    else:
+        out.paths, y = class_folders(place, images.classes)
+        out.y = np.asarray(y, np.int64)
+    out.source = str(place)
+    complete(out, images.allow_partial)
+    if len(out.y) != len(images.y):            # else the same images of every cell are in use
+        out.index = np.arange(len(out.y))
+        out = out.subset(len(images) * (len(images) < len(images.y)))
+    return out, None
+
+
+def _open_archive(row: SetRow, folder: Path, data: Data, view: View) -> ImageSet:
+    """A published -c archive, opened at its first cell.  Raises: UserError where cells lack."""
+    cells = [(c, s) for c in CORRUPTIONS_15 for s in range(1, 6)]
+    lost = [f"{c}/{s}" for c, s in cells if _cell_place(folder, c, s) is None]
+    if lost:
+        raise UserError(f"{row.name}-c: {len(lost)} of the 75 cells are not in {folder} "
+                        f"({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}): unpack the rest, or "
+                        f"move the folder away to have all made from {row.name}")
+    first = _cell_place(folder, *cells[0])
+    if first.suffix == ".npy":
+        names, view = [str(k) for k in range(row.n_classes)], View(data.size_px or 32, 1.0)
+    else:
+        names = synsets() if row.name == "imagenet" else subfolders(first)
+    if len(names) != row.n_classes:
+        raise UserError(f"{row.name}-c: {len(names)} classes in {first}, expected {row.n_classes}")
+    images = ImageSet(row.name, [], names, view, expected=row.n_test)
+    images.cells_dir, images.made = folder, "disk"
+    images.allow_partial = data.allow_partial
+    return open_cell(images, cells[0])[0]
+
+
+# ---- the table -----------------------------------------------------------------------------------
 
 _TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
+_IN_VAL = ("val", "validation", "ILSVRC2012_img_val")
+_V2 = "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-{}.tar.gz"
+
+
+def _v2_row(name: str, variant: str) -> SetRow:
+    inner = f"imagenetv2-{variant}-format-val"
+    return SetRow(name, _open_imagenet, 0, 10000, 1000, _V2.format(variant),
+                  (inner, f"imagenet-v2/{inner}", f"{name}/{inner}", f"imagenetv2-{variant}", name))
+
+
 SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("shapes", _open_shapes, 8000, 2000, 10, "made here, no file"),
     SetRow("shapes-r", _open_shapes, 0, 2000, 10, "made here, no file"),
     SetRow("fashion-mnist", _open_torchvision, 60000, 10000, 10, _TV.format("FashionMNIST"),
-           ("FashionMNIST/raw",)),
-    SetRow("cifar10", _open_torchvision, 50000, 10000, 10, _TV.format("CIFAR10"),
-           ("cifar-10-batches-py",)),
-    SetRow("cifar100", _open_torchvision, 50000, 10000, 100, _TV.format("CIFAR100"),
-           ("cifar-100-python",)),
+           ("FashionMNIST/raw", "fashion-mnist/FashionMNIST/raw")),
+    SetRow("cifar10", _open_torchvision, 50000, 10000, 10,
+           _TV.format("CIFAR10") + "; -c: zenodo.org/record/2535967",
+           ("cifar-10-batches-py", "cifar10/cifar-10-batches-py"),
+           archive=("CIFAR-10-C",)),
+    SetRow("cifar100", _open_torchvision, 50000, 10000, 100,
+           _TV.format("CIFAR100") + "; -c: zenodo.org/record/3555552",
+           ("cifar-100-python", "cifar100/cifar-100-python"), archive=("CIFAR-100-C",)),
     SetRow("imagenet", _open_imagenet, 1281167, 50000, 1000,
-           "image-net.org (ILSVRC2012), unpacked to class folders",
-           ("imagenet", "ILSVRC2012", ".")),
-    SetRow("imagenet-v2", _open_imagenet, 0, 10000, 1000,
-           "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-matched-frequency.tar.gz",
-           ("imagenetv2-matched-frequency-format-val", "imagenet-v2")),
+           "image-net.org (ILSVRC2012): class folders, or the validation images in one folder with "
+           "a ground-truth file; -c: zenodo.org/record/2235448, its tars in imagenet-c/",
+           ("imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC", "imagenet/ILSVRC/Data/CLS-LOC",
+            "imagenet-1k", "."), ("train", "ILSVRC2012_img_train"), _IN_VAL,
+           archive=("imagenet-c",)),
+    _v2_row("imagenet-v2", "matched-frequency"),
+    _v2_row("imagenet-v2-threshold", "threshold0.7"),
+    _v2_row("imagenet-v2-top", "top-images"),
     SetRow("imagenet-a", _open_imagenet, 0, 7500, 200,
-           "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", ("imagenet-a",)),
+           "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", ("imagenet-a",),
+           part="a"),
     SetRow("imagenet-r", _open_imagenet, 0, 30000, 200,
-           "github.com/hendrycks/imagenet-r: imagenet-r.tar", ("imagenet-r",)),
+           "github.com/hendrycks/imagenet-r: imagenet-r.tar", ("imagenet-r",), part="r"),
     SetRow("imagenet-sketch", _open_imagenet, 0, 50889, 1000,
            "github.com/HaohanWang/ImageNet-Sketch: ImageNet-Sketch.zip",
-           ("sketch", "imagenet-sketch")),
+           ("sketch", "imagenet-sketch/sketch", "imagenet-sketch")),
+    SetRow("objectnet", _open_imagenet, 0, 18574, 113,
+           "objectnet.dev: objectnet-1.0.zip (its licence forbids to train on it)",
+           ("objectnet-1.0/images", "objectnet/objectnet-1.0/images", "objectnet/images"),
+           part="objectnet"),
+    SetRow("tiny-imagenet", _open_transfer, 100000, 10000, 200,
+           "cs231n.stanford.edu/tiny-imagenet-200.zip; -c: zenodo.org/record/2536630",
+           ("tiny-imagenet-200", "tiny-imagenet/tiny-imagenet-200", "tiny-imagenet"), ("train",),
+           ("val",), view=View(64, 1.0), archive=("Tiny-ImageNet-C",)),
+    SetRow("flowers102", _open_transfer, 2040, 6149, 102, _TV.format("Flowers102"),
+           ("flowers-102", "oxford-flowers-102"), ("train+val", "train+valid"), ("test",)),
+    SetRow("places205", _open_transfer, 2448873, 20500, 205,
+           "places.csail.mit.edu/downloadData.html: images (256 px) and trainvalsplit_places205, "
+           "both in places205/", ("places205",), ("train",), ("val",)),
+    SetRow("inaturalist2021", _open_transfer, 500000, 100000, 10000,
+           "github.com/visipedia/inat_comp/tree/master/2021: train_mini.tar.gz and val.tar.gz in "
+           "inat2021/", ("inat2021", "inaturalist2021", "inaturalist"),
+           ("/2021_train_mini", "2021_train_mini", "train_mini"),
+           ("/2021_valid", "2021_valid", "val")),
+    SetRow("sun397", _open_transfer, 19850, 19850, 397,
+           "vision.princeton.edu/projects/2010/SUN: SUN397.tar.gz, and Partitions.zip unpacked in "
+           "SUN397/", ("SUN397",), ("train",), ("test", "val")),
 )}
 
 
 def base_name(name: str) -> tuple[str, bool]:
-    """(the set that is read, whether it is corrupted on the fly): cifar10-c -> (cifar10, True)."""
+    """(the set that is read, whether it is corrupted): cifar10-c -> (cifar10, True)."""
     if name.startswith(("folder:", "folder-c:")):
         return name.replace("folder-c:", "folder:", 1), name.startswith("folder-c:")
     if name not in SETS and name.endswith("-c") and name[:-2] in SETS:
@@ -1972,26 +2364,40 @@ def base_name(name: str) -> tuple[str, bool]:
 
 
 def set_row(base: str) -> SetRow:
-    """The row of a set that is no folder.  Raises: UserError with the nearest name, -c included."""
-    return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
+    """The row of a set that is no folder; of SET@PART that of SET.  Raises: UserError with the
+    nearest name, -c included."""
+    base, at, part = base.partition("@")
+    if not at:
+        return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
+    row = choose({n: r for n, r in SETS.items() if r.n_classes == 1000 and r.n_test % 1000 == 0},
+                 base, "set of all of ImageNet's classes")
+    choose(dict.fromkeys(PARTS), part, "part of ImageNet")
+    return row
 
 
 def open_set(name: str, data: Data, split: str = "test", view: View = View()) -> ImageSet:
     """The named set.  view: of picture files; data.size_px goes before its size.
 
-    Raises: UserError when it is unknown, absent or incomplete."""
-    base = base_name(name)[0]
-    view = dataclasses.replace(view, size_px=data.size_px or view.size_px)
-    if base.startswith("folder:"):
-        return _open_folder(base, split, view)
-    row = set_row(base)
-    if split == "train" and not row.n_train:
-        raise UserError(f"{name} has no training split: train on {name.rsplit('-', 1)[0]}")
-    images = row.open(row, data, split, view)
-    if len(images) != images.expected and not data.allow_partial:
-        raise UserError(f"{name}: {len(images):,} images in {images.source}, expected "
-                        f"{images.expected:,}: it is incomplete or holds more; unpack it again, or "
-                        "data.allow_partial=true to use it as it is")
+    A -c set is the published archive where that is on disk, else the clean set to be corrupted;
+    then pictures are cut as the benchmark's were, whatever the network's view.  SET@PART: the
+    images of a part's classes, scored over these.  Raises: UserError when it is unknown, absent
+    (Absent) or incomplete."""
+    base, corrupted = base_name(name)
+    row = None if base.startswith("folder:") else set_row(base)
+    view = row.view if row and row.view else View() if corrupted else view
+    if not (corrupted and row):
+        view = dataclasses.replace(view, size_px=data.size_px or view.size_px)
+    part = base.partition("@")[2] if row else ""
+    if split == "train" and row and (not row.n_train or part):
+        raise UserError(f"{name} has no training split: it is there to be scored")
+    folder = locate(data.root, row.archive) if corrupted and row and split == "test" else None
+    if folder:
+        images = _open_archive(row, folder, data, dataclasses.replace(view, crop_pct=1.0))
+    else:
+        images = row.open(row, data, split, view) if row else _open_folder(base, split, view)
+        images = complete(images, data.allow_partial)
+        images.made = "regenerated" * corrupted
+    images = of_part(images, part) if part else images
     return images.subset(data.n_train if split == "train" else data.n_test)
 
 
@@ -4256,21 +4662,81 @@ def run_demo(cfg: Config, args) -> None:
     say(f"demo: {time.perf_counter() - since:.0f} s in all")
 
 
+class _CheckJobs(torch.utils.data.Dataset):
+    """Item k: (how many, what is wrong) of the images 64 k to 64 k + 63."""
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.images.paths) / 64)
+
+    def __getitem__(self, k: int) -> tuple[int, list[str]]:
+        paths, broken = self.images.paths[64 * k:64 * k + 64], []
+        for path in paths:
+            try:
+                read_picture(path)
+            except UserError as e:
+                broken.append(str(e))
+        return len(paths), broken
+
+
+def check_images(sets: Sequence[ImageSet], workers: int) -> list[str]:
+    """What is wrong with the sets' image files, a line each; of -c archives, those of all cells."""
+    sets = [s for s in sets if s.paths is not None or s.cells_dir]
+    todo = [(s, c) for s in sets for c in (cells("folder-c:") if s.cells_dir else [None])]
+    broken = []
+    with progress(sum(len(s.y) for s, _ in todo), "check") as bar, Signals() as signals:
+        for images, cell in todo:
+            images = open_cell(images, cell)[0]
+            if images.paths is None:
+                bar.update(len(images.y))
+                continue
+            for n, lines in forked(_CheckJobs(images), workers, batch_size=None):
+                bar.update(n)
+                broken += lines
+                if signals.hit:
+                    raise Interrupted("sets --check stopped")
+    return broken
+
+
 def run_sets(cfg: Config, args) -> None:
-    """The table of sets: what is there, what is expected, how to get it."""
-    body = []
-    for name, row in SETS.items():
+    """The table of sets: what is there, what is expected, how to get it; --check: opens all."""
+    if world()[0]:
+        return
+    data = dataclasses.replace(cfg.data, allow_partial=True, n_test=0)
+    body, found, faults = [], [], []
+    for name in (*SETS, *(f"{n}-c" for n, r in SETS.items() if r.archive or n == "objectnet")):
+        row, corrupted = set_row(name), base_name(name)[1]
+        count, where = "-", ((row.archive if corrupted else ()) or row.folders or "-")[0]
+        get = row.get.replace("ROOT", cfg.data.root).split("; -c: ")[-1 if corrupted else 0]
         try:
-            found = f"{len(row.open(row, cfg.data, 'test', View())):,}"
-        except UserError:
-            found = "-"
-        where = " or ".join(str(Path(cfg.data.root) / f) for f in row.folders)
-        body.append([name, found, f"{row.n_test:,}", row.n_classes, where or "-",
-                     row.get.replace("ROOT", cfg.data.root)])
-    say(table(["set", "found", "expected", "classes", "looked for", "how to get it"], body))
-    say("\nNAME-c of any set is its ImageNet-C-like copy, made on the fly.  folder:PATH and "
-        "folder-c:PATH take any PATH/CLASS/IMAGE tree, with PATH/train and PATH/val to train on "
-        "it.")
+            images = open_set(name, data)
+            count, where = f"{len(images.y):,}", str(images.cells_dir or images.source)
+            if images.made == "regenerated":
+                where = f"made from {row.name}"
+            else:
+                found.append(images)
+        except Absent:
+            pass
+        except UserError as e:
+            count = "spoilt"
+            faults.append(str(e))
+        body.append([name, count, f"{row.n_test:,}", row.n_classes, where, get])
+    say(table(["set", "found", "expected", "classes", f"where (- : below {cfg.data.root})",
+               "how to get it"], body))
+    say("""
+Counts of -c sets are of one of their 75 cells.  NAME-c of any set is made on the fly, as
+ImageNet-C was, where no archive of it is there.  imagenet@a, imagenet@r and imagenet@objectnet: the
+images of these sets' classes.  folder:PATH and folder-c:PATH take any PATH/CLASS/IMAGE tree, with
+PATH/train and PATH/val to train on it.""")
+    if args.check:
+        faults += check_images(found, cfg.data.workers or os.cpu_count())
+        say(f"{sum(len(s.y) * (75 if s.cells_dir else 1) for s in found):,} images opened")
+    for line in faults:
+        say(line)
+    if args.check and faults:
+        raise UserError(f"{len(faults)} faults in the sets below {cfg.data.root}, listed above")
 
 
 def run_bench(cfg: Config, args) -> None:
@@ -4403,6 +4869,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("words", nargs="*", metavar="key=value", help="settings, see below; bench and "
                    "corrupt take names and paths too")
     p.add_argument("--grid", action="store_true", help="corrupt: one picture of a picture's copies")
+    p.add_argument("--check", action="store_true", help="sets: open every image of every set")
     p.add_argument("--recipe", default="demo", help="recipe of config.yaml")
     p.add_argument("--config", type=Path, help="file of recipes instead of config.yaml")
     p.add_argument("--run", default="", help="folder of a run (eval, report; report takes several, "
