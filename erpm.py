@@ -42,6 +42,7 @@ import atexit
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -83,6 +84,10 @@ from tqdm import tqdm
 
 class UserError(ValueError):
     """A mistake that a person can mend: the message says what, where and what to do (exit 2)."""
+
+
+class Absent(UserError):
+    """Images that are not there at all; half a set is a plain UserError."""
 
 
 class Interrupted(Exception):
@@ -263,8 +268,13 @@ class Distill(Train):
 @dataclass(frozen=True)
 class Eval:
     """What is scored and how."""
-    sets: str = opt("", "sets, joined by commas; empty = the training set, its -c and its -r")
+    sets: str = opt("", "sets, joined by commas, or all (that are found); empty = the training "
+                        "set, its -c and its -r")
+    models: str = opt("", "networks to score instead of a run, joined by commas (--model): names "
+                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
+    probe: str = opt("clean", "head whose features a linear probe is trained on, for sets of other "
+                              "classes: clean, combined, robust or original")
     passes: int = opt(10, "dropout passes; 0 = closed form")
     n_cell: int = opt(0, "images used at most of each cell of a generated -c set; 0 = all")
     batch: int = opt(256, "images a forward")
@@ -414,6 +424,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"data.size_px: expected 0 or 32 to 512, got {cfg.data.size_px}")
     for key, value, known in (("distill.dropout_in", d.dropout_in, ("tail", "head")),
                               ("distill.method", d.method, METHODS),
+                              ("eval.probe", cfg.eval.probe,
+                               ("clean", "combined", "robust", "original")),
                               ("runtime.amp", cfg.runtime.amp, ("auto", "bf16", "fp16", "none"))):
         choose(dict.fromkeys(known), value, key)
 
@@ -1891,10 +1903,6 @@ def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
 
 # ---- sets from disk ------------------------------------------------------------------------------
 
-class Absent(UserError):
-    """A set whose folder is nowhere (a set that is there but spoilt is a plain UserError)."""
-
-
 def absent(row: SetRow, data: Data) -> Absent:
     """The error of a set that is not there: where it was looked for, what to put there."""
     where = " or ".join(str(Path(data.root) / f) for f in row.folders)
@@ -1931,7 +1939,7 @@ def split_folders(row: SetRow, data: Data, split: str) -> list[Path]:
 
 
 def class_folders(top: Path, names: Sequence[str], numbers: bool = False,
-             others: bool = False) -> tuple[list[str], list[int]]:
+                  others: bool = False) -> tuple[list[str], list[int]]:
     """(paths, labels) of class folders.  The label comes from the folder's name: its place in
     `names`, or (numbers) the number itself, never its place in the text order.
 
@@ -2856,6 +2864,7 @@ class Student(nn.Module):
         self.original = freeze(tail)
         self.n_classes, self.dropout, self.name = (
             tail[-1].fc.out_features, dropout, getattr(net, "name", ""))
+        self.view = getattr(net, "view", View())
         if classes not in (None, self.n_classes):
             raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: "
                             "train a head of that size first (pretrain with tune=0)")
@@ -3347,62 +3356,124 @@ def tail_step(backbone: nn.Module | None, cfg: Train, aug: Robustify | None) -> 
 
 
 # ==== 9. EVALUATION ====
-# In: networks, a set.  Out: exact integer counts, a row a cell (model, set, corruption, severity).
-# Always: any number of processes gives the same counts; nothing is padded or counted twice.
+# In: networks, a set.  Out: exact integer sums, a row a cell (model, set, corruption, severity).
+# Always: any number of processes gives the same figures; nothing is padded or counted twice.
 
 FIXED_POINT = 2 ** 20      # means are summed as integers, so that the order of summing is no matter
+N_BINS = 15                # of the calibration error
+
+
+def label_rank(v: Tensor, y: Tensor) -> Tensor:
+    """Number of classes before the label, 0 = top-1; of equals the first class is before, as in
+    argmax, and NaN is before everything.  Shapes: scores v (B,K,C), labels y (B,) -> (B,K)."""
+    y = y[:, None, None].expand(-1, v.shape[1], 1)                                       # (B,K,1)
+    own, later = v.gather(-1, y), torch.arange(v.shape[-1], device=v.device) > y
+    behind = (own > v) | (own == v) & later
+    return v.shape[-1] - 1 - behind.sum(-1)
+
+
+def tally(rank: Tensor, nll: Tensor, confidence: Tensor) -> Tensor:
+    """Integer sums over a batch of K ways to answer, (K, 4 + 2 N_BINS): correct, in the top 5, NLL,
+    not finite, then for each bin of confidence, (lo, hi], correct answers and confidence.
+
+    Shapes: rank of the label, NLL in nats and confidence of the answer, (B,K) each.
+    Source: calibration bins of Guo et al. 2017."""
+    bad = ~(nll.isfinite() & confidence.isfinite())
+    nll, conf = ((v.double().masked_fill(bad, 0) * FIXED_POINT).round().long()
+                 for v in (nll, confidence))
+    edges = torch.linspace(0, 1, N_BINS + 1, device=nll.device)[1:-1]
+    at = torch.bucketize(confidence.float().contiguous(), edges).t()                    # (K,B)
+    right = (rank == 0).long()
+    bins = [torch.zeros(len(at), N_BINS, dtype=torch.long, device=at.device).scatter_add_(
+        1, at, v.t()) for v in (right, conf)]
+    sums = torch.stack([right.sum(0), (rank < 5).sum(0), nll.sum(0), bad.sum(0)], 1)
+    return torch.cat([sums, *bins], 1)
+
+
+def _rules_of(student: Student, passes: int) -> list[str]:
+    """The rules that are scored: those that need sigma only where there is live dropout."""
+    rules = [r for r in RULES if student.dropout or r not in NEEDS_SIGMA]
+    return [*rules, *["product (closed form)"] * bool(passes and student.dropout)]
 
 
 def _score_student(student: Student, x: Tensor, y: Tensor, project,
                    passes: int) -> dict[str, Tensor]:
-    """Sums over the batch for every rule: correct answers, and how often each head answered."""
-    f = student.features(x)
-    sums: dict[str, Tensor] = {}
-    for suffix, t in (("", passes), *((" (closed form)", 0),) * bool(passes)):
-        mean, sigma, logits = student.moments(f, t, project)
-        for rule in RULES if not suffix else ("product",):
-            if rule in NEEDS_SIGMA and student.dropout == 0:
-                continue
-            head = select(mean, sigma, rule, logits=logits, y=y)
-            right = answer(mean, sigma, head, rule).argmax(-1) == y
-            sums[f"{rule}{suffix}"] = torch.cat([right.sum()[None], head.bincount(minlength=3)])
-        if not suffix:
-            values = torch.cat([sigma, divergence(mean)], 1).double()
-            sums["moments"] = (values * FIXED_POINT).round().long().sum(0)
-    return sums
+    """Sums over the batch.  Each answer (three heads, their soft mixture, three heads in closed
+    form) is looked at once; a rule then picks among these."""
+    f, rules = student.features(x), _rules_of(student, passes)
+    mean, sigma, logits = student.moments(f, passes, project)
+    p, kl = [mean], divergence(mean)
+    heads = [select(mean, sigma, r, logits=logits, y=y) for r in rules if r in RULES]
+    picks = list(heads)
+    if "soft" in rules:
+        p.append(answer(mean, sigma, heads[0], "soft")[:, None])
+        picks[rules.index("soft")] = torch.full_like(heads[0], 3)
+    if len(rules) > len(heads):
+        closed, spread, _ = student.moments(f, 0, project)
+        p.append(closed)
+        heads.append(select(closed, spread, "product"))
+        picks.append(heads[-1] + 4)
+    p, heads, picks = torch.cat(p, 1).float(), torch.stack(heads), torch.stack(picks, 1)
+    own = p.gather(-1, y[:, None, None].expand(-1, p.shape[1], 1))[..., 0]
+    facts = (label_rank(p, y), -own.clamp_min(torch.finfo(p.dtype).tiny).log(), p.amax(-1))
+    shares = (heads[..., None] == torch.arange(3, device=heads.device)).sum(1)        # (rules,3)
+    moments = (torch.cat([sigma, kl], 1).nan_to_num().double() * FIXED_POINT).round().long().sum(0)
+    return {"answers": tally(*(v.gather(1, picks) for v in facts)), "heads": shares,
+            "moments": moments}
 
 
 def _score_plain(predict: Callable, x: Tensor, y: Tensor, project) -> dict[str, Tensor]:
     z = predict(x)
-    z = project(z) if project else z
-    return {"correct": (z.argmax(-1) == y).sum()[None]}
+    z = (project(z) if project else z).float()[:, None]
+    norm, own = z.logsumexp(-1), z.gather(-1, y[:, None, None])[..., 0]
+    return {"answers": tally(label_rank(z, y), norm - own, (z.amax(-1) - norm).exp())}
 
 
-def _counts(n: int, sums: dict[str, Tensor]) -> dict:
-    """The sums of all processes as plain numbers."""
-    flat = torch.cat(list(sums.values()))
+def _figures(n: int, sums: list[int]) -> dict:
+    """What a row of `tally`, summed over the set, says."""
+    correct, correct5, nll, _, *bins = sums
+    gap = sum(abs(FIXED_POINT * right - conf)
+              for right, conf in zip(bins[:N_BINS], bins[N_BINS:]))
+    return {"correct": correct, "correct5": correct5, "nll": round(nll / FIXED_POINT / n, 6),
+            "ece": round(gap / FIXED_POINT / n, 6)}
+
+
+def _results(label: str, model: Callable, n: int, passes: int, sums: dict[str, Tensor]) -> dict:
+    """The sums of all processes as plain numbers.  Raises: UserError on outputs of NaN or inf."""
+    flat = torch.cat([v.flatten() for v in sums.values()])
     if world()[1] > 1:
         dist.all_reduce(flat)
-    parts = dict(zip(sums, flat.cpu().split([len(v) for v in sums.values()])))
-    if "correct" in parts:
-        return {"n": n, "correct": int(parts["correct"])}
-    moments = [round(int(v) / FIXED_POINT / n, 6) for v in parts.pop("moments")]
-    rules = {rule: {"correct": int(v[0]), "heads": v[1:].tolist()} for rule, v in parts.items()}
+    flat = flat.cpu().split([v.numel() for v in sums.values()])
+    parts = {k: f.view(v.shape).tolist() for (k, v), f in zip(sums.items(), flat)}
+    bad = max(row[3] for row in parts["answers"])
+    if bad:
+        raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
+                        f"{bad} of {n} images; try runtime.amp=none")
+    if "heads" not in parts:
+        return {"n": n, **_figures(n, parts["answers"][0])}
+    rules = {rule: _figures(n, row) | {"heads": heads} for rule, row, heads in zip(
+        _rules_of(model, passes), parts["answers"], parts["heads"])}
+    moments = [round(v / FIXED_POINT / n, 6) for v in parts["moments"]]
     return {"n": n, "rules": rules, "sigma": moments[:2], "kl": moments[2:]}
+
+
+def device_of(*models: Callable) -> torch.device:
+    """Where the networks' parameters lie."""
+    weights = (p for m in models if isinstance(m, nn.Module) for p in m.parameters())
+    return next((p.device for p in weights), pick_device())
 
 
 @torch.no_grad()
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
                  *, batch: int = 256, passes: int = 10, jpeg: bool = True, frost_dir: str = "",
                  amp: str = "auto", workers: int = 0, bar: tqdm | None = None) -> dict[str, dict]:
-    """{label: counts} of several networks on the same pixels; see `evaluate`."""
-    weights = (p for m in models.values() if isinstance(m, nn.Module) for p in m.parameters())
-    device = next((p.device for p in weights), pick_device())
+    """{label: figures} of several networks on the same pixels; see `evaluate`."""
+    device = device_of(*models.values())
     totals: dict[str, dict[str, Tensor]] = {label: {} for label in models}
     project = images.project
     idle = world()[0] * batch >= len(images)   # no batch of its own: the first one, counted 0 times
     for x, y, index in eval_batches(images, batch, workers):
-        x, y = x.to(device), y.to(device)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if cell:
             x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg, frost_dir=frost_dir or None)
         with autocast(amp, device):
@@ -3413,20 +3484,239 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
                     totals[label][k] = totals[label].get(k, 0) + v * (not idle)
         if bar is not None:
             bar.update(len(x) * world()[1])
-    return {label: _counts(len(images), sums) for label, sums in totals.items()}
+    return {label: _results(label, models[label], len(images), passes, sums)
+            for label, sums in totals.items()}
 
 
 def evaluate(predict: Callable, images: ImageSet | str, cell: tuple[str, int] | None = None,
              **options) -> dict:
-    """Counts of a network on a set, exact for any number of processes.
+    """Figures of a network on a set, exact for any number of processes: {"n", "correct",
+    "correct5" (counts), "nll" (mean, nats), "ece" (15 bins)}, of the classes that the set scores.
 
-    predict: a Student (then {"n", "rules": {rule: {"correct", "heads"}}, "sigma", "kl"}), or any
-    function from images uint8 (B,3,H,W) to logits (then {"n", "correct"}).
+    predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
+    {rule: the same figures and "heads", the images that clean, combined and robust answered},
+    "sigma", "kl" (means, of the clean and the robust head)}.
     images: an ImageSet, or the name of a set in ./data.  cell: (corruption, severity), made on the
-    fly.  options: batch, passes, jpeg, amp, workers.  Raises: UserError."""
+    fly.  options: batch, passes, jpeg, amp, workers.
+    Raises: UserError, on outputs that are not finite too."""
     images = open_set(images, Data()) if isinstance(images, str) else images
     return evaluate_all({"": predict}, images, cell, **options)[""]
 
+
+# ---- linear probes -------------------------------------------------------------------------------
+
+PROBE_L2 = tuple(10 ** (k / 2) for k in range(2, -13, -1))     # 10 ... 1e-6
+PROBE_LOGITS = 2 ** 24                                         # at most in one chunk
+
+
+def held_out(y: np.ndarray, seed: int = 0, share: float = 0.15) -> np.ndarray:
+    """Whether an image is held out, (n,): that share of every class with two images or more, at
+    least one, drawn by the seed."""
+    order = np.lexsort((uniforms(seed, np.arange(len(y)), 1)[:, 0], y))
+    _, first, count = np.unique(y[order], return_index=True, return_counts=True)
+    quota = np.where(count > 1, np.maximum(1, np.round(share * count)), 0)
+    out = np.zeros(len(y), bool)
+    out[order] = np.arange(len(y)) - np.repeat(first, count) < np.repeat(quota, count)
+    return out
+
+
+def _softmax_loss(theta: Tensor, x: Tensor, y: Tensor, l2: float) -> Tensor:
+    """Mean cross-entropy + l2/2 |W|^2 of theta = (W | b), chunk by chunk; its gradient, where it is
+    asked for, is added to theta.grad.  Shapes: theta (C,D+1), x (n,D), y (n,)."""
+    rows = max(1, PROBE_LOGITS // len(theta))
+    total = torch.zeros((), device=theta.device, dtype=theta.dtype)
+    for s in range(0, len(y), rows):
+        xs, ys = x[s:s + rows].to(theta), y[s:s + rows].to(theta.device)
+        part = F.cross_entropy(F.linear(xs, theta[:, :-1], theta[:, -1]), ys,
+                               reduction="sum") / len(y)
+        if theta.requires_grad:
+            part.backward()
+        total += part.detach()
+    penalty = l2 / 2 * theta[:, :-1].square().sum()
+    if theta.requires_grad:
+        penalty.backward()
+    return total + penalty.detach()
+
+
+def _fit_softmax(theta: Tensor, x: Tensor, y: Tensor, l2: float, tolerance: float) -> Tensor:
+    """The theta that minimises _softmax_loss, from a start; tolerance: of the largest gradient."""
+    theta = theta.clone().requires_grad_()
+    opt = torch.optim.LBFGS([theta], max_iter=1000, tolerance_grad=tolerance,
+                            tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        return _softmax_loss(theta, x, y, l2)
+
+    with torch.enable_grad():
+        opt.step(closure)
+    return theta.detach()
+
+
+def linear_probe(features: Tensor, y: Tensor, n_classes: int, *, seed: int = 0,
+                 l2s: Sequence[float] = PROBE_L2) -> tuple[Tensor, Tensor, float]:
+    """(weight (C,D), bias (C,), chosen l2) of a multinomial logistic regression on frozen features.
+
+    It minimises mean cross-entropy + l2/2 |W|^2 on standardised features (the standardisation is
+    then folded into weight and bias) by L-BFGS, full batch, in float64 on a CPU and float32 on a
+    GPU.  l2: the one of l2s, from strong to weak with warm starts, with the least loss on a held
+    out 15 %; refitted on all.  Two losses in a row above the least end the search.
+    Shapes: features (n,D) float32 in any memory, labels y (n,)."""
+    device = pick_device()
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    fits = device.type == "cpu" or features.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    out = torch.from_numpy(held_out(y.cpu().numpy(), seed))
+    order = torch.cat([(~out).nonzero()[:, 0], out.nonzero()[:, 0]])         # held out come last
+    var, mean = torch.var_mean(features, 0, correction=0)
+    std = torch.where(var > 1e-12, var, 1.0).sqrt()
+    x = torch.empty(features.shape, device=device if fits else "cpu", dtype=dtype)
+    for s in range(0, len(x), 2 ** 14):
+        x[s:s + 2 ** 14] = (features[order[s:s + 2 ** 14]] - mean) / std
+    y = y[order].to(device)
+    n = len(y) - int(out.sum())
+    theta = torch.zeros(n_classes, x.shape[1] + 1, device=device, dtype=dtype, requires_grad=True)
+    with torch.enable_grad():
+        _softmax_loss(theta, x, y, 0.0)
+    scale, theta = float(theta.grad.abs().max()), theta.detach()
+    best, worse = (math.inf, l2s[0], theta), 0
+    for l2 in l2s if n < len(y) else ():
+        theta = _fit_softmax(theta, x[:n], y[:n], l2, 1e-2 * scale)
+        loss = float(_softmax_loss(theta, x[n:], y[n:], 0.0))
+        best, worse = ((loss, l2, theta), 0) if loss < best[0] else (best, worse + 1)
+        if worse == 2:
+            break
+    theta = _fit_softmax(best[2], x, y, best[1], 1e-5 * scale).cpu()
+    weight = theta[:, :-1] / std.cpu()
+    bias = theta[:, -1] - weight @ mean.cpu().to(dtype)
+    return weight.float(), bias.float(), best[1]
+
+
+def frozen_features(model: nn.Module, head: str = "clean") -> nn.Module:
+    """What stands before the last linear layer, images -> (B,D), of a plain network or of one head
+    of a Student: clean, combined, robust, or original (before tuning).
+
+    It holds the model's own modules and freezes them.  Raises: UserError on what cannot be cut."""
+    if isinstance(model, Student):
+        tail = [*model.original] if head == "original" else [
+            *model.tuned.shared, *choose(dict(model.tuned.heads.items()), head, "head")]
+        *body, last = [model.backbone, *tail]
+    else:
+        *body, last = stages(model)
+    return freeze(nn.Sequential(*body, last.features))
+
+
+@torch.no_grad()
+def extract(features: nn.Module, images: ImageSet, *, batch: int = 256, amp: str = "auto",
+            workers: int = 0) -> Tensor | None:
+    """Features (n,D) float32 of a whole set, the same for any number of processes, in the first
+    one's memory; None in the others.  Images come as they are scored: without augmentation."""
+    device, (rank, size), out = device_of(features), world(), None
+    batches, f = iter(eval_batches(images, batch, workers)), torch.empty(0)
+    with progress(len(images), "features") as bar:
+        for start in range(0, len(images), batch * size):
+            found = next(batches, None)
+            if found is not None:
+                with autocast(amp, device):
+                    f = features(found[0].to(device, non_blocking=True)).float()
+                f = F.pad(f, (0, 0, 0, batch - len(f)))
+            parts = [f]
+            if size > 1:                                  # one without a batch sends an old one
+                parts = [torch.empty_like(f) for _ in range(size)]
+                dist.all_gather(parts, f)
+            if rank == 0:
+                out = torch.empty(len(images), f.shape[1]) if out is None else out
+                here = out[start:start + batch * size]
+                here.copy_(torch.cat(parts)[:len(here)])
+            bar.update(min(batch * size, len(images) - start))
+    return out
+
+
+def from_first(make: Callable):
+    """What make() gives on the first process, on every process.  The others wait for as long as it
+    takes, where an ordinary collective would give up after minutes."""
+    if world()[1] == 1:
+        return make()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    box = [make() if world()[0] == 0 else None]
+    dist.broadcast_object_list(box, 0, group)
+    return box[0]
+
+
+def probed(model: nn.Module, images: ImageSet, head: str = "clean", *, seed: int = 0,
+           cache: Path | None = None, **options) -> nn.Module:
+    """A plain network: the frozen features of `model` and a linear layer for the set's classes,
+    fitted on its images (see `linear_probe`); .l2 is the strength that was chosen.
+
+    head: of a Student, see `frozen_features`.  cache: file that keeps weight and bias.
+    options: batch, amp, workers."""
+    features, y = frozen_features(model, head), torch.from_numpy(images.y[images.index])
+    if cache is not None and cache.is_file():
+        with safe_open(cache, "pt") as f:
+            weight, bias, l2 = f.get_tensor("weight"), f.get_tensor("bias"), read_meta(cache)["l2"]
+    else:
+        x = extract(features, images, **options)
+        weight, bias, l2 = from_first(lambda: linear_probe(x, y, len(images.classes), seed=seed))
+    fc = nn.Linear(weight.shape[1], len(weight))
+    fc.load_state_dict({"weight": weight, "bias": bias})
+    if cache is not None and not cache.is_file() and world()[0] == 0:
+        save_weights(cache, fc, {"l2": l2})
+    net = freeze(nn.Sequential(features, Classifier(nn.Identity(), fc).to(device_of(features))))
+    net.n_classes, net.l2 = len(weight), l2
+    return net
+
+
+# ---- which head answers on a set -----------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Entry:
+    """A network to score: label in the tables, its weights' hash, what its training cost (meta),
+    and the set whose classes its outputs are ("" = none)."""
+    label: str
+    model: nn.Module
+    weights: str
+    meta: dict
+    home: str = ""
+
+
+def family(name: str) -> str:
+    """The set with the training images of this set's classes: imagenet for imagenet-r, shapes for
+    shapes-c; a set of its own classes is its own."""
+    base = base_name(name)[0].partition("@")[0]
+    if base.startswith(("imagenet", "objectnet")):
+        return "imagenet"
+    return "shapes" if base.startswith("shapes") else base
+
+
+@functools.cache
+def _class_names(name: str, data: Data) -> tuple[str, ...]:
+    """The names of a set's classes; none if it is not there to tell."""
+    if name == "imagenet":
+        return synsets()
+    with contextlib.suppress(UserError):
+        return tuple(open_set(name, data).classes)
+    return ()
+
+
+def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
+    """How a network answers on a set: "own" where its outputs are the set's classes, that is on
+    sets of the family that it was trained on and on folders of the same class names; otherwise
+    "linear probe (HEAD)", HEAD being eval.probe of a Student and clean of a plain network.
+
+    Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
+    Raises: UserError where the number of outputs contradicts the network's own training set."""
+    own = bool(entry.home) and (family(name) == family(entry.home) or name.startswith(
+        "folder") and tuple(images.classes) == _class_names(entry.home, cfg.data))
+    if own:
+        n = len(synsets()) if images.project is not None else len(images.classes)
+        if entry.model.n_classes != n:
+            raise UserError(f"{entry.label} has {entry.model.n_classes} classes and {name} needs "
+                            f"{n}: {entry.home} is not what it was when the network was trained")
+        return "own"
+    # zero-shot heads belong here: a network with a text tower needs no training images
+    return f"linear probe ({cfg.eval.probe if isinstance(entry.model, Student) else 'clean'})"
+
+
+# ---- rows ----------------------------------------------------------------------------------------
 
 def cells(name: str) -> list[tuple[str, int] | None]:
     """The cells of a set: [None], or the 15 corruptions x 5 severities of a -c set."""
@@ -3435,17 +3725,15 @@ def cells(name: str) -> list[tuple[str, int] | None]:
     return [(c, s) for c in CORRUPTIONS_15 for s in range(1, 6)]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A network to score: label in the tables, its weights' hash, and what its training cost."""
-    label: str
-    model: nn.Module
-    weights: str
-    meta: dict
+class Job(NamedTuple):
+    """A set to score: its images, how each label answers, and the images that teach the probes."""
+    images: ImageSet
+    heads: dict[str, str]
+    train: ImageSet | None
 
 
-ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "transform", "passes", "amp",
-           "versions")
+ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "transform", "head", "probe",
+           "made", "passes", "amp", "versions")
 
 
 def row_key(row: dict) -> tuple:
@@ -3462,55 +3750,98 @@ def read_rows(run: Path) -> list[dict]:
     return rows
 
 
+def _mend(file: Path) -> None:
+    """Cuts off a last line that a crash left without its end: the next row would continue it."""
+    text = file.read_text() if world()[0] == 0 and file.is_file() else "\n"
+    if not text.endswith("\n"):
+        whole = text[:text.rfind("\n") + 1]
+        write_atomically(file, lambda p: p.write_text(whole))
+    barrier()
+
+
+def _identity(e: Entry, name: str, job: Job, images: ImageSet, corruption: tuple[str, int] | None,
+              cfg: Config) -> dict:
+    """The columns of a row that are known before it is computed, corruption and severity apart."""
+    transform, probe, ev = images.transform, "", cfg.eval
+    if corruption:
+        transform += f", corrupted on the fly{', jpeg 85' * ev.jpeg}"
+        transform += f", {frost_source(ev.frost_dir)} frost" * (corruption[0] == "frost")
+    if job.heads[e.label] != "own":
+        probe = f"{job.train.name}, {len(job.train):,} images, {job.train.transform}"
+    student = isinstance(e.model, Student) and not probe
+    return {"label": e.label, "weights": e.weights, "set": name, "n": len(images),
+            "transform": transform, "head": job.heads[e.label], "probe": probe,
+            "made": "regenerated" if corruption else images.made, "partial": images.partial,
+            "passes": ev.passes if student else None, "versions": versions()["erpm"],
+            "amp": str(amp_type(cfg.runtime.amp, pick_device()))}
+
+
 def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> dict:
-    """The columns of a row that say where it comes from."""
-    return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": cfg.data.name,
-            "source": images.source, "seconds": seconds, "device": pick_device().type,
-            "processes": world()[1],
+    """The columns of a row that say where it comes from; images_per_s counts each image once,
+    however many networks were scored on it together."""
+    return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": entry.home,
+            "source": images.source, "seconds": seconds,
+            "images_per_s": round(len(images) / max(seconds, 1e-3), 1),
+            "device": pick_device().type, "processes": world()[1],
             "packages": versions(), "train": entry.meta.get("train", {})}
 
 
-def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, out: Path) -> None:
-    """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known."""
-    file, code = out / "results.jsonl", versions()["erpm"]
+def _probe(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
+    """The network of a row whose head is a probe: from out/probes, or fitted now and kept there."""
+    key = [row[k] for k in ("weights", "head", "probe", "amp", "versions")]
+    cache = out / f"probes/{fold(*key, cfg.seed):016x}.safetensors"
+    kept = cache.is_file()
+    head = row["head"].removeprefix("linear probe (").rstrip(")")
+    net = probed(e.model, job.train, head, seed=cfg.seed, cache=cache, batch=cfg.eval.batch,
+                 amp=cfg.runtime.amp, workers=cfg.data.workers)
+    say(f"{row['set']}: linear probe of the {head} head's features of {e.label}, l2 = {net.l2:.3g},"
+        f" from {len(job.train):,} training images of {job.train.name}{' (kept)' * kept}")
+    return net
+
+
+def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> None:
+    """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known.  A probe
+    is fitted when the first row that needs it is missing."""
+    file = out / "results.jsonl"
+    _mend(file)
     done = {row_key(r) for r in read_rows(out)}
-    todo = [(name, cell) for name in opened for cell in cells(name)]
-    size = {name: len(images) for name, images in opened.items()}
-    with progress(sum(min(size[n], cfg.eval.n_cell or size[n]) if cell else size[n]
-                      for n, cell in todo), "eval") as bar, Signals() as signals:
+    todo = [(name, cell) for name in jobs for cell in cells(name)]
+    n_of = {name: len(job.images) for name, job in jobs.items()}
+    probes: dict[tuple, nn.Module] = {}
+    with progress(sum(min(n_of[n], cfg.eval.n_cell or n_of[n]) if cell else n_of[n]
+                      for n, cell in todo), "eval") as bar:
         for i, (name, cell) in enumerate(todo):
-            images = opened[name].subset(cfg.eval.n_cell) if cell else opened[name]
-            common = {"set": name, "corruption": cell[0] if cell else "",
-                      "severity": cell[1] if cell else 0, "n": len(images), "versions": code,
-                      "amp": str(amp_type(cfg.runtime.amp, pick_device())),
-                      "transform": images.transform
-                      + (f", corrupted on the fly{', jpeg 85' * cfg.eval.jpeg}" if cell else "")
-                      + (f", {frost_source(cfg.eval.frost_dir)} frost"
-                         if cell and cell[0] == "frost" else "")}
-            rows = {e.label: {"label": e.label, "weights": e.weights, **common,
-                              "passes": cfg.eval.passes if isinstance(e.model, Student) else None}
+            images, corruption = open_cell(jobs[name].images, cell)
+            images = images.subset(cfg.eval.n_cell) if corruption else images
+            place = {"corruption": cell[0] if cell else "", "severity": cell[1] if cell else 0}
+            rows = {e.label: _identity(e, name, jobs[name], images, corruption, cfg) | place
                     for e in entries}
-            pending = {e.label: e.model for e in entries if row_key(rows[e.label]) not in done}
+            pending = [e for e in entries if row_key(rows[e.label]) not in done]
             if not pending:
                 bar.update(len(images))
                 continue
-            since = time.perf_counter()
-            found = evaluate_all(pending, images, cell, batch=cfg.eval.batch,
-                                 passes=cfg.eval.passes, jpeg=cfg.eval.jpeg,
-                                 frost_dir=cfg.eval.frost_dir, amp=cfg.runtime.amp,
-                                 workers=cfg.data.workers, bar=bar)
-            seconds = round(time.perf_counter() - since, 3)
-            if world()[0] == 0:
-                with open(file, "a") as f:
-                    for e in entries:
-                        if e.label in found:
-                            f.write(json.dumps(rows[e.label] | found[e.label] | _provenance(
-                                e, cfg, images, seconds)) + "\n")
+            models = {e.label: e.model for e in pending}
+            for e in (e for e in pending if rows[e.label]["probe"]):
+                key = (e.label, rows[e.label]["probe"])
+                probes[key] = models[e.label] = probes.get(key) or _probe(
+                    e, rows[e.label], jobs[name], cfg, out)
+            with Signals() as signals:
+                since = time.perf_counter()
+                found = evaluate_all(models, images, corruption, batch=cfg.eval.batch,
+                                     passes=cfg.eval.passes, jpeg=cfg.eval.jpeg,
+                                     frost_dir=cfg.eval.frost_dir, amp=cfg.runtime.amp,
+                                     workers=cfg.data.workers, bar=bar)
+                seconds = round(time.perf_counter() - since, 3)
+                if world()[0] == 0:
+                    lines = [json.dumps(rows[e.label] | found[e.label] | _provenance(
+                        e, cfg, images, seconds)) + "\n" for e in pending]
+                    with open(file, "a") as f:
+                        f.write("".join(lines))
+                if _agreed(bool(signals.hit), pick_device()):
+                    raise Interrupted("eval stopped after a whole cell; the same command goes on "
+                                      "from here")
             if bar.disable and (i % 15 == 14 or i + 1 == len(todo)):
                 say(f"eval: {i + 1} of {len(todo)} cells ({name})")
-            if _agreed(bool(signals.hit), pick_device()):
-                raise Interrupted("eval stopped after a whole cell; the same command goes on from "
-                                  "here")
 
 
 # ==== 10. REPORT ====
@@ -4495,13 +4826,30 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     return _finish(path, student, stats, key)
 
 
+def corrupted(name: str) -> str:
+    """The name of a set's ImageNet-C-like copy."""
+    return (name.replace("folder:", "folder-c:", 1) if name.startswith("folder:") else f"{name}-c")
+
+
 def default_sets(cfg: Config) -> list[str]:
     """eval.sets, or the training set, its corrupted copy and its renditions."""
     if cfg.eval.sets:
         return [s.strip() for s in cfg.eval.sets.split(",") if s.strip()]
     name = cfg.data.name
-    wide = name.replace("folder:", "folder-c:", 1) if name.startswith("folder:") else f"{name}-c"
-    return [name, wide, *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+    return [name, corrupted(name), *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+
+
+def all_sets(home: str) -> list[str]:
+    """Every set, and the corrupted copies of a network's own (ImageNet's: and ObjectNet's): on sets
+    of other classes [A] looks at clean images alone."""
+    own = [home, *["objectnet"] * (home == "imagenet" and "objectnet" in SETS)]
+    return list(dict.fromkeys([*SETS, home, *map(corrupted, own)]))
+
+
+def with_companions(names: Sequence[str]) -> list[str]:
+    """The names, each set of some of ImageNet's classes followed by the clean images of the same
+    classes: imagenet-a, imagenet@a."""
+    return list(dict.fromkeys(n for name in names for n in (name, SAME_CLASSES.get(name)) if n))
 
 
 def preflight(cfg: Config, training: bool) -> None:
@@ -4509,7 +4857,7 @@ def preflight(cfg: Config, training: bool) -> None:
     networks that cannot be cut, rules without sigma."""
     choose(dict.fromkeys(RULES), cfg.eval.rule, "rule")
     spec_names(cfg.robustify.augment)
-    for base in (base_name(name)[0] for name in default_sets(cfg)):
+    for base in (base_name(name)[0] for name in default_sets(cfg) if name != "all"):
         if not base.startswith("folder:"):
             set_row(base)
     if training:
@@ -4538,22 +4886,22 @@ def weights_sha(net: nn.Module) -> str:
     return h.hexdigest()[:12]
 
 
-def entry(label: str, net: nn.Module, meta: dict) -> Entry:
+def entry(label: str, net: nn.Module, meta: dict, home: str) -> Entry:
     """A network ready to be scored."""
-    return Entry(label, net.to(pick_device()), weights_sha(net), meta)
+    return Entry(label, net.to(pick_device()), weights_sha(net), meta, home)
 
 
 def entries_of(cfg: Config) -> list[Entry]:
     """The networks of a run: original student, teacher, baselines, model."""
-    run, m, files = cfg.dir, cfg.model, []
+    run, m, home, files = cfg.dir, cfg.model, cfg.data.name, []
     for f in filter(Path.is_file, [*sorted(run.glob("*/model.safetensors")),
                                    run / "model.safetensors"]):
         method = read_meta(f).get("key", {}).get("distill", {}).get("method", "erpm")
         files.append((LABELS[method], f))
     own = [(label, run / f"{name}.safetensors") for label, name in
            (("original", "student"), ("teacher", "teacher"))]
-    entries = [entry(label, load(f), read_meta(f)) for label, f in own if f.is_file()]
-    models = [entry(label, load(f), read_meta(f)) for label, f in files]
+    entries = [entry(label, load(f), read_meta(f), home) for label, f in own if f.is_file()]
+    models = [entry(label, load(f), read_meta(f), home) for label, f in files]
     if not entries and not models:
         raise UserError(f"no trained network in {run}: run `python erpm.py distill` first, or name "
                         "another run")
@@ -4562,8 +4910,108 @@ def entries_of(cfg: Config) -> list[Entry]:
                                  ("teacher", m.teacher, m.teacher_weights)):
         if models and label not in labels and (weights or label == "original" and has_tag(name)):
             net = named(name, models[-1].model.n_classes, weights or None)
-            entries.append(entry(label, freeze(net), {}))
+            entries.append(entry(label, freeze(net), {}, home))
     return [*entries, *models]
+
+
+def split_model(token: str) -> tuple[str, str]:
+    """(name, weights file or "") of an entry of eval.models: NAME or NAME=WEIGHTS_FILE.
+
+    Raises: UserError on an unknown name, on one without weights and on an absent file."""
+    name, _, path = token.partition("=")
+    if path:
+        named(name, None, "random")
+        read_meta(path)
+    elif name.startswith("run:"):
+        at = Path(name[4:])
+        read_meta(at / "model.safetensors" if at.is_dir() else at)
+    elif has_tag(name):
+        _own_classes(name)
+    else:
+        named(name)
+        raise UserError(f"--model {name} has no weights: add a pretrained tag "
+                        "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a "
+                        "run made (run:runs/x)")
+    return name, path
+
+
+def model_entry(token: str) -> Entry:
+    """A network of eval.models.  Its classes are those of the set that it was trained on, where it
+    is ours, and ImageNet's, where it is one of timm's with 1000 outputs; else it has none."""
+    name, path = split_model(token)
+    meta = read_meta(path) if path else {}
+    if name.startswith("run:"):
+        at = Path(name[4:])
+        meta = read_meta(at / "model.safetensors" if at.is_dir() else at)
+    headless = not path and has_tag(name) and _own_classes(name) == 0     # MAE, DINOv2: for a probe
+    net = freeze(build(name, 1 if headless else meta.get("classes"), path or None))
+    home = meta.get("key", {}).get("data", {}).get("name", "")
+    if not home and name.startswith("timm:") and net.n_classes == len(synsets()):
+        home = "imagenet"
+    return entry(token, net, meta, home)
+
+
+def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
+    """The networks to score, in groups that see the same pixels: those of a run, with the student's
+    own view of picture files where it is a real pretrained network; or one by one eval.models."""
+    if not cfg.eval.models:
+        entries = entries_of(cfg)
+        views = [e.model.view for e in entries if e.model.name == cfg.model.student]
+        yield entries, views[0] if views and has_tag(cfg.model.student) else View()
+        return
+    tokens = list(dict.fromkeys(t.strip() for t in cfg.eval.models.split(",") if t.strip()))
+    for token in tokens:
+        split_model(token)
+    for token in tokens:
+        try:
+            e = model_entry(token)
+        except UserError as error:
+            others = ",".join(t for t in tokens if t != token)
+            raise UserError(f"{token}: {error}" + (
+                f"; what is scored is kept; to leave it out: --model {others}" if others else "")
+            ) from None
+        yield [e], getattr(e.model, "view", View())
+
+
+def _job(name: str, entries: list[Entry], view: View, cfg: Config,
+         trains: dict[str, ImageSet]) -> Job:
+    """A set ready to be scored; trains: the training splits that are open already."""
+    images, home = open_set(name, cfg.data, view=view), family(name)
+    heads = {e.label: head_for(e, name, images, cfg) for e in entries}
+    strange = [label for label, head in heads.items() if head != "own"]
+    if not strange:
+        return Job(images, heads, None)
+    why = (f"{name}: its classes are not the outputs of {', '.join(strange)}, and there are no "
+           f"training images for a linear probe")
+    if home in SETS and not SETS[home].n_train:
+        raise Absent(f"{why}: {home} has no training split")
+    try:
+        trains[home] = trains.get(home) or open_set(home, cfg.data, "train", view)
+    except UserError as e:
+        raise type(e)(f"{why}: {e}") from None
+    return Job(images, heads, trains[home])
+
+
+def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job], list[str]]:
+    """(the sets to score, the names of those that `all` asks for and that are not there).
+
+    Raises: UserError on a set that was asked for by name and is absent, on one that is half
+    unpacked, and on one that needs a linear probe and has no training images."""
+    asked, jobs, lost = default_sets(cfg), {}, []
+    home = next((e.home for e in entries if e.home), "imagenet")
+    names = [n for name in asked for n in (all_sets(home) if name == "all" else [name])]
+    trains: dict[str, ImageSet] = {}
+    companion_of = {b: a for a, b in SAME_CLASSES.items() if b not in names}
+    for name in with_companions(names):
+        if name in companion_of and companion_of[name] not in jobs:
+            continue
+        try:
+            jobs[name] = _job(name, entries, view, cfg, trains)
+        except Absent:
+            if name in asked:
+                raise
+            lost.append(name)
+    return jobs, lost
 
 
 def headline(rows: list[dict], rule: str) -> list[dict]:
@@ -4572,28 +5020,42 @@ def headline(rows: list[dict], rule: str) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> str:
-    """The first table of the report."""
-    return report_text(rows).split("\n## ")[1].partition("\n")[2].strip("\n")
+    """The figures of every network on every set, means over the cells, in percent but NLL."""
+    groups: dict[tuple, list[dict]] = {}
+    for r in latest(rows):
+        groups.setdefault((r["label"], r["set"], r["head"]), []).append(
+            r | r.get("rules", {}).get(r["rule"], {}))
+    body = []
+    for (label, name, head), some in groups.items():
+        mean = lambda f: float(np.mean([f(r) for r in some]))                          # noqa: E731
+        figures = [f"{100 * mean(lambda r: r['correct'] / r['n']):.2f}",
+                   f"{100 * mean(lambda r: r['correct5'] / r['n']):.2f}",
+                   f"{mean(lambda r: r['nll']):.4f}", f"{100 * mean(lambda r: r['ece']):.2f}"]
+        whole = len(some) == len(cells(name))
+        body.append([label, name, head, some[0]["n"], *(figures if whole else ["missing"] * 4)])
+    return table(["model", "set", "head", "images", "top-1", "top-5", "NLL", "ECE"], body)
 
 
 def run_eval(cfg: Config, args) -> None:
-    """Scores a run's networks, or --model NAME, on sets -> results.jsonl."""
-    sets = {name: open_set(name, cfg.data) for name in default_sets(cfg)}
-    if args.model and not has_tag(args.model) and not args.model.startswith("run:"):
-        named(args.model)
-        raise UserError(f"--model {args.model} has no weights: add a pretrained tag "
-                        "(timm:resnet50.tv_in1k), or name what a run made (run:runs/x)")
-    entries = [entry(args.model, build(args.model), {})] if args.model else entries_of(cfg)
-    for name, images in sets.items():
-        n = len(synsets()) if images.project is not None else len(images.classes)
-        for e in entries:
-            if e.model.n_classes != n:
-                raise UserError(f"{e.label} has {e.model.n_classes} classes and {name} needs {n}: "
-                                "score it on the sets of its own classes")
-    cfg.dir.mkdir(parents=True, exist_ok=True)
-    score(entries, sets, cfg, cfg.dir)
-    if world()[0] == 0:
-        say(summary(headline(read_rows(cfg.dir), cfg.eval.rule)))
+    """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
+    said = ""
+    for name in {base_name(n)[0] for n in default_sets(cfg)} - {"all"}:
+        open_set(name, cfg.data)                       # what is not there is told before any work
+    for entries, view in networks(cfg):
+        jobs, lost = plan(entries, view, cfg)
+        line = f"not there, left out (see `python erpm.py sets`): {', '.join(lost)}"
+        if lost and line != said:
+            say(line)
+        said = line
+        cfg.dir.mkdir(parents=True, exist_ok=True)
+        if cfg.eval.models and not (cfg.dir / "config.yaml").is_file():
+            write_config(cfg)                            # `report --run` looks for it
+        score(entries, jobs, cfg, cfg.dir)
+        barrier()                                        # every row is written
+    rows = headline(read_rows(cfg.dir), cfg.eval.rule)
+    say(summary(rows))
+    if args.check_known:
+        say(check_known(rows))
 
 
 def write_figures(rows: list[dict], out: Path) -> list[str]:
@@ -4874,8 +5336,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--config", type=Path, help="file of recipes instead of config.yaml")
     p.add_argument("--run", default="", help="folder of a run (eval, report; report takes several, "
                                              "joined by commas)")
-    p.add_argument("--set", default="", help="eval: sets, joined by commas")
-    p.add_argument("--model", default="", help="eval: any network by name instead of a run")
+    p.add_argument("--set", default="", help="eval: sets, joined by commas, or all")
+    p.add_argument("--model", default="", help="eval: any networks by name instead of a run, "
+                                               "joined by commas; see eval.models")
+    p.add_argument("--check-known", action="store_true",
+                   help="eval: compare with published figures")
     args = p.parse_intermixed_args(argv)
     free = args.command in ("bench", "corrupt")
     args.paths = [w for w in args.words if free and "=" not in w]
@@ -4885,11 +5350,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def configure(args: argparse.Namespace) -> Config:
     """The Config of the command: for eval and report the run's own file, else the recipe."""
-    words = [*args.words, *([f"eval.sets={args.set}"] if args.set else [])]
+    words = [*args.words, *([f"eval.sets={args.set}"] if args.set else []),
+             *([f"eval.models={args.model}"] if args.model else [])]
     cfg = resolve(args.recipe, words, args.config)
     if args.command in (*TRAINING, "bench", "corrupt", "sets"):
         return cfg
-    if args.model and not args.run and not any(w.startswith("run=") for w in words):
+    if cfg.eval.models and not args.run and not any(w.startswith("run=") for w in words):
         return dataclasses.replace(cfg, run="models")
     run = Path(args.run.split(",")[0]) if args.run else cfg.dir
     if (run / "config.yaml").is_file():

@@ -1185,9 +1185,9 @@ def test_changed_settings_do_not_overwrite_a_run(demo, stage, old, monkeypatch, 
 def test_classes_that_do_not_match_the_set_are_refused(demo, tmp_path, monkeypatch, capsys):
     cwd, _ = demo
     monkeypatch.chdir(cwd)
-    make_tree(tmp_path, n=1)
+    make_tree(tmp_path, n=1, splits=("",))
     line = fails(capsys, "eval", "--run", "runs/demo", "--set", f"folder:{tmp_path}")
-    assert "original has 10 classes" in line and "needs 2" in line
+    assert "not the outputs of original, teacher, LP, APT, ERPM, and there are no training" in line
 
 
 def test_two_runs_of_one_seed_are_not_averaged():
