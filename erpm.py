@@ -2095,10 +2095,14 @@ def read_meta(path: Path | str) -> dict:
                         f"({type(e).__name__}: {e})") from None
 
 
-def _load_plain(path: Path | str):
-    """What torch.save wrote, where that is tensors and plain types.  Raises: UserError."""
+def _load_torch(path: Path | str):
+    """What torch.save or torch.jit.save wrote: tensors and plain types.  Raises: UserError."""
     try:
-        return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not _is_archive(path):
+            return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):    # of deprecation
+            state = torch.jit.load(path, "cpu").state_dict()
+        return {k: v for k, v in state.items() if k not in NOT_WEIGHTS}
     except Exception as e:                                # pickle's and torch's own, of many kinds
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
         raise UserError(f"{path} is not a file of plain tensors, and nothing is unpickled here "
@@ -2111,22 +2115,19 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
     path: .safetensors, a state dict that torch.save wrote (in one of NESTS, with one of PREFIXES
     before its keys), or a TorchScript archive.  No pickled object is made and no code is run.
     Raises: UserError."""
-    if not _made_by_torch(path):
-        ours = read_meta(path)
+    ours = read_meta(path)
+    if _made_by_torch(path):
+        state = _load_torch(path)
+    else:
         with safe_open(path, "pt") as f:
             state = {k: f.get_tensor(k) for k in f.keys()}
-        if ours:
-            return state
-    elif _is_archive(path):
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):    # of deprecation
-            state = torch.jit.load(path, "cpu").state_dict()
-        state = {k: v for k, v in state.items() if k not in NOT_WEIGHTS}
-    else:
-        state = _load_plain(path)
+    if ours:
+        return state
     for nest in NESTS:
         if isinstance(state, dict) and isinstance(state.get(nest), dict):
             state = state[nest]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor)
+                                              for k, v in state.items()):
         found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path} holds no state dict but {found[:200]}: expected tensors by name, "
                         f"or these in one of {', '.join(NESTS)}")
@@ -2254,9 +2255,10 @@ def _torchvision_weights(name: str):
     """(MODEL, member of its weights enum or None) of MODEL[/TAG].  Raises: UserError."""
     models = torchvision.models
     model, slash, tag = name.partition("/")
-    known = models.list_models(module=models)
+    odd = {"googlenet", "inception_v3"}                   # they normalise inside by their weights
+    known = set(models.list_models(module=models)) - odd
     if model not in known:
-        raise UserError(f"torchvision has no network {model!r}{nearest(model, known)}")
+        raise UserError(f"torchvision has no network {model!r}{nearest(model, sorted(known))}")
     tags = models.get_model_weights(model).__members__
     return model, choose(tags, tag, f"weights of torchvision:{model}") if slash else None
 
@@ -2278,7 +2280,7 @@ def _build_torchvision(name: str, classes: int | None, pretrained: bool) -> Net:
                           lambda: weights.get_state_dict(progress=False, check_hash=True))
         if n != len(weights.meta["categories"]):                                  # as timm does
             state |= _head_keys(net)
-        net.load_state_dict(state)
+        load_strictly(net, state, weights.url, f"torchvision:{name}")
     return Net(net, name=f"torchvision:{name}", n_classes=n, mean=mean, std=std,
                size_px=size or 224 * vit, view=view)
 
@@ -2310,7 +2312,7 @@ def open_clip_model(name: str, weights: str | None = None) -> nn.Module:
     model, tag = _open_clip_tag(name)
     make = functools.partial(open_clip.create_model, model, pretrained_text=False)
     off = logging.root.manager.disable
-    logging.disable(logging.WARNING)                      # it warns of random weights at any name
+    logging.disable(logging.ERROR)                        # it warns of random weights at any name
     try:
         hub = weights is None and tag
         net = _from_hub(f"open_clip:{name}", lambda: make(tag)) if hub else make()
@@ -2386,7 +2388,7 @@ def named(name: str, classes: int | None = None, weights: str | None = None) -> 
     maker = choose(FAMILIES, family, "network family")
     net = maker(rest, classes, has_tag(name) and weights is None)
     if weights not in (None, "", "random"):
-        load_weights(net, weights, new_head=classes is not None)
+        load_weights(net, weights, new_head=bool(classes))
     return net.eval()
 
 

@@ -1652,3 +1652,24 @@ def test_an_encoder_alone_is_given_its_classifier_by_pretrain_first(tmp_path):
                                 "model.teacher=open_clip:tiny"])
     with pytest.raises(erpm.UserError, match="has no classifier: model.teacher_weights wants"):
         erpm.preflight(cfg, True)
+
+
+def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypatch):
+    import torchvision
+    theirs = torchvision.models.mobilenet_v3_small()
+    hub = torchvision.models.WeightsEnum
+    monkeypatch.setattr(hub, "get_state_dict", lambda *a, **kw: dict(theirs.state_dict()))
+    name = "torchvision:mobilenet_v3_small/IMAGENET1K_V1"
+    one, five = erpm.build(name), erpm.build(name, 5)
+    state = {k: v for k, v in five.net.state_dict().items() if not k.startswith("classifier.3.")}
+    assert all(torch.equal(v, one.net.state_dict()[k]) for k, v in theirs.state_dict().items())
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in state.items())
+    assert (one.n_classes, five.n_classes) == (1000, 5)
+
+    def offline(*a, **kw):
+        raise OSError("no route")
+    monkeypatch.setattr(hub, "get_state_dict", offline)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", offline)
+    for name in (name, "open_clip:ViT-B-32-quickgelu/openai"):
+        with pytest.raises(erpm.UserError, match=f"weights of {name} could not be loaded.*PATH"):
+            erpm.build(name)
