@@ -1086,15 +1086,25 @@ def test_counts_are_those_of_a_slow_loop():
     assert got["sigma"] == pytest.approx(p.sigma.mean(0).tolist(), abs=1e-5)
 
 
-def fake_rows(seeds=(0, 1), label="ERPM"):
-    make = lambda seed, s, c, k: {                                             # noqa: E731
-        "label": label, "weights": f"w{seed}", "set": s, "corruption": c, "severity": k, "n": 10,
-        "seed": seed, "run": f"r{seed}", "trained_on": "shapes", "versions": "v", "rule": "product",
-        "transform": "t", "train": {"images": 100, "seconds": 1.0}, "passes": 3,
-        "rules": {r: {"correct": 5 + seed + (r == "robust"), "heads": [6, 0, 4]}
-                  for r in erpm.RULES}}
-    return [make(seed, s, c[0] if c else "", c[1] if c else 0) for seed in seeds
-            for s in ("shapes", "shapes-c") for c in erpm.cells(s)]
+def fake_row(name="shapes", cell=None, seed=0, label="ERPM", right=6, n=10, **more):
+    """A row of results.jsonl: of a Student where the label is ERPM, else of a plain network."""
+    corruption, severity = cell or ("", 0)
+    row = {"label": label, "weights": f"w{seed}", "set": name, "corruption": corruption,
+           "severity": severity, "n": n, "seed": seed, "run": f"r{seed}",
+           "trained_on": "shapes", "versions": "v", "rule": "product", "transform": "t",
+           "train": {"images": 100, "seconds": 1.0}, "passes": None, "head": "own", "amp": "none",
+           "made": "", "partial": False, "images_per_s": 7.0, "source": "here"}
+    found = {"correct": right, "correct5": n - 1, "nll": 1.25, "ece": 0.125}
+    if label != "ERPM":
+        return {**row, **found, **more}
+    rules = {r: {**found, "correct": right + (r == "robust"), "heads": [6, 0, 4]}
+             for r in (*erpm.RULES, "product (closed form)")}
+    return {**row, "passes": 3, "rules": rules, "sigma": [0.25, 0.5], "kl": [1.5, 0.75], **more}
+
+
+def fake_rows(seeds=(0, 1), label="ERPM", sets=("shapes", "shapes-c"), **more):
+    return [fake_row(s, c, seed, label, right=5 + seed, **more)
+            for seed in seeds for s in sets for c in erpm.cells(s)]
 
 
 def test_report_gives_mean_and_spread_over_seeds():
@@ -1111,8 +1121,8 @@ def test_a_missing_cell_is_missing_and_never_a_smaller_mean():
 
 def test_rows_of_older_weights_are_not_mixed_in():
     old = fake_rows((0,))
-    new = [{**r, "weights": "new", "rules": {
-        k: {"correct": 9, "heads": [5, 0, 5]} for k in r["rules"]}} for r in fake_rows((0,))]
+    new = [fake_row(r["set"], (r["corruption"], r["severity"]), right=9, weights="new")
+           for r in old]
     assert re.search(r"ERPM +\| 90.00 +\| 90.00", erpm.report_text(old + new))
 
 
@@ -1130,7 +1140,8 @@ def test_demo_leaves_everything_it_promises(demo):
     cwd, done = demo
     left = {p.name for p in (cwd / "runs/demo").iterdir()}
     assert {"student.safetensors", "teacher.safetensors", "model.safetensors", "log.jsonl",
-            "config.yaml", "results.jsonl", "report.md", "pictures.png", "apt", "lp"} == left
+            "config.yaml", "results.jsonl", "report.md", "pictures.png", "apt", "lp",
+            *erpm.FIGURES} == left
     assert len(result_rows(cwd / "runs/demo")) == 5 * 77
     for label in ("original", "teacher", "LP", "APT", "ERPM", "perfect routing", "always clean"):
         assert f"| {label} " in done.stdout
@@ -1361,6 +1372,194 @@ def test_sets_lists_every_set(capsys, tmp_path, monkeypatch):
     assert erpm.main(["sets"]) == 0
     out = capsys.readouterr().out
     assert all(f"| {name} " in out for name in erpm.SETS)
+
+
+# ---- REPORT ----
+
+def lines_of(text, part):
+    """The lines of the table below a title."""
+    after = text.split(f"\n## {part}\n")[1].split("\n## ")[0]
+    return {c[0]: c[1:] for c in ([x.strip() for x in line.strip("| ").split("|")]
+                                  for line in after.splitlines() if line.startswith("| "))}
+
+
+def alexnet(shift=0.0):
+    """Rows of a network with AlexNet's errors, `shift` points more of them under corruption."""
+    row = lambda s, c, error: fake_row(s, c, 0, "x", round(1e4 * (100 - error)), 10 ** 6)  # noqa
+    return [row("imagenet-c", c, erpm.ALEXNET[c[0]] + shift) for c in erpm.cells("imagenet-c")], \
+        row("imagenet", None, erpm.ALEXNET_CLEAN)
+
+
+def test_alexnet_has_mce_100_and_the_published_mean_error():
+    rows, clean = alexnet()
+    assert erpm.mce(rows) == pytest.approx(1, abs=1e-6)
+    assert erpm.relative_mce([*rows, clean]) == pytest.approx(1, abs=1e-6)
+    assert list(erpm.ALEXNET) == list(erpm.CORRUPTIONS_15)
+    assert sum(erpm.ALEXNET.values()) / 15 == pytest.approx(78.9, abs=0.05)
+
+
+def test_mce_is_that_worked_by_hand():
+    rows, clean = alexnet(shift=5)
+    by_hand = [1 + 5 / a for a in erpm.ALEXNET.values()]
+    relative = [1 + 5 / (a - 43.478) for a in erpm.ALEXNET.values()]
+    text = erpm.report_text([*rows, clean])
+    shifts = lines_of(text, "Distribution shifts")
+    got = dict(zip(shifts["model"], shifts["x"]))
+    assert float(got["mCE"]) == pytest.approx(100 * sum(by_hand) / 15, abs=0.01)
+    assert float(got["relative mCE"]) == pytest.approx(100 * sum(relative) / 15, abs=0.01)
+    assert got["objectnet"] == "missing" and got["mean of 1 shift"] == got["imagenet-c"]
+    per = lines_of(text, "imagenet-c: error relative to AlexNet's")
+    assert float(per["fog"][0]) == pytest.approx(100 + 500 / 81.9324, abs=0.01)
+    assert lines_of(erpm.report_text(rows), "Distribution shifts")["x"][-1] == "missing"
+
+
+def test_effective_robustness_is_what_lies_above_the_line():
+    p = lambda z: 1 / (1 + math.exp(-z))                                       # noqa: E731
+    line = [(p(z), p(2 * z - 1)) for z in (0.0, 0.5, 1.0)]
+    assert erpm.effective_robustness(p(0.7), p(0.4) + 0.05, line) == pytest.approx(0.05)
+    assert erpm.effective_robustness(p(3), 0.0, line) == pytest.approx(-p(5))
+    for name, (_, a, b) in erpm.REFERENCE_SETS.items():       # no standard network stands out
+        gaps = [erpm.rho(name)([fake_row("clean", None, 0, "x", v[a], 100),
+                                fake_row(name, None, 0, "x", v[b], 100)])
+                for v in erpm.REFERENCE.values()]
+        assert max(map(abs, gaps)) < 0.06 and abs(sum(gaps)) < 0.05
+
+
+def test_effective_robustness_needs_the_clean_accuracy_of_the_same_classes():
+    rows = [fake_row(s, None, 0, "x", k, 100) for s, k in (("imagenet", 76), ("imagenet-a", 4),
+                                                         ("imagenet-v2", 63))]
+    text = erpm.report_text(rows)
+    effective = lines_of(text, "Effective robustness")
+    assert effective["model"] == ["imagenet-v2", "imagenet-a"]
+    assert effective["x"][1] == "missing" and -2 < float(effective["x"][0]) < 2
+    more = erpm.report_text([*rows, fake_row("imagenet@a", None, 0, "x", 92, 100)])
+    assert "missing" not in lines_of(more, "Effective robustness")["x"]
+    assert lines_of(more, "The same classes, clean and shifted")["x"] == ["92.00", "4.00", "88.00"]
+
+
+def test_cells_from_disk_and_made_on_the_fly_are_in_no_mean_together():
+    disk = fake_rows((0,), "x", made="disk")
+    made = [r | {"made": "regenerated"} for r in disk if r["corruption"]]
+    mixed = erpm.report_text(disk + [r for r in made if r["corruption"] == "fog"])
+    models = lines_of(mixed, "Models")
+    assert models["model"][1] == "shapes-c (regenerated)"
+    assert models["x"][:2] == ["50.00", "missing"]
+    assert lines_of(erpm.report_text(disk + made), "Models")["x"][1] == "50.00"
+    other = [r | {"label": "y"} for r in made]                  # nor in one column
+    assert lines_of(erpm.report_text(disk + other), "Models")["x"][1] == "missing"
+
+
+def test_cells_of_another_transform_are_left_out_but_frost_has_its_own_textures():
+    rows = fake_rows((0,), "x")
+    for r in rows:
+        r["transform"] += ", original frost" * (r["corruption"] == "frost")
+    assert lines_of(erpm.report_text(rows), "Models")["x"][1] == "50.00"
+    new = [r | {"transform": "224 px"} for r in rows if r["corruption"] == "snow"]
+    assert lines_of(erpm.report_text(rows + new), "Models")["x"][1] == "missing"
+
+
+def test_a_seed_without_a_set_makes_the_set_missing():
+    rows = [r for r in fake_rows() if (r["seed"], r["set"]) != (1, "shapes-c")]
+    assert lines_of(erpm.report_text(rows), "Models")["ERPM"][:2] == ["55.00 ± 7.07", "missing"]
+
+
+def test_figures_of_a_part_of_a_set_are_marked():
+    rows = fake_rows((0,), "x")
+    assert erpm.PARTIAL not in erpm.report_text(rows)
+    rows[0]["partial"] = True
+    text = erpm.report_text(rows)
+    assert lines_of(text, "Models")["x"][:2] == ["50.00*", "50.00"]
+    assert text.split("\n## ")[1].rstrip().endswith(erpm.PARTIAL)
+
+
+def test_top5_nll_ece_sigma_and_kl_stand_in_the_report():
+    text = erpm.report_text(fake_rows())
+    every = [line for line in text.splitlines() if re.match(r"\| shapes +\| ERPM ", line)]
+    assert [c.strip() for c in every[0].split("|")[3:-1]] == [
+        "55.00 ± 7.07", "90.00 ± 0.00", "1.250 ± 0.000", "12.50 ± 0.00", "7 ± 0"]
+    heads = [line for line in text.splitlines() if re.match(r"\| shapes-c +\| 3 ", line)]
+    assert [c.strip().split(" ")[0] for c in heads[0].strip("| ").split("|")[2:]] == [
+        "60.00", "0.00", "40.00", "40.00", "0.2500", "0.5000", "1.5000", "0.7500"]
+
+
+def test_other_heads_are_named_and_other_sets_stand_in_the_transfer_table():
+    rows = fake_rows((0,)) + [fake_row("flowers102", head="linear probe (clean)", right=8),
+                              fake_row("sun397", None, 0, "clip", 7, head="zero-shot")]
+    text = erpm.report_text(rows)
+    transfer = lines_of(text, "Transfer")
+    assert transfer["model"] == ["flowers102", "sun397"]
+    assert transfer["ERPM, linear probe (clean)"] == ["80.00", "missing"]
+    assert transfer["clip, zero-shot"] == ["missing", "70.00"]
+    assert list(lines_of(text, "Models")) == ["model", "ERPM"] and "Plain networks" not in text
+
+
+def test_rules_are_averaged_over_the_shifts():
+    rows = [fake_row("shapes"), fake_row("shapes-r", right=2)] + [
+        fake_row("shapes-c", c) for c in erpm.cells("shapes-c")]
+    text = erpm.report_text(rows)
+    rules = lines_of(text, "ERPM: which rule picks the head")
+    assert rules["rule"] == ["shapes", "mean of 2 shifts", "F shapes", "F mean of 2 shifts"]
+    assert rules["kl"] == ["60.00", "40.00", "60.00", "40.00"]
+    assert rules["always robust"] == ["70.00", "50.00", "-", "-"]
+    assert lines_of(text, "ERPM: every rule on every shift")["kl"] == ["20.00", "60.00"]
+
+
+def test_published_figures_are_compared_with_a_verdict():
+    name = "timm:resnet50.tv_in1k"
+    row = lambda s, n, acc, **kw: fake_row(s, None, 0, name, round(n * acc / 100), n, **kw)  # noqa
+    rows = [row("imagenet", 50000, 76.15), row("imagenet-r", 30000, 37.0),
+            row("imagenet-v2", 10000, 63.6), row("imagenet-sketch", 500, 24.09)]
+    lines = [[c.strip() for c in line.split("|")[2:-1]]
+             for line in erpm.check_known(rows).splitlines()[2:]]
+    got = {c[0]: c[1:] for c in lines}
+    assert got["imagenet"] == ["76.13", "76.15", "+0.02", "agrees (within 0.3)"]
+    assert got["imagenet-r"] == ["36.17", "37.00", "+0.83", "differs (by more than 0.3)"]
+    assert got["imagenet-v2"][-1] == "agrees (within 0.5)" and got["objectnet"][-1] == "missing"
+    assert got["imagenet-sketch"][-1] == "missing (500 of 50,889 images)"
+    assert "no published figures" in erpm.check_known(fake_rows())
+
+
+def test_published_mce_is_compared():
+    rows = [r | {"label": "DeepAugment+AugMix ResNet-50"} for r in alexnet()[0]]
+    assert "missing (1,000,000 of 50,000 images)" in erpm.check_known(rows)
+    rows = [r | {"n": 50000, "correct": r["correct"] // 20, "made": "regenerated"} for r in rows]
+    line = [c.strip() for c in erpm.check_known(rows).splitlines()[-1].split("|")[2:-1]]
+    assert line == ["imagenet-c (regenerated), mCE", "53.60", "100.00", "+46.40",
+                    "differs (by more than 1.0)"]
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    points = [(1, 5), (2, 4), (2, 7), (3, 7), (4, 9), (1, 3)]
+    assert erpm.pareto_front(points) == [(1, 5), (2, 7), (4, 9)]
+
+
+def test_figures_are_drawn_and_left_out_with_a_line_without_matplotlib(tmp_path, monkeypatch,
+                                                                       capsys):
+    rows = fake_rows() + fake_rows(label="APT") + [
+        r | {"train": {}} for r in fake_rows(label="original")]
+    assert erpm.write_figures(rows, tmp_path) == list(erpm.FIGURES)
+    for name in erpm.FIGURES:
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    capsys.readouterr()
+    assert erpm.write_figures(rows, tmp_path) == []
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "heads.png left out: matplotlib is not installed" in line
+
+
+def test_labels_of_points_cover_no_other_label(tmp_path):
+    rows = [r for k in range(6) for r in fake_rows((0,), f"net{k}", ("shapes", "shapes-r"),
+                                                   train={"images": 9, "seconds": 50.0 + 9 * k})]
+    for r in rows:
+        r["correct"] += int(r["label"][-1]) % 3
+    figure = erpm.figures(rows)["pareto.png"]
+    figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 # ---- ANY BACKBONE ----
