@@ -49,6 +49,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -56,6 +57,8 @@ import re
 import signal
 import sys
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -2439,7 +2442,37 @@ class Net(nn.Module):
         return self.net(self.prepare(x))
 
 
+class Embedding(nn.Identity):
+    """What stands in a classifier's place where the embeddings are the output.
+
+    Shapes: (B, out_features) -> the same."""
+
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.out_features = out_features
+
+
+class Tower(nn.Module):
+    """The visual tower of a CLIP model and a head on its embeddings: fc(visual(x)).
+
+    fc: any module from embeddings (B,D) to logits (B, fc.out_features); of the CLIP's state dict
+    the tower takes visual.* as it is.
+    Shapes: normalised images (B,3,H,W) -> logits (B, fc.out_features)."""
+
+    def __init__(self, visual: nn.Module, fc: nn.Module):
+        super().__init__()
+        self.visual, self.fc = visual, fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.visual(x))
+
+
 # ---- weights on disk -----------------------------------------------------------------------------
+
+NESTS = ("state_dict", "model", "model_state_dict")      # where training scripts put the tensors
+PREFIXES = ("module.", "_orig_mod.", "net.")            # DDP, torch.compile, a Net's own state dict
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")    # in archives
+
 
 def save_weights(path: Path, module: nn.Module, meta: dict) -> None:
     """Writes the module's state as .safetensors, with `meta` from which `load` builds it again."""
@@ -2447,34 +2480,119 @@ def save_weights(path: Path, module: nn.Module, meta: dict) -> None:
     write_atomically(path, lambda p: save_file(state, p, {"erpm": json.dumps(meta)}))
 
 
-def read_meta(path: Path | str) -> dict:
-    """What save_weights wrote beside the tensors; {} for a foreign file.  Raises: UserError."""
+def _made_by_torch(path: Path | str) -> bool:
+    """Whether the file is one of torch.save or torch.jit.save: a zip, or an old plain pickle."""
     if not Path(path).is_file():
         raise UserError(f"no weights file {path}")
+    with open(path, "rb") as f:
+        head = f.read(9)                                  # .safetensors: a length (8 bytes), then {
+    return head[:2] == b"PK" or head[:1] == b"\x80" and head[8:] != b"{"
+
+
+def _is_archive(path: Path | str) -> bool:
+    """Whether the file is a TorchScript archive, the form in which OpenAI gave CLIP away."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as f:
+        return any(name.endswith("/constants.pkl") for name in f.namelist())
+
+
+def read_meta(path: Path | str) -> dict:
+    """What save_weights wrote beside the tensors; {} for a foreign file.  Raises: UserError."""
+    if _made_by_torch(path):
+        return {}
     try:
         with safe_open(path, "pt") as f:
             return json.loads((f.metadata() or {}).get("erpm", "{}"))
     except Exception as e:
-        raise UserError(f"{path} is not a .safetensors file ({type(e).__name__}: {e})") from None
+        raise UserError(f"{path} is not a .safetensors file, nor one of torch.save "
+                        f"({type(e).__name__}: {e})") from None
 
 
-def load_weights(module: nn.Module, path: str | Path) -> dict:
-    """Loads the file into the module, strictly, and returns its meta.  Raises: UserError that lists
-    missing and unexpected keys.  A file without our meta is taken for the inner network's."""
-    meta = read_meta(path)
-    target = module if meta or not isinstance(module, Net) else module.net
-    with safe_open(path, "pt") as f:
-        state = {k: f.get_tensor(k) for k in f.keys()}
-    own = target.state_dict()
+def _load_torch(path: Path | str):
+    """What torch.save or torch.jit.save wrote: tensors and plain types.  Raises: UserError."""
+    try:
+        if not _is_archive(path):
+            return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):    # of deprecation
+            state = torch.jit.load(path, "cpu").state_dict()
+        return {k: v for k, v in state.items() if k not in NOT_WEIGHTS}
+    except Exception as e:                                # pickle's and torch's own, of many kinds
+        why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+        raise UserError(f"{path} is not a file of plain tensors, and nothing is unpickled here "
+                        f"({why}): save its state dict alone, where you trust it") from None
+
+
+def read_state(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, on the CPU.
+
+    path: .safetensors, a state dict that torch.save wrote (in one of NESTS, with one of PREFIXES
+    before its keys), or a TorchScript archive.  No pickled object is made and no code is run.
+    Raises: UserError."""
+    ours = read_meta(path)
+    if _made_by_torch(path):
+        state = _load_torch(path)
+    else:
+        with safe_open(path, "pt") as f:
+            state = {k: f.get_tensor(k) for k in f.keys()}
+    if ours:
+        return state
+    for nest in NESTS:
+        if isinstance(state, dict) and isinstance(state.get(nest), dict):
+            state = state[nest]
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor)
+                                              for k, v in state.items()):
+        found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path} holds no state dict but {found[:200]}: expected tensors by name, "
+                        f"or these in one of {', '.join(NESTS)}")
+    for prefix in PREFIXES:
+        if state and all(k.startswith(prefix) for k in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: Path | str, name: str) -> None:
+    """Loads the tensors into the module.  Raises: UserError that lists what does not fit."""
+    own = module.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]
     if missing or extra or shapes:
         few = lambda keys: f"{len(keys)} {keys[:3]}" if keys else "none"               # noqa: E731
-        raise UserError(f"{path} does not fit {getattr(module, 'name', type(module).__name__)}: "
-                        f"missing {few(missing)}, unexpected {few(extra)}, "
-                        f"of another shape {few(shapes)}")
-    target.load_state_dict(state)
+        raise UserError(f"{path} does not fit {name}: missing {few(missing)}, unexpected "
+                        f"{few(extra)}, of another shape {few(shapes)}")
+    module.load_state_dict(state)
+
+
+def _head_keys(net: nn.Module) -> dict[str, Tensor]:
+    """The classifier's part of the state dict: that of the last Linear layer."""
+    linear = [k for k, m in net.named_modules() if isinstance(m, nn.Linear)]
+    return {k: v for k, v in net.state_dict().items() if linear and k.startswith(f"{linear[-1]}.")}
+
+
+def lacks_head(net: Net, path: str | Path) -> bool:
+    """Whether the file has no classifier for net: an encoder's weights (CLIP, DINOv2, MAE)."""
+    return not read_meta(path) and not _head_keys(net.net).keys() & read_state(path).keys()
+
+
+def load_weights(module: nn.Module, path: str | Path, new_head: bool = False) -> dict:
+    """Loads the file into the module, strictly, and returns its meta.
+
+    A file without our meta is taken for the inner network's, that of a whole CLIP model for its
+    visual tower's.  new_head: a file of an encoder alone leaves the classifier as it is.
+    Raises: UserError that lists missing and unexpected keys."""
+    meta, state = read_meta(path), read_state(path)
+    target = module
+    if isinstance(module, Net) and not meta:
+        target = module.net
+        if isinstance(target, Tower) and "logit_scale" in state:
+            state = {k: v for k, v in state.items() if k.startswith("visual.")}
+        head = _head_keys(target)
+        if new_head and not head.keys() & state.keys():
+            state |= head
+        state |= {k: v for k, v in target.state_dict().items()     # older torch did not count them
+                  if k.endswith("num_batches_tracked") and k not in state}
+    load_strictly(target, state, path, getattr(module, "name", type(module).__name__))
     return meta
 
 
@@ -2521,21 +2639,25 @@ def _build_cifar(name: str, classes: int | None, pretrained: bool) -> Net:
     return Net(net, name=f"cifar:{name}", n_classes=classes or 10)
 
 
+def _from_hub(name: str, load: Callable):
+    """load(), which may need a network.  Raises: UserError that names the way without one."""
+    try:
+        return load()
+    except Exception as e:                                # the hubs' errors are of many kinds
+        raise UserError(f"the weights of {name} could not be loaded ({type(e).__name__}): no "
+                        "network? give a local file: model.student_weights=PATH or "
+                        "model.teacher_weights=PATH") from None
+
+
 def _build_timm(name: str, classes: int | None, pretrained: bool) -> Net:
-    """Any network of timm with its own mean, std and input size."""
+    """Any network of timm with its own mean, std, input size and view."""
     import timm
     if not timm.is_model(name):
         known = timm.list_models() + timm.list_pretrained()
         raise UserError(f"timm has no network {name!r}{nearest(name, known)}")
-    try:
-        net = timm.create_model(name, pretrained=pretrained,
-                                **({} if classes is None else {"num_classes": classes}))
-    except Exception as e:                                # the hub's errors are of many kinds
-        if not pretrained:
-            raise
-        raise UserError(f"the weights of timm:{name} could not be loaded ({type(e).__name__}): no "
-                        "network? give a local file: model.student_weights=PATH or "
-                        "model.teacher_weights=PATH") from None
+    make = functools.partial(timm.create_model, name, pretrained=pretrained,
+                             **({} if classes is None else {"num_classes": classes}))
+    net = _from_hub(f"timm:{name}", make) if pretrained else make()
     cfg, size = net.pretrained_cfg, net.pretrained_cfg["input_size"][-1]
     fixed = cfg.get("fixed_input_size", False) or "." in name   # a tag: as its weights were trained
     view = View(size, cfg["crop_pct"], cfg["interpolation"], cfg.get("crop_mode") == "squash")
@@ -2543,12 +2665,132 @@ def _build_timm(name: str, classes: int | None, pretrained: bool) -> Net:
                std=cfg["std"], size_px=size if fixed else 0, view=view)
 
 
-FAMILIES = {"timm": _build_timm, "cifar": _build_cifar}
+def _torchvision_weights(name: str):
+    """(MODEL, member of its weights enum or None) of MODEL[/TAG].  Raises: UserError."""
+    models = torchvision.models
+    model, slash, tag = name.partition("/")
+    odd = {"googlenet", "inception_v3"}                   # they normalise inside by their weights
+    known = set(models.list_models(module=models)) - odd
+    if model not in known:
+        raise UserError(f"torchvision has no network {model!r}{nearest(model, sorted(known))}")
+    tags = models.get_model_weights(model).__members__
+    return model, choose(tags, tag, f"weights of torchvision:{model}") if slash else None
+
+
+def _build_torchvision(name: str, classes: int | None, pretrained: bool) -> Net:
+    """Any classifier of torchvision; a tag gives its weights, their mean, std, size and view."""
+    model, weights = _torchvision_weights(name)
+    n = classes or (len(weights.meta["categories"]) if weights else 1000)
+    mean, std, size, view = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, View()
+    if weights:
+        t = weights.transforms()
+        mean, std, size = t.mean, t.std, t.crop_size[0]
+        view = View(size, size / t.resize_size[0], t.interpolation.value)
+    vit = model.startswith("vit_")
+    net = torchvision.models.get_model(model, weights=None, num_classes=n,
+                                       **({"image_size": size or 224} if vit else {}))
+    if pretrained:
+        state = _from_hub(f"torchvision:{name}",
+                          lambda: weights.get_state_dict(progress=False, check_hash=True))
+        if n != len(weights.meta["categories"]):                                  # as timm does
+            state |= _head_keys(net)
+        load_strictly(net, state, weights.url, f"torchvision:{name}")
+    return Net(net, name=f"torchvision:{name}", n_classes=n, mean=mean, std=std,
+               size_px=size or 224 * vit, view=view)
+
+
+def _open_clip_tag(name: str) -> tuple[str, str]:
+    """(MODEL, TAG or "") of MODEL[/TAG].  Raises: UserError on an unknown one, and where the
+    weights were trained with another activation than the network has."""
+    import open_clip
+    model, slash, tag = name.partition("/")
+    known = open_clip.list_models()
+    if model not in known:
+        raise UserError(f"open_clip has no network {model!r}{nearest(model, known)}")
+    if slash:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        choose(dict.fromkeys(tags), tag, f"weights of open_clip:{model}")
+        want = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu") or False
+        if want and not open_clip.get_model_config(model).get("quick_gelu"):
+            raise UserError(f"open_clip:{name}: these weights want QuickGELU and {model} has GELU: "
+                            f"use open_clip:{model}-quickgelu/{tag}")
+    return model, tag
+
+
+def open_clip_model(name: str, weights: str | None = None) -> nn.Module:
+    """The whole CLIP model MODEL[/TAG] of open_clip, visual and text tower, in eval mode.
+
+    weights: None = those of the tag from the hub, a file of the whole model (OpenAI's archives
+    too), or "random".  Raises: UserError."""
+    import open_clip
+    model, tag = _open_clip_tag(name)
+    make = functools.partial(open_clip.create_model, model, pretrained_text=False)
+    off = logging.root.manager.disable
+    logging.disable(logging.ERROR)                        # it warns of random weights at any name
+    try:
+        hub = weights is None and tag
+        net = _from_hub(f"open_clip:{name}", lambda: make(tag)) if hub else make()
+    except UserError:
+        raise
+    except Exception as e:                                # its text tower may need other packages
+        raise UserError(f"open_clip:{name} could not be built: {str(e).splitlines()[0]}") from None
+    finally:
+        logging.disable(off)
+    if weights not in (None, "", "random"):
+        if _is_archive(weights) and not open_clip.get_model_config(model).get("quick_gelu"):
+            raise UserError(f"{weights} is an archive of OpenAI, which want QuickGELU: use "
+                            f"open_clip:{model}-quickgelu")
+        load_strictly(net, read_state(weights), weights, f"open_clip:{name}")
+    return net.eval()
+
+
+def _build_open_clip(name: str, classes: int | None, pretrained: bool) -> Net:
+    """The visual tower of a CLIP model with a new linear head; without classes its embeddings."""
+    import open_clip
+    model, tag = _open_clip_tag(name)
+    clip = open_clip_model(name, None if pretrained else "random")
+    clip.visual.output_tokens = False                     # CoCa's tower gives a pair otherwise
+    width = open_clip.get_model_config(model)["embed_dim"]
+    cfg = open_clip.get_model_preprocess_cfg(clip)
+    # without a tag: what all weights of this network agree on
+    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(model)
+    for k in ("mean", "std", "interpolation", "resize_mode"):
+        values = {open_clip.get_pretrained_cfg(model, t)[k] for t in tags}
+        cfg[k] = values.pop() if len(values) == 1 else cfg[k]
+    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+    fc = nn.Linear(width, classes) if classes else Embedding(width)
+    return Net(Tower(clip.visual, fc), name=f"open_clip:{name}", n_classes=classes or 0,
+               mean=cfg["mean"], std=cfg["std"], size_px=size,
+               view=View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash"))
+
+
+FAMILIES = {"timm": _build_timm, "torchvision": _build_torchvision, "open_clip": _build_open_clip,
+            "cifar": _build_cifar}
+TAGS = {"timm": ".", "torchvision": "/", "open_clip": "/"}       # what stands before a weights tag
 
 
 def has_tag(name: str) -> bool:
-    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k does."""
-    return name.startswith("timm:") and "." in name
+    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k,
+    torchvision:resnet50/IMAGENET1K_V1 and open_clip:ViT-B-32-quickgelu/openai do."""
+    family, _, rest = name.partition(":")
+    return family in TAGS and TAGS[family] in rest
+
+
+def tag_classes(name: str) -> int | None:
+    """Number of outputs that the pretrained weights of a tagged name come with, 0 for an encoder
+    alone; None without a tag.  Raises: UserError on an unknown tag."""
+    family, _, rest = name.partition(":")
+    if not has_tag(name):
+        return None
+    if family == "torchvision":
+        return len(_torchvision_weights(rest)[1].meta["categories"])
+    if family == "open_clip":
+        return _open_clip_tag(rest) and 0
+    import timm
+    with contextlib.suppress(RuntimeError, AttributeError):
+        return timm.get_pretrained_cfg(rest).num_classes
+    known = [f"timm:{n}" for n in timm.list_pretrained()]
+    raise UserError(f"timm has no pretrained network {name!r}{nearest(name, known)}")
 
 
 def named(name: str, classes: int | None = None, weights: str | None = None) -> Net:
@@ -2560,69 +2802,203 @@ def named(name: str, classes: int | None = None, weights: str | None = None) -> 
     maker = choose(FAMILIES, family, "network family")
     net = maker(rest, classes, has_tag(name) and weights is None)
     if weights not in (None, "", "random"):
-        load_weights(net, weights)
+        load_weights(net, weights, new_head=bool(classes))
     return net.eval()
 
 
 # ---- stages --------------------------------------------------------------------------------------
 
+def _only(net: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A shallow copy of net that has the named children, parameters and buffers alone."""
+    part, heads = copy.copy(net), {n.partition(".")[0] for n in names}
+    part._parameters = {k: v for k, v in net._parameters.items() if k in heads}
+    part._buffers = {k: v for k, v in net._buffers.items() if k in heads}
+    part._modules = {}
+    for k, m in net._modules.items():
+        below = [n[len(k) + 1:] for n in names if n.startswith(f"{k}.")]
+        if k in names or below:
+            part._modules[k] = m if k in names else _only(m, below)
+    return part
+
+
 class Part(nn.Module):
     """Some children and parameters of a network with a forward of their own: f(net, x).
 
+    names: dotted paths; one that the network lacks is passed over.
     The children are the network's own, not copies; what is not named does not come along."""
 
     def __init__(self, net: nn.Module, names: Sequence[str], f: Callable):
         super().__init__()
-        part = copy.copy(net)                            # methods and plain attributes
-        part._modules = {k: v for k, v in net._modules.items() if k in names}
-        part._parameters = {k: v for k, v in net._parameters.items() if k in names}
-        part._buffers = {k: v for k, v in net._buffers.items() if k in names}
-        self.part, self.f = part, f
+        self.part, self.f = _only(net, names), f
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(self.part, x)
 
 
 class Classifier(nn.Module):
-    """The last stage: features (norm, pooling), dropout, linear layer.
+    """The last stage: features (norm, pooling, projection), dropout, fc.
 
+    fc: a Linear, or any module from features (B,D) to logits (B, fc.out_features).
     Shapes: boundary features -> logits (B,C)."""
 
-    def __init__(self, features: nn.Module, fc: nn.Linear):
+    def __init__(self, features: nn.Module, fc: nn.Module):
         super().__init__()
         self.features, self.drop, self.fc = features, nn.Identity(), fc
 
     def forward(self, f: Tensor) -> Tensor:
         h = self.drop(self.features(f))
-        if self.fc.weight.dtype != torch.float32:
+        if any(p.dtype != torch.float32 for p in self.fc.parameters()):
             return self.fc(h)
         with torch.autocast(h.device.type, enabled=False):   # logits in float32: sigma, KL, ties
             return self.fc(h.float())
 
 
-def _vit_embed(n: nn.Module, x: Tensor) -> Tensor:
-    return n.norm_pre(n.patch_drop(n._pos_embed(n.patch_embed(x))))
+def _in_turn(n: nn.Module, x: Tensor) -> Tensor:
+    """The children one after another."""
+    for m in n.children():
+        x = m(x)
+    return x
 
 
-def _stages_vit(net: nn.Module) -> list[nn.Module]:
-    """timm VisionTransformer: embedding | blocks | norm, pooling, head."""
-    embed = Part(net, ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop",
-                       "patch_drop", "norm_pre"), _vit_embed)
-    last = Part(net, ("norm", "attn_pool", "fc_norm", "head_drop"),
-                lambda n, x: n.forward_head(n.norm(x), pre_logits=True))
-    return [embed, *net.blocks, Classifier(last, net.head)]
+def _opened(modules) -> list[nn.Module]:
+    """The modules in order, those in plain Sequentials one by one."""
+    return [b for m in modules for b in (_opened(m) if type(m) is nn.Sequential else [m])]
 
 
-def _stages_resnet(net: nn.Module) -> list[nn.Module]:
-    """timm ResNet: stem | blocks | pooling, fc."""
-    stem = Part(net, ("conv1", "bn1", "act1", "maxpool"),
-                lambda n, x: n.maxpool(n.act1(n.bn1(n.conv1(x)))))
-    blocks = [b for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for b in layer]
-    last = Part(net, ("global_pool",), lambda n, x: n.forward_head(x, pre_logits=True))
-    return [stem, *blocks, Classifier(last, net.fc)]
+def _staged(pairs) -> list[nn.Module]:
+    """The blocks of stages (downsampling, blocks); the downsampling joins its first block."""
+    blocks: list[nn.Module] = []
+    for down, (first, *rest) in pairs:
+        blocks += [first if isinstance(down, nn.Identity) else nn.Sequential(down, first), *rest]
+    return blocks
 
 
-def _stages_sequential(net: nn.Sequential) -> list[nn.Module]:
+def _torchvision_staged(net: nn.Module) -> list[nn.Module]:
+    """Blocks of net.features: stem, blocks, downsampling, blocks, downsampling, blocks, ..."""
+    return _staged(zip([nn.Identity(), *net.features[2::2]], net.features[1::2]))
+
+
+def _sharing(net: nn.Module, shared: str, f: Callable) -> list[nn.Module]:
+    """Blocks that are called with what one module of the network gives to all: f(i, part, x)."""
+    if net._modules.get(shared) is None:
+        return list(net.blocks)
+    return [Part(net, (f"blocks.{i}", shared), functools.partial(f, i))
+            for i in range(len(net.blocks))]
+
+
+def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
+    """Block i with the rotary embedding of the grid of patches (square, as all images here)."""
+    [block] = n.blocks
+    side = math.isqrt(x.shape[1] - n.num_prefix_tokens)
+    free = n.dynamic_img_size or not hasattr(n.rope, "feat_shape")
+    rope = n.rope.get_embed(shape=(side, side)) if free else n.rope.get_embed()
+    return block(x, rope=rope[i] if n.rope_mixed else rope)
+
+
+def _beit_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
+    [block] = n.blocks
+    return block(x, shared_rel_pos_bias=n.rel_pos_bias())
+
+
+def _beit_embed(n: nn.Module, x: Tensor) -> Tensor:
+    x = torch.cat((n.cls_token.expand(len(x), -1, -1), n.patch_embed(x)), 1)
+    return n.pos_drop(x if n.pos_embed is None else x + n.pos_embed)
+
+
+def _torchvision_vit_embed(n: nn.Module, x: Tensor) -> Tensor:
+    x = torch.cat([n.class_token.expand(len(x), -1, -1), n._process_input(x)], 1)
+    return n.encoder.dropout(x + n.encoder.pos_embedding)
+
+
+def _clip_pool(n: nn.Module, x: Tensor) -> Tensor:
+    x = n._pool(x)[0]
+    return x if n.proj is None else x @ n.proj
+
+
+def _pooled(*names: str) -> Callable:
+    """Forward of timm's networks behind the blocks: the named layers, then all but the Linear."""
+    def pool(n: nn.Module, x: Tensor) -> Tensor:
+        for name in names:
+            x = n._modules[name](x)
+        return n.forward_head(x, pre_logits=True)
+    return pool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a class of networks is cut: stem | blocks | last | fc.
+
+    stem, last, fc: names of children and parameters, dotted, as Part takes them; fc "" = none.
+    blocks: names of the containers whose children are the stages, or net -> stages.
+    embed, pool: forwards of stem and last, (part of the net, x) -> x."""
+    stem: str
+    blocks: str | Callable
+    last: str
+    fc: str
+    embed: Callable = _in_turn
+    pool: Callable = _in_turn
+
+
+_TOKENS = "patch_embed cls_token reg_token pos_embed pos_drop patch_drop rope norm_pre"
+_TIMM_HEAD = "head.global_pool head.norm head.flatten head.pre_logits head.drop"
+_LAYERS = "layer1 layer2 layer3 layer4"
+_flat = lambda n, x: n.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))              # noqa: E731
+PLANS = {                                   # exact classes: a subclass may compute something else
+    "timm.models.vision_transformer.VisionTransformer": Plan(
+        _TOKENS, "blocks", "norm attn_pool fc_norm head_drop", "head",
+        lambda n, x: n.norm_pre(n.patch_drop(n._pos_embed(n.patch_embed(x)))), _pooled("norm")),
+    "timm.models.eva.Eva": Plan(
+        _TOKENS, lambda n: _sharing(n, "rope", _eva_block),
+        "norm attn_pool fc_norm head_drop", "head",
+        lambda n, x: n.norm_pre(n._pos_embed(n.patch_embed(x))[0]), _pooled("norm")),
+    "timm.models.beit.Beit": Plan(
+        _TOKENS, lambda n: _sharing(n, "rel_pos_bias", _beit_block), "norm fc_norm head_drop",
+        "head", _beit_embed, _pooled("norm")),
+    "timm.models.resnet.ResNet": Plan("conv1 bn1 act1 maxpool", _LAYERS, "global_pool", "fc",
+                                      pool=_pooled()),
+    "timm.models.convnext.ConvNeXt": Plan(
+        "stem", lambda n: _staged((s.downsample, s.blocks) for s in n.stages),
+        f"norm_pre {_TIMM_HEAD}", "head.fc", pool=_pooled("norm_pre")),
+    **dict.fromkeys(
+        ("timm.models.swin_transformer.SwinTransformer",
+         "timm.models.swin_transformer_v2.SwinTransformerV2"),
+        Plan("patch_embed", lambda n: _staged((s.downsample, s.blocks) for s in n.layers),
+             f"norm {_TIMM_HEAD}", "head.fc", pool=_pooled("norm"))),
+    "timm.models.efficientnet.EfficientNet": Plan(
+        "conv_stem bn1", "blocks", "conv_head bn2 global_pool", "classifier",
+        pool=_pooled("conv_head", "bn2")),
+    "timm.models.mobilenetv3.MobileNetV3": Plan(
+        "conv_stem bn1", "blocks", "global_pool conv_head norm_head act2 flatten", "classifier",
+        pool=_pooled()),
+    "torchvision.models.resnet.ResNet": Plan(
+        "conv1 bn1 relu maxpool", _LAYERS, "avgpool", "fc",
+        pool=lambda n, x: n.avgpool(x).flatten(1)),
+    "torchvision.models.vision_transformer.VisionTransformer": Plan(
+        "conv_proj class_token encoder.pos_embedding encoder.dropout", "encoder.layers",
+        "encoder.ln heads.pre_logits heads.act", "heads.head", _torchvision_vit_embed,
+        lambda n, x: n.heads(n.encoder.ln(x)[:, 0])),
+    "torchvision.models.convnext.ConvNeXt": Plan(
+        "features.0", _torchvision_staged, "avgpool classifier.0 classifier.1", "classifier.2"),
+    "torchvision.models.swin_transformer.SwinTransformer": Plan(
+        "features.0", _torchvision_staged, "norm permute avgpool flatten", "head"),
+    **dict.fromkeys(
+        ("torchvision.models.efficientnet.EfficientNet",
+         "torchvision.models.mobilenetv2.MobileNetV2"),
+        Plan("features.0", lambda n: _opened(n.features[1:]), "classifier.0", "classifier.1",
+             pool=_flat)),
+    "torchvision.models.mobilenetv3.MobileNetV3": Plan(
+        "features.0", lambda n: _opened(n.features[1:]),
+        "classifier.0 classifier.1 classifier.2", "classifier.3", pool=_flat),
+    "open_clip.transformer.VisionTransformer": Plan(
+        "conv1 class_embedding positional_embedding patch_dropout ln_pre",
+        "transformer.resblocks", "attn_pool attn_pool_contrastive ln_post proj", "",
+        lambda n, x: n._embeds(x), _clip_pool),
+    "open_clip.modified_resnet.ModifiedResNet": Plan(
+        "conv1 bn1 act1 conv2 bn2 act2 conv3 bn3 act3 avgpool", _LAYERS, "attnpool", ""),
+}
+
+
+def _split_sequential(net: nn.Sequential) -> tuple[list[nn.Module], nn.Module, nn.Module]:
     """nn.Sequential that ends in a Linear: a child with weights opens a stage, those without join
     the stage before; pooling and flattening before the Linear belong to the classifier."""
     *body, fc = net
@@ -2635,15 +3011,37 @@ def _stages_sequential(net: nn.Sequential) -> list[nn.Module]:
             groups[-1].append(m)
         else:
             groups.append([m])
-    stages_ = [g[0] if len(g) == 1 else nn.Sequential(*g) for g in groups]
-    return [*stages_, Classifier(nn.Sequential(*last), fc)]
+    return [g[0] if len(g) == 1 else nn.Sequential(*g) for g in groups], nn.Sequential(*last), fc
 
 
-ADAPTERS = {
-    "timm.models.vision_transformer.VisionTransformer": _stages_vit,
-    "timm.models.resnet.ResNet": _stages_resnet,
-    "torch.nn.modules.container.Sequential": _stages_sequential,
-}
+def split_net(net: nn.Module) -> tuple[list[nn.Module], nn.Module, nn.Module]:
+    """(stages, features, fc), where net(x) is fc(features(the stages one after another)).
+
+    All are net's own modules; for an encoder fc passes the embeddings on.  Raises: UserError."""
+    if isinstance(net, Tower):
+        body, features, projection = split_net(net.visual)
+        return body, nn.Sequential(features, projection), net.fc
+    kind = f"{type(net).__module__}.{type(net).__name__}"
+    if kind == "open_clip.timm_model.TimmModel":
+        body, features, projection = split_net(net.trunk)
+        return body, nn.Sequential(features, projection, net.head), nn.Identity()
+    if type(net) is nn.Sequential and len(net):
+        return _split_sequential(net)
+    if kind not in PLANS:
+        known = {}
+        for package, *_, name in (k.split(".") for k in PLANS):
+            known.setdefault(package, []).append(name)
+        text = "; ".join(f"{package} {', '.join(names)}" for package, names in known.items())
+        raise UserError(f"a {kind} cannot be cut into stages: known are {text}; or pass an "
+                        "nn.Sequential of your own that ends in a Linear")
+    plan = PLANS[kind]
+    if callable(plan.blocks):
+        body = plan.blocks(net)
+    else:
+        body = _opened(b for path in plan.blocks.split() for b in net.get_submodule(path))
+    return ([Part(net, plan.stem.split(), plan.embed), *body],
+            Part(net, plan.last.split(), plan.pool),
+            net.get_submodule(plan.fc) if plan.fc else nn.Identity())
 
 
 def stages(net: nn.Module) -> nn.Sequential:
@@ -2653,15 +3051,11 @@ def stages(net: nn.Module) -> nn.Sequential:
     if isinstance(net, Net):
         first, *rest = stages(net.net)
         return nn.Sequential(Part(net, ("mean", "std"), lambda n, x: n.prepare(x)), first, *rest)
-    kind = f"{type(net).__module__}.{type(net).__name__}"  # exact: a subclass may compute otherwise
-    if kind not in ADAPTERS:
-        raise UserError(f"a {kind} cannot be cut into stages: known are {', '.join(ADAPTERS)}; or "
-                        "pass an nn.Sequential of your own that ends in a Linear")
-    parts = ADAPTERS[kind](net)
-    if not isinstance(parts[-1].fc, nn.Linear) or len(parts) < 2:
-        raise UserError(f"a {kind} without a final Linear layer cannot be cut: build it with "
-                        "classes=N")
-    return nn.Sequential(*parts)
+    body, features, fc = split_net(net)
+    if not body or not hasattr(fc, "out_features"):
+        raise UserError(f"a {type(net).__module__}.{type(net).__name__} without a final Linear "
+                        "layer cannot be cut: build it with classes=N")
+    return nn.Sequential(*body, Classifier(features, fc))
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -2728,12 +3122,16 @@ class Dropout(nn.Module):
 
 
 def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
-    """The stage with live dropout of rate p: its own dropout layers where it has some, else one
-    behind it (pretrained networks carry none, or some with rate 0)."""
-    spots = [(m, k) for n, m in stage.named_modules() for k, c in m.named_children()
-             if isinstance(c, nn.Dropout) and k != "attn_drop"]   # a fused kernel reads attn_drop.p
-    for i, (module, child) in enumerate(spots):
-        setattr(module, child, Dropout(p, fold(key, i)))
+    """The stage with live dropout of rate p: its own dropout layers where it has some (pretrained
+    networks carry none, or some with rate 0), else the ends of its residual branches where it is
+    a block of open_clip, else one behind it."""
+    children = [(m, k, c) for m in stage.modules() for k, c in m.named_children()]
+    spots = ([(m, k, c) for m, k, c in children
+              if isinstance(c, nn.Dropout) and k != "attn_drop"]  # a fused kernel reads attn_drop.p
+             or [(m, k, c) for m, k, c in children if k in ("ls_1", "ls_2")])
+    for i, (module, name, child) in enumerate(spots):
+        drop = Dropout(p, fold(key, i))
+        setattr(module, name, drop if isinstance(child, nn.Dropout) else nn.Sequential(child, drop))
     return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
 
 
@@ -3022,10 +3420,13 @@ def build(name: str | nn.Module, classes: int | None = None,
           weights: str | None = None) -> nn.Module:
     """The network of that name, in eval mode.
 
-    name: "timm:resnet50.tv_in1k" (a tag loads its pretrained weights), "cifar:resnet20-w2",
+    name: "timm:resnet50.tv_in1k", "torchvision:resnet50/IMAGENET1K_V1",
+    "open_clip:ViT-B-32-quickgelu/openai" (a tag loads its pretrained weights), "cifar:resnet20-w2",
     "run:runs/x" (what that run made), or your own module, which is returned as it is.
-    classes: number of outputs; None = the network's own.
-    weights: a file of ours or a .safetensors state dict, loaded strictly; "random" = no weights.
+    classes: number of outputs; None = the network's own.  A tag of other classes, or a file of an
+    encoder alone, comes with a new classifier.
+    weights: a file of ours, .safetensors or a plain state dict of torch.save, of the network or
+    for open_clip of the whole CLIP model (OpenAI's archives too), loaded strictly; "random" = none.
     Raises: UserError on an unknown name and on weights that do not fit."""
     if isinstance(name, nn.Module):
         return name
@@ -4740,27 +5141,18 @@ def _train_tail(cfg: Config, key: dict, net: Net, tune: int, images: ImageSet,
     return _train(cfg, key, part, tail_step(backbone, getattr(cfg, key["stage"]), aug), images)
 
 
-def _own_classes(name: str) -> int | None:
-    """Number of outputs that the pretrained weights of a tagged name come with."""
-    import timm
-    if not has_tag(name):
-        return None
-    with contextlib.suppress(RuntimeError, AttributeError):
-        return timm.get_pretrained_cfg(name.partition(":")[2]).num_classes
-    known = [f"timm:{n}" for n in timm.list_pretrained()]
-    raise UserError(f"timm has no pretrained network {name!r}{nearest(name, known)}")
-
-
 def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
     """Trains the student on clean data -> student.safetensors (kept if it is there)."""
     path = cfg.dir / "student.safetensors"
-    key = _stage_key(cfg, "pretrain", model=cfg.model.student)
+    weights = cfg.model.student_weights
+    key = _stage_key(cfg, "pretrain", model=cfg.model.student,
+                     **({"weights": file_sha(weights)} if weights else {}))
     if _made(path, key):
         return path
     write_config(cfg)
     images = images or open_set(cfg.data.name, cfg.data, "train")
     torch.manual_seed(fold(cfg.seed, "init student"))
-    net = build(cfg.model.student, len(images.classes), cfg.model.student_weights or None)
+    net = build(cfg.model.student, len(images.classes), weights or None)
     stage, images = cfg.pretrain, images.subset(cfg.pretrain.n_images)
     if stage.tune >= 0:
         stats = _train_tail(cfg, key, net, stage.tune, images, None)
@@ -4771,12 +5163,13 @@ def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
 
 def student_path(cfg: Config, images: ImageSet) -> str | None:
     """The student's weights file, made by pretrain when there is none; None = by the name's tag."""
-    if cfg.model.student_weights:
-        return cfg.model.student_weights
-    if _own_classes(cfg.model.student) == len(images.classes):
+    weights, name = cfg.model.student_weights, cfg.model.student
+    if weights and (read_meta(weights) or not lacks_head(named(name, 2, "random"), weights)):
+        return weights
+    if not weights and tag_classes(name) == len(images.classes):
         return None
     if not (cfg.dir / "student.safetensors").is_file():
-        say(f"{cfg.model.student} has no pretrained weights for {len(images.classes)} classes: "
+        say(f"{weights or name} has no classifier for these {len(images.classes)} classes: "
             "pretrain comes first")
     return str(pretrain(cfg, images))
 
@@ -4864,9 +5257,12 @@ def preflight(cfg: Config, training: bool) -> None:
         for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
             read_meta(path)
         for name in (cfg.model.student, cfg.model.teacher):
-            _own_classes(name)
+            tag_classes(name)
         cut(named(cfg.model.student, 2, "random"), cfg.distill.tune)
-        named(cfg.model.teacher, 2, "random")
+        teacher, weights = named(cfg.model.teacher, 2, "random"), cfg.model.teacher_weights
+        if weights and lacks_head(teacher, weights):
+            raise UserError(f"{weights} has no classifier: model.teacher_weights wants those of a "
+                            "whole network, or leave it empty and let robustify make them")
         d = cfg.distill
         if cfg.eval.rule in NEEDS_SIGMA and d.method == "erpm" and not d.dropout:
             raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={cfg.eval.rule} "
@@ -4926,7 +5322,7 @@ def split_model(token: str) -> tuple[str, str]:
         at = Path(name[4:])
         read_meta(at / "model.safetensors" if at.is_dir() else at)
     elif has_tag(name):
-        _own_classes(name)
+        tag_classes(name)
     else:
         named(name)
         raise UserError(f"--model {name} has no weights: add a pretrained tag "
@@ -4937,16 +5333,16 @@ def split_model(token: str) -> tuple[str, str]:
 
 def model_entry(token: str) -> Entry:
     """A network of eval.models.  Its classes are those of the set that it was trained on, where it
-    is ours, and ImageNet's, where it is one of timm's with 1000 outputs; else it has none."""
+    is ours, and ImageNet's, where it is a public one with 1000 outputs; else it has none."""
     name, path = split_model(token)
     meta = read_meta(path) if path else {}
     if name.startswith("run:"):
         at = Path(name[4:])
         meta = read_meta(at / "model.safetensors" if at.is_dir() else at)
-    headless = not path and has_tag(name) and _own_classes(name) == 0     # MAE, DINOv2: for a probe
+    headless = not path and has_tag(name) and tag_classes(name) == 0     # MAE, DINOv2: for a probe
     net = freeze(build(name, 1 if headless else meta.get("classes"), path or None))
     home = meta.get("key", {}).get("data", {}).get("name", "")
-    if not home and name.startswith("timm:") and net.n_classes == len(synsets()):
+    if not home and name.startswith(("timm:", "torchvision:")) and net.n_classes == len(synsets()):
         home = "imagenet"
     return entry(token, net, meta, home)
 

@@ -769,23 +769,6 @@ def test_without_a_mixer_labels_become_one_hot():
 
 # ==== models ====
 
-VITS = ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_medium_patch16_reg4_gap_256",
-        "vit_small_patch32_224"]
-RESNETS = ["resnet18", "resnet50", "seresnext26d_32x4d", "resnetrs50"]
-
-
-@pytest.mark.parametrize("name", VITS + RESNETS)
-def test_stages_equal_the_network_exactly(name):
-    torch.manual_seed(0)
-    net = erpm.build(f"timm:{name}")
-    size = net.net.default_cfg["input_size"][-1] if name in VITS else 64
-    parts = erpm.stages(net)
-    with torch.no_grad():
-        assert torch.equal(parts(images(2, size)), net(images(2, size)))
-    ours, theirs = ({id(p) for p in m.parameters()} for m in (parts, net))
-    assert len(parts) >= 8 and ours == theirs
-
-
 def test_stages_of_a_sequential_equal_it_and_keep_its_modules():
     net, x = tiny_net(), torch.rand(3, 3, 32, 32)
     parts = erpm.stages(net)
@@ -819,8 +802,8 @@ def test_weights_are_loaded_strictly_and_never_unpickled(tmp_path):
         erpm.build("cifar:resnet8-w2", weights=str(tmp_path / "a.safetensors"))
     with pytest.raises(erpm.UserError, match="missing .* unexpected"):
         erpm.build("cifar:resnet14", weights=str(tmp_path / "a.safetensors"))
-    torch.save(net.state_dict(), tmp_path / "b.pth")
-    with pytest.raises(erpm.UserError, match="is not a .safetensors file"):
+    (tmp_path / "b.pth").write_text("not weights")
+    with pytest.raises(erpm.UserError, match="is not a .safetensors file, nor one of torch.save"):
         erpm.build("cifar:resnet8", weights=str(tmp_path / "b.pth"))
 
 
@@ -2027,3 +2010,315 @@ def test_sets_check_opens_every_image_and_lists_the_broken_ones(tmp_path, capsys
     assert "2 faults in the sets" in err and err.count("\n") == 1
     line = next(t for t in out.splitlines() if t.startswith("| imagenet-v2 "))
     assert [c.strip() for c in line.split("|")][2:6] == ["2", "2", "1000", "data/imagenet-v2"]
+
+
+# ---- ANY BACKBONE ----
+
+TINY_TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1}
+TINY_VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16}
+TINY_CLIPS = {                                      # configurations in open_clip's own file format
+    "tiny": {"vision_cfg": TINY_VIT},
+    "tiny-quickgelu": {"vision_cfg": TINY_VIT, "quick_gelu": True},
+    "tiny-avg": {"vision_cfg": {**TINY_VIT, "pool_type": "avg", "final_ln_after_pool": True,
+                                "no_ln_pre": True, "ls_init_value": 0.1}},
+    "tiny-coca": {"vision_cfg": {**TINY_VIT, "attentional_pool": True, "attn_pooler_heads": 2,
+                                 "output_tokens": True}, "custom_text": True},
+    "tiny-rn": {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8,
+                               "patch_size": None}},
+    "tiny-timm": {"vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map",
+                                 "timm_proj": "none", "image_size": 160}, "embed_dim": 64},
+    "tiny-timm-linear": {"vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "",
+                                        "timm_proj": "linear", "image_size": 64}},
+    "tiny-timm-own": {"vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token",
+                                     "timm_proj": None, "image_size": 160}},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clips(tmp_path_factory):
+    """Registers the tiny configurations with open_clip under their names."""
+    import open_clip
+    folder = tmp_path_factory.mktemp("clips")
+    for name, cfg in TINY_CLIPS.items():
+        (folder / f"{name}.json").write_text(json.dumps(
+            {"embed_dim": 16, "text_cfg": TINY_TEXT, **cfg}))
+    open_clip.add_model_config(folder)
+
+
+def by_timm(name, **kw):
+    import timm
+    return lambda: timm.create_model(name, num_classes=7, **kw)
+
+
+def by_torchvision(make):
+    import torchvision
+    return lambda: make(torchvision.models)
+
+
+FAST = {                                            # one small network for each family and quirk
+    **{f"open_clip:{n}": f"open_clip:{n}" for n in TINY_CLIPS},
+    **{n: n for n in (
+        "timm:test_vit", "timm:test_vit2", "timm:test_vit3", "timm:test_resnet",
+        "timm:test_convnext", "timm:test_convnext3", "timm:test_efficientnet",
+        "timm:mobilenetv3_small_050", "timm:mobilenetv4_conv_small_035", "timm:seresnext26d_32x4d",
+        "torchvision:resnet18", "torchvision:mobilenet_v3_small", "torchvision:mobilenet_v2")},
+    "vit, token outside pos_embed": by_timm("deit3_small_patch16_224", depth=2, embed_dim=48),
+    "vit, registers": by_timm("vit_small_patch14_reg4_dinov2", depth=2, embed_dim=48, img_size=28),
+    "eva, rope": by_timm("eva02_tiny_patch14_224", depth=2),
+    "eva, rope of a free grid": by_timm("vit_small_patch16_dinov3", depth=2, embed_dim=48,
+                                        num_heads=2),
+    "eva, a rope for each block": by_timm("vit_small_patch16_rope_mixed_224", depth=2),
+    "beit": by_timm("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=2),
+    "beit, one bias": by_timm("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=2,
+                              use_shared_rel_pos_bias=True, use_rel_pos_bias=False),
+    "swin": by_timm("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 2, 1, 1),
+                    num_heads=(1, 1, 2, 2)),
+    "swin v2": by_timm("swinv2_tiny_window8_256", embed_dim=12, depths=(1, 2, 1, 1),
+                       num_heads=(1, 1, 2, 2), img_size=224, window_size=7),
+    "convnext, norm first": by_timm("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 8, 8, 8),
+                                    head_norm_first=True),
+    "torchvision vit": by_torchvision(lambda m: m.VisionTransformer(
+        224, 32, 2, 2, 16, 32, num_classes=7, representation_size=8)),
+    "torchvision convnext": by_torchvision(lambda m: m.ConvNeXt(
+        [m.convnext.CNBlockConfig(8, 8, 1), m.convnext.CNBlockConfig(8, None, 2)], num_classes=7)),
+    "torchvision swin": by_torchvision(lambda m: m.SwinTransformer(
+        [4, 4], 12, [1, 2], [1, 2], [7, 7], num_classes=7)),
+}
+NAMES = """
+timm:vit_tiny_patch16_224 timm:vit_small_patch16_224 timm:vit_small_patch32_224
+timm:vit_base_patch16_224 timm:vit_base_patch32_224 timm:vit_large_patch16_224
+timm:vit_base_patch16_224.mae timm:deit3_small_patch16_224 timm:vit_medium_patch16_reg4_gap_256
+timm:vit_small_patch14_dinov2.lvd142m timm:vit_base_patch14_dinov2.lvd142m
+timm:vit_base_patch14_reg4_dinov2.lvd142m timm:vit_base_patch16_siglip_224.webli
+timm:vit_base_patch16_clip_224.openai timm:vit_small_patch16_dinov3.lvd1689m
+timm:vit_small_patch16_rope_mixed_224 timm:eva02_tiny_patch14_224 timm:eva02_base_patch14_224
+timm:eva_large_patch14_196 timm:beit_base_patch16_224 timm:beitv2_base_patch16_224
+timm:swin_tiny_patch4_window7_224 timm:swin_base_patch4_window7_224 timm:swinv2_tiny_window8_256
+timm:convnext_tiny timm:convnext_base timm:convnextv2_tiny timm:resnet18 timm:resnet34
+timm:resnet50 timm:resnet101 timm:resnet152 timm:resnext50_32x4d timm:resnext101_32x8d
+timm:resnetrs50 timm:efficientnet_b0 timm:efficientnet_b4 timm:tf_efficientnet_lite0
+timm:tf_efficientnetv2_s timm:mobilenetv2_100 timm:mobilenetv3_large_100 timm:mobilenetv3_small_100
+torchvision:resnet34 torchvision:resnet50/IMAGENET1K_V1 torchvision:resnet101 torchvision:resnet152
+torchvision:resnext50_32x4d torchvision:wide_resnet50_2 torchvision:vit_b_16 torchvision:vit_b_32
+torchvision:vit_b_16/IMAGENET1K_SWAG_E2E_V1 torchvision:convnext_tiny torchvision:convnext_base
+torchvision:swin_t torchvision:swin_v2_t torchvision:efficientnet_b0 torchvision:efficientnet_v2_s
+torchvision:mobilenet_v3_large open_clip:ViT-B-32 open_clip:ViT-B-32-quickgelu/openai
+open_clip:ViT-B-16-quickgelu open_clip:ViT-L-14-quickgelu open_clip:ViT-L-14-336-quickgelu/openai
+open_clip:RN50-quickgelu/openai open_clip:RN101-quickgelu/openai open_clip:ViT-B-16-SigLIP/webli
+open_clip:convnext_base open_clip:EVA02-B-16 open_clip:coca_ViT-B-32
+open_clip:swin_base_patch4_window7_224""".split() if os.environ.get("ERPM_SLOW") else []
+
+
+def network(spec):
+    """The network of a name or a maker, with random numbers where a fresh one has zeros and ones:
+    a scale of 0 would hide a block."""
+    torch.manual_seed(0)
+    net = erpm.build(spec, 7, "random") if isinstance(spec, str) else spec().eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim < 2 or not p.any():
+                p.normal_(0.5, 0.3)
+    return net
+
+
+def side(net):
+    return (net.size_px or 64) if isinstance(net, erpm.Net) else 28 if getattr(
+        getattr(net, "patch_embed", None), "img_size", None) == (28, 28) else 224
+
+
+@pytest.mark.usefixtures("tiny_clips")
+@pytest.mark.parametrize("spec", [*FAST.values(), *NAMES], ids=[*FAST, *NAMES])
+def test_stages_equal_the_network_exactly(spec):
+    net = network(spec)
+    x, parts = images(1, side(net)) / 255, erpm.stages(net)
+    with torch.no_grad():
+        z = net(x)
+        assert torch.equal(parts(x), z)
+    ours, theirs = ({id(p) for p in m.parameters()} for m in (parts, net))
+    assert ours == theirs and z.shape == (1, 7) and z.std() > 0 and z.isfinite().all()
+    assert len(parts) >= 4 and parts[-1].fc.out_features == 7
+    keys = [k for k in parts.state_dict() if "rope." not in k and "rel_pos_bias." not in k]
+    assert len(keys) == len([k for k in net.state_dict()
+                             if "rope." not in k and not k.startswith("rel_pos_bias.")])
+
+
+@pytest.mark.usefixtures("tiny_clips")
+@pytest.mark.parametrize("label", ["timm:test_vit", "timm:test_efficientnet", "timm:test_convnext",
+                                   "torchvision:mobilenet_v3_small", "open_clip:tiny",
+                                   "open_clip:tiny-rn", "open_clip:tiny-timm", "swin",
+                                   "eva, rope", "torchvision vit"])
+def test_a_student_trains_predicts_and_is_loaded_again_on_every_family(label, tmp_path):
+    net = network(FAST[label])
+    student, x = erpm.Student(net, 2, 1, 0.3), images(2, side(net)) / 255
+    kept = {k: v.clone() for k, v in student.state_dict().items()
+            if not k.startswith("tuned.") or "running" in k or "num_b" in k}
+    before = student.tuned.heads["clean"][0].state_dict()
+    before = {k: v.clone() for k, v in before.items()}
+    optimizer = torch.optim.SGD(student.tuned.parameters(), 0.01)
+    for _ in range(2):
+        z = student.train()(x)
+        sum(F.cross_entropy(h, torch.tensor([0, 6])) for h in z).backward()
+        optimizer.step()
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in kept.items())
+    after = student.tuned.heads["clean"][0].state_dict()
+    assert all(p.grad is not None for p in student.tuned.parameters())
+    assert any(not torch.equal(v, after[k]) for k, v in before.items())
+    p = student.eval().predict(x, passes=3)
+    assert p.probs.shape == (2, 7) and p.probs.isfinite().all() and (p.sigma > 0).any()
+    if isinstance(net, erpm.Net):
+        erpm.save_weights(tmp_path / "model.safetensors", student, erpm.describe(student))
+        again = erpm.load(tmp_path).predict(x, passes=3)
+        assert torch.equal(again.probs, p.probs) and torch.equal(again.sigma, p.sigma)
+
+
+@pytest.mark.usefixtures("tiny_clips")
+def test_dropout_stands_in_the_residual_branches_of_a_clip():
+    block = erpm.put_dropout(erpm.stages(network("open_clip:tiny"))[2], 0.5, 0)
+    assert isinstance(block.ls_1[1], erpm.Dropout) and isinstance(block.ls_2[1], erpm.Dropout)
+
+
+def test_what_cannot_be_cut_names_the_families():
+    with pytest.raises(erpm.UserError, match="timm VisionTransformer, Eva.*torchvision ResNet.*"
+                       "open_clip VisionTransformer, ModifiedResNet; or pass"):
+        erpm.stages(erpm.build("torchvision:shufflenet_v2_x0_5"))
+    with pytest.raises(erpm.UserError, match="without a final Linear layer .*classes=N"):
+        erpm.stages(erpm.build("timm:test_vit", 0))
+
+
+@pytest.mark.parametrize("name, says", [
+    ("torchvision:resnet5", "torchvision has no network 'resnet5'; did you mean"),
+    ("torchvision:resnet50/V1", "unknown weights of torchvision:resnet50 'V1'"),
+    ("open_clip:ViT-B-33", "open_clip has no network 'ViT-B-33'; did you mean 'ViT-B-32'"),
+    ("open_clip:ViT-B-32-quickgelu/opnai", "did you mean 'openai'"),
+    ("open_clip:ViT-B-32/openai", "use open_clip:ViT-B-32-quickgelu/openai"),
+    ("open_clip:roberta-ViT-B-32", "open_clip:roberta-ViT-B-32 could not be built"),
+])
+def test_an_unknown_name_of_a_family_is_one_clear_line(name, says):
+    with pytest.raises(erpm.UserError, match=re.escape(says)):
+        erpm.build(name)
+
+
+@pytest.mark.usefixtures("tiny_clips")
+def test_a_tag_says_classes_normalisation_size_and_view():
+    assert [erpm.has_tag(n) for n in ("timm:resnet50.tv_in1k", "torchvision:resnet50/DEFAULT",
+                                      "open_clip:RN50/openai")] == [True] * 3
+    assert [erpm.has_tag(n) for n in ("timm:resnet50", "torchvision:resnet50", "open_clip:RN50",
+                                      "cifar:resnet8", "run:a/b.c")] == [False] * 5
+    assert [erpm.tag_classes(n) for n in (
+        "timm:vit_base_patch16_224.mae", "torchvision:resnet50/DEFAULT", "timm:resnet50.tv_in1k",
+        "open_clip:ViT-B-16-SigLIP/webli", "timm:resnet50")] == [0, 1000, 1000, 0, None]
+    net = erpm.build("torchvision:mobilenet_v2/IMAGENET1K_V2", 5, "random")
+    assert (net.n_classes, net.size_px, net.view) == (5, 224, erpm.View(224, 224 / 232))
+    assert net.view.resize_px == 232 and not erpm.build("torchvision:mobilenet_v2").size_px
+    net = erpm.build("open_clip:tiny")
+    assert (net.n_classes, net.size_px, net.view) == (0, 32, erpm.View(32, 1.0, "bicubic"))
+    assert torch.allclose(net.mean.flatten(), torch.tensor([0.4815, 0.4578, 0.4082]), atol=1e-4)
+    assert not net.training and net(images(2, 32)).shape == (2, 16)
+    assert erpm.stages(net)[-1].fc.out_features == 16
+
+
+def test_weights_come_from_any_plain_file_and_nothing_else(tmp_path):
+    name, x, file = "torchvision:mobilenet_v3_small", images(2, 32), tmp_path / "w.pth"
+    net = erpm.build(name, 7)
+    state = {k: v for k, v in net.net.state_dict().items() if "num_batches" not in k}
+    again = lambda: erpm.build(name, 7, str(file))(x)                               # noqa: E731
+    for tree in (state, {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
+                 {"model": state, "optimizer": {"lr": 0.1}}, net.state_dict()):
+        torch.save(tree, file)
+        assert torch.equal(again(), net(x))
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    assert torch.equal(again(), net(x))
+    for tree, says in (({"args": Path("x"), "model": state}, "nothing is unpickled here"),
+                       ({"epoch": 3}, "holds no state dict but epoch"),
+                       ({**state, "more": x}, "missing none, unexpected 1 ['more']"),
+                       ({k: v for k, v in state.items() if k != "classifier.3.bias"},
+                        "missing 1 ['classifier.3.bias']")):
+        torch.save(tree, file)
+        with pytest.raises(erpm.UserError, match=re.escape(says)) as e:
+            again()
+        assert len(str(e.value).splitlines()) == 1
+    torch.save(state, file)
+    with pytest.raises(erpm.UserError, match=r"classifier.3.weight \(7, 1024\) for \(5, 1024\)"):
+        erpm.build(name, 5, str(file))
+
+
+def test_the_weights_of_an_encoder_alone_leave_a_new_classifier(tmp_path):
+    file, x = str(tmp_path / "encoder.pth"), images(1, 160)
+    encoder = erpm.build("timm:test_vit", 0)
+    torch.save(encoder.net.state_dict(), file)
+    net = erpm.build("timm:test_vit", 3, file)
+    assert erpm.lacks_head(net, file)
+    assert torch.equal(erpm.stages(net)[-1].features(erpm.stages(net)[:-1](x)), encoder(x))
+    torch.save(net.net.state_dict(), file)
+    assert not erpm.lacks_head(net, file)
+    with pytest.raises(erpm.UserError, match="unexpected 2 .'head.weight', 'head.bias'"):
+        erpm.build("timm:test_vit", 0, file)
+
+
+@pytest.mark.usefixtures("tiny_clips")
+@pytest.mark.filterwarnings("ignore:.*torch.jit|.*Tracer|.*Python boolean")
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "archive"])
+def test_a_whole_clip_gives_its_visual_tower_strictly(kind, tmp_path):
+    from safetensors.torch import save_file
+    clip, file = erpm.open_clip_model("tiny-quickgelu"), tmp_path / f"clip.{kind}"
+    x = images(2, 32)
+    if kind == "safetensors":
+        save_file(clip.state_dict(), file)
+    elif kind == "pt":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, file)
+    else:                                           # the form of OpenAI's files: traced, half
+        with torch.no_grad():
+            traced = torch.jit.trace(clip, (x[:1] / 255, torch.zeros(1, 8, dtype=torch.long)),
+                                     check_trace=False)
+        torch.jit.save(traced.half(), file)
+        clip = clip.half().float()
+    net = erpm.build("open_clip:tiny-quickgelu", 5, str(file))
+    assert torch.equal(net.net.visual(net.prepare(x)), clip.encode_image(net.prepare(x)))
+    whole = erpm.open_clip_model("tiny-quickgelu", str(file))
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in clip.state_dict().items())
+    assert not whole.training and erpm.lacks_head(net, str(file))
+    if kind == "archive":
+        with pytest.raises(erpm.UserError, match="want QuickGELU: use open_clip:tiny-quickgelu"):
+            erpm.open_clip_model("tiny", str(file))
+    with pytest.raises(erpm.UserError, match="does not fit open_clip:tiny-avg: missing"):
+        erpm.build("open_clip:tiny-avg", 5, str(file))
+
+
+@pytest.mark.usefixtures("tiny_clips")
+def test_an_encoder_alone_is_given_its_classifier_by_pretrain_first(tmp_path):
+    torch.save(erpm.open_clip_model("tiny").state_dict(), tmp_path / "clip.pt")
+    cfg = erpm.resolve("demo", [f"out={tmp_path}", "model.student=open_clip:tiny",
+                                f"model.student_weights={tmp_path / 'clip.pt'}", "pretrain.tune=0",
+                                "pretrain.epochs=1", "pretrain.batch=8", "runtime.amp=none"])
+    data = erpm.ImageSet("x", np.arange(16) % 5, "abcde", images=images(16, 32))
+    path = erpm.student_path(cfg, data)
+    assert path == str(cfg.dir / "student.safetensors")
+    net, encoder = erpm.build("open_clip:tiny", 5, path), erpm.build("open_clip:tiny", 5, str(
+        tmp_path / "clip.pt"))
+    assert all(torch.equal(v, encoder.net.visual.transformer.state_dict()[k])
+               for k, v in net.net.visual.transformer.state_dict().items())
+    cfg = erpm.resolve("demo", [f"model.teacher_weights={tmp_path / 'clip.pt'}",
+                                "model.teacher=open_clip:tiny"])
+    with pytest.raises(erpm.UserError, match="has no classifier: model.teacher_weights wants"):
+        erpm.preflight(cfg, True)
+
+
+def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypatch):
+    import torchvision
+    theirs = torchvision.models.mobilenet_v3_small()
+    hub = torchvision.models.WeightsEnum
+    monkeypatch.setattr(hub, "get_state_dict", lambda *a, **kw: dict(theirs.state_dict()))
+    name = "torchvision:mobilenet_v3_small/IMAGENET1K_V1"
+    one, five = erpm.build(name), erpm.build(name, 5)
+    state = {k: v for k, v in five.net.state_dict().items() if not k.startswith("classifier.3.")}
+    assert all(torch.equal(v, one.net.state_dict()[k]) for k, v in theirs.state_dict().items())
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in state.items())
+    assert (one.n_classes, five.n_classes) == (1000, 5)
+
+    def offline(*a, **kw):
+        raise OSError("no route")
+    monkeypatch.setattr(hub, "get_state_dict", offline)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", offline)
+    for name in (name, "open_clip:ViT-B-32-quickgelu/openai"):
+        with pytest.raises(erpm.UserError, match=f"weights of {name} could not be loaded.*PATH"):
+            erpm.build(name)
