@@ -2108,12 +2108,13 @@ def _val_truth(file: Path) -> dict[str, int]:
 
 def _flat_val(top: Path, root: Path) -> tuple[list[str], list[int]]:
     """(paths, labels) of ImageNet's validation images in one folder: by the synset at the end of
-    their names, or by a ground-truth file there or above, up to the root of the data."""
-    paths = pictures(top)
+    their names, or by a ground-truth file there or above, up to the root of the data.  Sorted as
+    class folders would be, so that an image has the same index in either layout."""
+    paths, place = pictures(top), {s: k for k, s in enumerate(synsets())}
     ends = [re.search(r"_(n\d{8})$", Path(p).stem) for p in paths]
     if paths and all(ends):
-        place = {s: k for k, s in enumerate(synsets())}
-        return paths, [place[e[1]] for e in ends]
+        y, paths = zip(*sorted((place[e[1]], p) for e, p in zip(ends, paths)))
+        return paths, y
     tops = [t / s for t in (top, *(p for p in top.parents if p == root or root in p.parents))
             for s in ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "caffe_ilsvrc12")]
     file = next((t / name for name in TRUTH for t in tops if (t / name).is_file()), None)
@@ -2124,7 +2125,8 @@ def _flat_val(top: Path, root: Path) -> tuple[list[str], list[int]]:
     lost = [p for p in paths if Path(p).stem not in truth]
     if lost:
         raise UserError(f"{file} does not name {lost[0]} ({len(lost)} such)")
-    return paths, [truth[Path(p).stem] for p in paths]
+    y, paths = zip(*sorted((truth[Path(p).stem], p) for p in paths)) if paths else ((), ())
+    return paths, y
 
 
 def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
@@ -2223,7 +2225,7 @@ def _open_transfer(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     else:
         tops = split_folders(row, data, split)
         source = tops[0]
-        classes = [c for c in subfolders(source) if any(os.scandir(source / c))]
+        classes = [c for c in subfolders(source) if os.listdir(source / c)]
         found = [class_folders(t, classes) for t in tops]
         paths, y = [p for f in found for p in f[0]], [k for f in found for k in f[1]]
     if len(classes) != row.n_classes:
@@ -2319,8 +2321,7 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
            ("FashionMNIST/raw", "fashion-mnist/FashionMNIST/raw")),
     SetRow("cifar10", _open_torchvision, 50000, 10000, 10,
            _TV.format("CIFAR10") + "; -c: zenodo.org/record/2535967",
-           ("cifar-10-batches-py", "cifar10/cifar-10-batches-py"),
-           archive=("CIFAR-10-C",)),
+           ("cifar-10-batches-py", "cifar10/cifar-10-batches-py"), archive=("CIFAR-10-C",)),
     SetRow("cifar100", _open_torchvision, 50000, 10000, 100,
            _TV.format("CIFAR100") + "; -c: zenodo.org/record/3555552",
            ("cifar-100-python", "cifar100/cifar-100-python"), archive=("CIFAR-100-C",)),
@@ -2334,8 +2335,7 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
     _v2_row("imagenet-v2-threshold", "threshold0.7"),
     _v2_row("imagenet-v2-top", "top-images"),
     SetRow("imagenet-a", _open_imagenet, 0, 7500, 200,
-           "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", ("imagenet-a",),
-           part="a"),
+           "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", ("imagenet-a",), part="a"),
     SetRow("imagenet-r", _open_imagenet, 0, 30000, 200,
            "github.com/hendrycks/imagenet-r: imagenet-r.tar", ("imagenet-r",), part="r"),
     SetRow("imagenet-sketch", _open_imagenet, 0, 50889, 1000,
@@ -2399,7 +2399,7 @@ def open_set(name: str, data: Data, split: str = "test", view: View = View()) ->
     if not (corrupted and row):
         view = dataclasses.replace(view, size_px=data.size_px or view.size_px)
     part = base.partition("@")[2] if row else ""
-    if split == "train" and row and (not row.n_train or part):
+    if split == "train" and (corrupted or part or row and not row.n_train):
         raise UserError(f"{name} has no training split: it is there to be scored")
     folder = locate(data.root, row.archive) if corrupted and row and split == "test" else None
     if folder:
