@@ -4033,14 +4033,22 @@ def extract(features: nn.Module, images: ImageSet, *, batch: int = 256, amp: str
 
 
 def from_first(make: Callable):
-    """What make() gives on the first process, on every process.  The others wait for as long as it
-    takes, where an ordinary collective would give up after minutes."""
+    """What make() gives on the first process, on every process: files are looked at once, and all
+    do the same.  The others wait for as long as it takes (a collective gives up after minutes)."""
     if world()[1] == 1:
         return make()
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     box = [make() if world()[0] == 0 else None]
     dist.broadcast_object_list(box, 0, group)
     return box[0]
+
+
+def _kept_probe(cache: Path | None) -> tuple[Tensor, Tensor, float] | None:
+    """(weight, bias, l2) from the file that `probed` left, if any."""
+    if cache is None or not cache.is_file():
+        return None
+    with safe_open(cache, "pt") as f:
+        return f.get_tensor("weight"), f.get_tensor("bias"), read_meta(cache)["l2"]
 
 
 def probed(model: nn.Module, images: ImageSet, head: str = "clean", *, seed: int = 0,
@@ -4051,15 +4059,14 @@ def probed(model: nn.Module, images: ImageSet, head: str = "clean", *, seed: int
     head: of a Student, see `frozen_features`.  cache: file that keeps weight and bias.
     options: batch, amp, workers."""
     features, y = frozen_features(model, head), torch.from_numpy(images.y[images.index])
-    if cache is not None and cache.is_file():
-        with safe_open(cache, "pt") as f:
-            weight, bias, l2 = f.get_tensor("weight"), f.get_tensor("bias"), read_meta(cache)["l2"]
-    else:
+    found = from_first(lambda: _kept_probe(cache))
+    if found is None:
         x = extract(features, images, **options)
-        weight, bias, l2 = from_first(lambda: linear_probe(x, y, len(images.classes), seed=seed))
+        found = from_first(lambda: linear_probe(x, y, len(images.classes), seed=seed))
+    weight, bias, l2 = found
     fc = nn.Linear(weight.shape[1], len(weight))
     fc.load_state_dict({"weight": weight, "bias": bias})
-    if cache is not None and not cache.is_file() and world()[0] == 0:
+    if cache is not None and world()[0] == 0 and not cache.is_file():
         save_weights(cache, fc, {"l2": l2})
     net = freeze(nn.Sequential(features, Classifier(nn.Identity(), fc).to(device_of(features))))
     net.n_classes, net.l2 = len(weight), l2
@@ -4104,7 +4111,8 @@ def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
     "linear probe (HEAD)", HEAD being eval.probe of a Student and clean of a plain network.
 
     Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
-    Raises: UserError where the number of outputs contradicts the network's own training set."""
+    Raises: UserError where the number of outputs contradicts the network's own training set, and
+    where a network that needs a probe cannot be cut."""
     own = bool(entry.home) and (family(name) == family(entry.home) or name.startswith(
         "folder") and tuple(images.classes) == _class_names(entry.home, cfg.data))
     if own:
@@ -4114,7 +4122,9 @@ def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
                             f"{n}: {entry.home} is not what it was when the network was trained")
         return "own"
     # zero-shot heads belong here: a network with a text tower needs no training images
-    return f"linear probe ({cfg.eval.probe if isinstance(entry.model, Student) else 'clean'})"
+    head = cfg.eval.probe if isinstance(entry.model, Student) else "clean"
+    frozen_features(entry.model, head)         # what cannot be cut says so before any work
+    return f"linear probe ({head})"
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -4151,13 +4161,14 @@ def read_rows(run: Path) -> list[dict]:
     return rows
 
 
-def _mend(file: Path) -> None:
-    """Cuts off a last line that a crash left without its end: the next row would continue it."""
-    text = file.read_text() if world()[0] == 0 and file.is_file() else "\n"
-    if not text.endswith("\n"):
-        whole = text[:text.rfind("\n") + 1]
-        write_atomically(file, lambda p: p.write_text(whole))
-    barrier()
+def _done(out: Path) -> set[tuple]:
+    """The keys of the rows that are there.  A last line that a crash left without its end is cut
+    off: the next row would continue it."""
+    file = out / "results.jsonl"
+    text = file.read_text() if file.is_file() else ""
+    if text and not text.endswith("\n"):
+        write_atomically(file, lambda p: p.write_text(text[:text.rfind("\n") + 1]))
+    return {row_key(r) for r in read_rows(out)}
 
 
 def _identity(e: Entry, name: str, job: Job, images: ImageSet, corruption: tuple[str, int] | None,
@@ -4203,9 +4214,7 @@ def _probe(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
 def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> None:
     """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known.  A probe
     is fitted when the first row that needs it is missing."""
-    file = out / "results.jsonl"
-    _mend(file)
-    done = {row_key(r) for r in read_rows(out)}
+    file, done = out / "results.jsonl", from_first(lambda: _done(out))
     todo = [(name, cell) for name in jobs for cell in cells(name)]
     n_of = {name: len(job.images) for name, job in jobs.items()}
     probes: dict[tuple, nn.Module] = {}
@@ -5435,7 +5444,7 @@ def summary(rows: list[dict]) -> str:
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
     said = ""
-    for name in {base_name(n)[0] for n in default_sets(cfg)} - {"all"}:
+    for name in dict.fromkeys(base_name(n)[0] for n in default_sets(cfg) if n != "all"):
         open_set(name, cfg.data)                       # what is not there is told before any work
     for entries, view in networks(cfg):
         jobs, lost = plan(entries, view, cfg)
@@ -5444,10 +5453,11 @@ def run_eval(cfg: Config, args) -> None:
             say(line)
         said = line
         cfg.dir.mkdir(parents=True, exist_ok=True)
-        if cfg.eval.models and not (cfg.dir / "config.yaml").is_file():
+        if cfg.eval.models and not from_first((cfg.dir / "config.yaml").is_file):
             write_config(cfg)                            # `report --run` looks for it
         score(entries, jobs, cfg, cfg.dir)
-        barrier()                                        # every row is written
+    if world()[0]:
+        return
     rows = headline(read_rows(cfg.dir), cfg.eval.rule)
     say(summary(rows))
     if args.check_known:

@@ -2323,3 +2323,292 @@ def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypa
     for name in (name, "open_clip:ViT-B-32-quickgelu/openai"):
         with pytest.raises(erpm.UserError, match=f"weights of {name} could not be loaded.*PATH"):
             erpm.build(name)
+
+
+# ---- METRICS, LINEAR PROBES, ANY MODEL ON ANY SET ----
+
+def slow_figures(p, y):
+    """Counts, NLL and calibration error of probabilities, image by image."""
+    correct = correct5 = nll = 0
+    bins = [[0, 0, 0.0] for _ in range(15)]
+    edges = torch.linspace(0, 1, 16)
+    for row, label in zip(p, y.tolist()):
+        ranked = sorted(range(len(row)), key=lambda k: (-float(row[k]), k))
+        confidence = row[ranked[0]]
+        right = ranked[0] == label
+        correct, correct5 = correct + right, correct5 + (label in ranked[:5])
+        nll -= math.log(float(row[label]))
+        for b, lo, hi in zip(bins, edges[:-1], edges[1:]):
+            if lo < confidence <= hi:
+                b[0], b[1], b[2] = b[0] + 1, b[1] + right, b[2] + float(confidence)
+    ece = sum(n / len(p) * abs(c / n - s / n) for n, c, s in bins if n)
+    return {"correct": correct, "correct5": correct5,
+            "nll": pytest.approx(nll / len(p), abs=2e-5), "ece": pytest.approx(ece, abs=2e-6)}
+
+
+def shown(classes, n, project=None):
+    return erpm.ImageSet("x", np.arange(n) * 7 % classes, map(str, range(classes)), erpm.View(32),
+                         images=images(n), project=project)
+
+
+def test_figures_of_a_plain_network_are_those_of_a_slow_loop():
+    data = shown(9, 60, erpm.Project([[0, 3], 1, 2, 4, 5, 6, 7, 8, [9, 10]]))
+    z = (3 * torch.randn(60, 11, generator=erpm.rng("z"))).round() / 2               # many ties
+    at = {bytes(x.numpy()): k for k, x in enumerate(data.images)}
+    predict = lambda x: z[[at[bytes(i.numpy())] for i in x]]                          # noqa: E731
+    got = erpm.evaluate(predict, data, batch=16, amp="none")
+    p = data.project(z).softmax(-1)
+    assert got == {"n": 60, **slow_figures(p, torch.tensor(data.y))}
+
+
+@pytest.mark.parametrize("passes, dropout", [(4, 0.3), (0, 0.3), (4, 0.0)])
+def test_figures_of_every_rule_are_those_of_a_slow_loop(passes, dropout):
+    s, data = student(dropout=dropout), shown(5, 50)
+    s.tuned.heads["robust"][-1].fc.bias.data[1] += 0.3
+    y, f = torch.tensor(data.y), s.features(data.images / 255)
+    s.features = lambda x: type(s).features(s, x / 255)
+    got = erpm.evaluate(s, data, batch=16, passes=passes, amp="none")
+    assert ("product" in got["rules"]) == bool(dropout) and len(got["rules"]) == (
+        len(erpm.RULES) + bool(passes) if dropout else len(erpm.RULES) - len(erpm.NEEDS_SIGMA))
+    for rule, found in got["rules"].items():
+        closed = rule.endswith("(closed form)")
+        mean, sigma, logits = s.moments(f, 0 if closed else passes)
+        rule = rule.removesuffix(" (closed form)")
+        head = erpm.select(mean, sigma, rule, logits=logits, y=y)
+        assert found == {**slow_figures(erpm.answer(mean, sigma, head, rule), y),
+                         "heads": torch.bincount(head, minlength=3).tolist()}
+    assert got["kl"] == pytest.approx(erpm.divergence(s.moments(f, passes)[0]).mean(0).tolist(),
+                                      abs=1e-5)
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_lower_bin():
+    edges = torch.linspace(0, 1, 16)
+    sums = erpm.tally(*torch.zeros(2, 15, 1), edges[1:, None])[0]
+    assert sums[4:19].tolist() == [1] * 15 and sums[:4].tolist() == [15, 15, 0, 0]
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    z = torch.zeros(16, 5)
+    z[3, 2] = math.nan
+    with pytest.raises(erpm.UserError, match="not finite .* for 1 of 16 images"):
+        erpm.evaluate(lambda x: z, shown(5, 16))
+
+
+def test_the_held_out_part_is_a_share_of_every_class():
+    y = np.random.default_rng(0).permutation([0] * 40 + [1] * 20 + [2] * 3 + [3])
+    out = erpm.held_out(y)
+    assert np.bincount(y[out], minlength=4).tolist() == [6, 3, 1, 0]
+    assert (erpm.held_out(y) == out).all() and (erpm.held_out(y, 1) != out).any()
+
+
+def blobs(n=90, d=4, c=3):
+    g = erpm.rng("blobs")
+    y = torch.arange(n) % c
+    x = torch.randn(c, d, generator=g)[y] + torch.randn(n, d, generator=g)
+    return x * torch.tensor([1.0, 10, 0.1, 1]) + 5, y
+
+
+def test_a_linear_probe_is_the_optimum_that_slow_gradient_descent_finds(monkeypatch):
+    x, y = blobs()
+    weight, bias, l2 = erpm.linear_probe(x, y, 3, l2s=(0.01,))
+    u = ((x - x.mean(0)) / x.std(0, correction=0)).double()
+    w = torch.zeros(3, 5, dtype=torch.double, requires_grad=True)
+    for _ in range(3000):
+        loss = F.cross_entropy(u @ w[:, :4].T + w[:, 4], y) + 0.005 * w[:, :4].square().sum()
+        w = (w - torch.autograd.grad(loss, w)[0]).detach().requires_grad_()
+    slow, ours = (u @ w[:, :4].T + w[:, 4]).softmax(-1), (x @ weight.T + bias).softmax(-1)
+    assert l2 == 0.01 and torch.allclose(slow.float(), ours, atol=1e-4)
+    monkeypatch.setattr(erpm, "PROBE_LOGITS", 24)                                  # small chunks
+    assert torch.allclose(erpm.linear_probe(x, y, 3, l2s=(0.01,))[0], weight, rtol=1e-4)
+
+
+def test_the_strength_of_a_probe_is_the_best_on_the_held_out_part():
+    x, y = blobs()
+    x = torch.cat([x, torch.randn(90, 60, generator=erpm.rng("noise"))], 1)
+    out = torch.from_numpy(erpm.held_out(y.numpy()))
+    losses = {}
+    for l2 in erpm.PROBE_L2:
+        u = (x - x.mean(0)) / x.std(0, correction=0)
+        w, b, _ = erpm.linear_probe(u[~out], y[~out], 3, l2s=(l2,))
+        losses[l2] = float(F.cross_entropy(u[out] @ w.T + b, y[out]))
+    chosen = erpm.linear_probe(x, y, 3)[2]
+    assert losses[chosen] <= min(losses.values()) + 0.02 and 1e-6 < chosen < 10
+
+
+def test_features_of_each_head_and_its_linear_layer_are_that_head():
+    s, x = student(), images(4) / 255
+    with torch.no_grad():
+        for p in s.tuned.parameters():
+            p += 0.05 * torch.rand(p.shape, generator=erpm.rng("p", tuple(p.shape)))
+        for name, z in s(x)._asdict().items():
+            h = erpm.frozen_features(s, name)(x)
+            assert torch.equal(s.tuned.heads[name][-1].fc(h), z)
+        net = tiny_net()
+        assert torch.equal(net[-1](erpm.frozen_features(s, "original")(x)), net(x))
+        assert torch.equal(net[-1](erpm.frozen_features(net)(x)), net(x))
+
+
+def test_a_network_answers_itself_on_its_own_classes_alone(tmp_path):
+    make_tree(tmp_path / "a", erpm.SHAPES[::-1], n=1)           # sorted: other order, other classes
+    make_tree(tmp_path / "b", n=1)
+    make_tree(tmp_path / "c", n=1, splits=("",))
+    cfg = erpm.Config(data=erpm.Data(size_px=32, n_test=4))
+
+    def head(home, name, classes=10, project=None):
+        net = erpm.build("cifar:resnet8", classes)
+        data = erpm.open_set(name, cfg.data) if name.startswith(("folder", "shapes")) else \
+            shown(classes, 4, project)
+        return erpm.head_for(erpm.Entry("x", net, "", {}, home), name, data, cfg)
+
+    folder = f"folder:{tmp_path}/"
+    for home, name, classes in [("shapes", "shapes-r", 10), ("cifar10", "cifar10-c", 10),
+                                ("imagenet", "imagenet-v2", 1000), (folder + "b", folder + "c", 2),
+                                (folder + "b", f"folder-c:{tmp_path}/b", 2)]:
+        assert head(home, name, classes) == "own", (home, name)
+    assert head("imagenet", "imagenet-r", 1000, erpm.Project([0, 1])) == "own"
+    for home, name, classes in [("cifar10", "fashion-mnist", 10), ("", "shapes", 10),
+                                ("shapes", folder + "a", 10), ("imagenet", "cifar10", 10)]:
+        assert head(home, name, classes) == "linear probe (clean)", (home, name)
+    with pytest.raises(erpm.UserError, match="has 7 classes and shapes needs 10"):
+        head("shapes", "shapes", 7)
+
+
+def test_all_and_companions_name_the_sets():
+    assert erpm.with_companions(["imagenet-a", "imagenet@r", "imagenet-r"]) == [
+        "imagenet-a", "imagenet@a", "imagenet@r", "imagenet-r"]
+    names = erpm.all_sets("cifar10")
+    assert {*erpm.SETS, "cifar10-c"} == set(names)
+
+
+def test_the_networks_of_the_analysis_exist():
+    import open_clip
+    import timm
+    names = erpm.resolve("analysis", []).eval.models.split(",")
+    known = {f"timm:{n}" for n in timm.list_pretrained()} | {
+        f"open_clip:{n}/{tag}" for n, tag in open_clip.list_pretrained()}
+    assert len(names) == 13 and set(names) <= known
+
+
+TIMING = ("seconds", "images_per_s", "processes")
+
+
+def untimed(run):
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in result_rows(run)]
+
+
+@pytest.fixture(scope="module")
+def three_networks(tmp_path_factory):
+    """A Student and a plain network of shapes, and a file of unknown origin; a set of four classes
+    and one of two images; what one process makes of them."""
+    cwd, net = tmp_path_factory.mktemp("any"), erpm.build("cifar:resnet8-s2", 10)
+    key = {"key": {"data": {"name": "shapes"}}}
+    s = erpm.Student(net, 2, 1, 0.2)
+    erpm.save_weights(cwd / "s/model.safetensors", s, erpm.describe(s, **key))
+    erpm.save_weights(cwd / "p/model.safetensors", net, erpm.describe(net, **key))
+    erpm.save_weights(cwd / "foreign.safetensors", net.net, {})
+    make_tree(cwd / "four", "abcd", n=6)
+    make_tree(cwd / "two", n=1)
+    words = ["eval", "--model", "run:s,run:p,cifar:resnet8-s2=foreign.safetensors", "--set",
+             "shapes,shapes-r,folder:four,folder:two", "data.n_test=50", "data.n_train=100",
+             "eval.batch=16", "eval.passes=2", "data.size_px=32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        torch.set_num_threads(1)
+        assert erpm.main([*words, "out=one"]) == 0
+    return cwd, words
+
+
+def test_a_set_of_other_classes_is_probed(three_networks):
+    rows = untimed(three_networks[0] / "one/models")
+    heads = {(r["label"], r["set"]): r["head"] for r in rows}
+    assert len(rows) == len(heads) == 12
+    for (label, name), head in heads.items():
+        own = name.startswith("shapes") and label.startswith("run:")
+        assert head == ("own" if own else "linear probe (clean)")
+    probe = next(r for r in rows if (r["label"], r["set"]) == ("run:s", "folder:four"))
+    assert "rules" not in probe and probe["probe"].startswith("folder:four, 24 images, ")
+    assert probe["trained_on"] == "shapes" and probe["passes"] is None and probe["n"] == 24
+
+
+def test_1_2_and_3_processes_give_the_same_rows_to_the_last_digit(three_networks):
+    cwd, words = three_networks
+    jobs = [subprocess.Popen(
+        [sys.executable, *TORCHRUN[:-1], str(n), str(HERE / "erpm.py"), *words, f"out={n}"],
+        cwd=cwd, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for n in (2, 3)]
+    for n, job in zip((2, 3), jobs):
+        assert job.wait(300) == 0, job.stderr.read()
+        assert {r["processes"] for r in result_rows(cwd / f"{n}/models")} == {n}
+        assert untimed(cwd / f"{n}/models") == untimed(cwd / "one/models")
+
+
+def test_an_interrupted_eval_goes_on_to_the_same_rows(three_networks, monkeypatch):
+    cwd, words = three_networks
+    monkeypatch.chdir(cwd)
+    whole, calls = erpm.evaluate_all, []
+
+    def some(*a, **kw):
+        calls.append(a)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return whole(*a, **kw)
+
+    monkeypatch.setattr(erpm, "evaluate_all", some)
+    assert erpm.main([*words, "out=half"]) == 130
+    file = cwd / "half/models/results.jsonl"
+    file.write_text(file.read_text() + file.read_text()[:100])           # a row cut off by a crash
+    assert erpm.main([*words, "out=half"]) == 0
+    assert untimed(cwd / "half/models") == untimed(cwd / "one/models") and len(calls) == 13
+    monkeypatch.setattr(erpm, "linear_probe", None)         # neither is a probe fitted again
+    assert erpm.main([*words, "out=half"]) == 0 and len(calls) == 13
+    (cwd / "half/models/probes").rename(cwd / "probes")
+    assert erpm.main([*words, "out=half"]) == 0 and len(calls) == 13
+
+
+def test_a_probe_is_kept_and_other_settings_make_new_rows(three_networks, monkeypatch):
+    cwd, words = three_networks
+    monkeypatch.chdir(cwd)
+    one = ["eval", "--model", "run:p", "--set", "folder:four", "eval.batch=16"]
+    monkeypatch.setattr(erpm, "linear_probe", lambda *a, **kw: pytest.fail("fitted again"))
+    (cwd / "kept/models").mkdir(parents=True)
+    (cwd / "kept/models/probes").symlink_to(
+        cwd / ("probes" if (cwd / "probes").is_dir() else "one/models/probes"))
+    assert erpm.main([*one, "out=kept", "data.size_px=32"]) == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(cwd)
+    for size, code, n in (33, None, 2), (32, None, 2), (32, {"erpm": "other"}, 3):
+        monkeypatch.setattr(erpm, "versions", erpm.versions if code is None else lambda: code)
+        assert erpm.main([*one, "out=kept", f"data.size_px={size}"]) == 0
+        assert len(result_rows(cwd / "kept/models")) == n
+
+
+def test_all_scores_what_is_there_and_refuses_what_is_half_there(
+        three_networks, tmp_path, monkeypatch, capsys):
+    cwd, _ = three_networks
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "--model", f"cifar:resnet8-s2={cwd}/foreign.safetensors", "--set", "all",
+             "data.n_test=10", "data.n_train=100"]
+    assert erpm.main(words) == 0
+    out = capsys.readouterr().out
+    assert [r["set"] for r in result_rows("runs/models")] == ["shapes", "shapes-r"]
+    assert re.search(r"^not there, left out .*fashion-mnist.*imagenet-a.*imagenet-c", out, re.M)
+    make_tree(tmp_path / "data/imagenet-a", erpm.synsets("a")[:2], n=1, splits=("",))
+    assert "2 images in data/imagenet-a, expected 7,500" in fails(capsys, *words)
+
+
+def test_weights_that_cannot_be_had_stop_the_loop_and_lose_nothing(
+        three_networks, monkeypatch, capsys):
+    cwd, _ = three_networks
+    monkeypatch.chdir(cwd)
+
+    def offline(*a, **kw):
+        raise OSError("no network")
+
+    import timm
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kw: offline()
+                        if pretrained else create(name, pretrained, **kw))
+    line = fails(capsys, "eval", "--model", "run:p,timm:resnet18.tv_in1k,run:s", "--set", "shapes",
+                 "out=lost", "data.n_test=10")
+    assert "timm:resnet18.tv_in1k: the weights of" in line and "--model run:p,run:s" in line
+    assert [r["label"] for r in result_rows("lost/models")] == ["run:p"]
