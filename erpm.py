@@ -5530,17 +5530,11 @@ def run_demo(cfg: Config, args) -> None:
     say(f"demo: {time.perf_counter() - since:.0f} s in all")
 
 
-class _CheckJobs(torch.utils.data.Dataset):
-    """Item k: (how many, what is wrong) of the images 64 k to 64 k + 63."""
+class _Opener(torch.utils.data.Dataset):
+    """Item paths: (how many, what is wrong with those that cannot be read)."""
 
-    def __init__(self, images: ImageSet):
-        self.images = images
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.images.paths) / 64)
-
-    def __getitem__(self, k: int) -> tuple[int, list[str]]:
-        paths, broken = self.images.paths[64 * k:64 * k + 64], []
+    def __getitem__(self, paths: Sequence[str]) -> tuple[int, list[str]]:
+        broken = []
         for path in paths:
             try:
                 read_picture(path)
@@ -5553,18 +5547,15 @@ def check_images(sets: Sequence[ImageSet], workers: int) -> list[str]:
     """What is wrong with the sets' image files, a line each; of -c archives, those of all cells."""
     sets = [s for s in sets if s.paths is not None or s.cells_dir]
     todo = [(s, c) for s in sets for c in (cells("folder-c:") if s.cells_dir else [None])]
+    jobs = (paths[i:i + 64] for s, c in todo if (paths := open_cell(s, c)[0].paths)
+            for i in range(0, len(paths), 64))
     broken = []
     with progress(sum(len(s.y) for s, _ in todo), "check") as bar, Signals() as signals:
-        for images, cell in todo:
-            images = open_cell(images, cell)[0]
-            if images.paths is None:
-                bar.update(len(images.y))
-                continue
-            for n, lines in forked(_CheckJobs(images), workers, batch_size=None):
-                bar.update(n)
-                broken += lines
-                if signals.hit:
-                    raise Interrupted("sets --check stopped")
+        for n, lines in forked(_Opener(), workers, batch_size=None, sampler=jobs):
+            bar.update(n)
+            broken += lines
+            if signals.hit:
+                raise Interrupted("sets --check stopped")
     return broken
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -1170,7 +1171,7 @@ def test_classes_that_do_not_match_the_set_are_refused(demo, tmp_path, monkeypat
     monkeypatch.chdir(cwd)
     make_tree(tmp_path, n=1, splits=("",))
     line = fails(capsys, "eval", "--run", "runs/demo", "--set", f"folder:{tmp_path}")
-    assert "not the outputs of original, teacher, LP, APT, ERPM, and there are no training" in line
+    assert "not the outputs of original, teacher, APT, LP, ERPM, and there are no training" in line
 
 
 def test_two_runs_of_one_seed_are_not_averaged():
@@ -1673,13 +1674,27 @@ def partial_data(root, **more):
     return erpm.Data(root=str(root), allow_partial=True, **{"size_px": 32} | more)
 
 
-@pytest.mark.parametrize("name, n", [
-    ("imagenet", 1500), ("imagenet-v2", 1000), ("imagenet-v2-threshold", 20),
-    ("imagenet-v2-top", 20), ("imagenet-a", 300), ("imagenet-r", 300), ("imagenet-sketch", 1000),
-    ("objectnet", 125), ("imagenet@a", None), ("imagenet@r", None), ("imagenet@objectnet", None)])
-def test_every_set_of_the_miniature_imagenet_scores_as_a_slow_count_does(mini, name, n):
-    images = erpm.open_set(name, partial_data(mini))
-    got = erpm.evaluate(colour_net, images)
+MINI_SETS = {"imagenet": 1500, "imagenet-v2": 1000, "imagenet-v2-threshold": 20,
+             "imagenet-v2-top": 20, "imagenet-a": 300, "imagenet-r": 300, "imagenet-sketch": 1000,
+             "objectnet": 125, "imagenet@a": None, "imagenet@r": None, "imagenet@objectnet": None}
+
+
+def mini_figures(root):
+    """Figures of colour_net on every miniature set, and on a cell of ImageNet-C's files."""
+    sets = {name: erpm.open_set(name, partial_data(root)) for name in [*MINI_SETS, "imagenet-c"]}
+    sets["imagenet-c"] = erpm.open_cell(sets["imagenet-c"], ("fog", 3))[0]
+    return {name: erpm.evaluate(colour_net, s, batch=64) for name, s in sets.items()}
+
+
+@pytest.fixture(scope="module")
+def one_process(mini):
+    return mini_figures(mini)
+
+
+@pytest.mark.parametrize("name, n", MINI_SETS.items())
+def test_every_set_of_the_miniature_imagenet_scores_as_a_slow_count_does(mini, one_process, name,
+                                                                         n):
+    images, got = erpm.open_set(name, partial_data(mini)), one_process[name]
     files, groups = slow_set(mini, name)
     want = slow_count(files, groups)
     assert (got["n"], got["correct"]) == want and images.partial and len(images) == len(files)
@@ -1687,6 +1702,26 @@ def test_every_set_of_the_miniature_imagenet_scores_as_a_slow_count_does(mini, n
     assert len(images.classes) == len(groups)
     per_class = {"imagenet": 50}.get(name.partition("@")[0], 0)
     assert "@" not in name or images.expected == per_class * sum(map(len, groups))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_any_number_of_processes_counts_the_miniature_imagenet_alike(mini, one_process, tmp_path,
+                                                                     n):
+    def work(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank,
+                                world_size=n)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(mini_figures(mini)))
+        dist.destroy_process_group()
+
+    fork = torch.multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(rank,), daemon=True) for rank in range(n)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(120)
+    assert [w.exitcode for w in workers] == [0] * n
+    assert all(json.loads((tmp_path / f"{rank}.json").read_text()) == one_process
+               for rank in range(n))
 
 
 def test_objectnet_has_113_classes_125_outputs_and_no_red_frame(mini):
