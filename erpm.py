@@ -5444,8 +5444,9 @@ def summary(rows: list[dict]) -> str:
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
     said = ""
-    for name in dict.fromkeys(base_name(n)[0] for n in default_sets(cfg) if n != "all"):
-        open_set(name, cfg.data)                       # what is not there is told before any work
+    for name in default_sets(cfg) if cfg.eval.models else ():
+        if name != "all":
+            open_set(name, cfg.data)           # told before a network is fetched: what is not there
     for entries, view in networks(cfg):
         jobs, lost = plan(entries, view, cfg)
         line = f"not there, left out (see `python erpm.py sets`): {', '.join(lost)}"
