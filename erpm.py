@@ -240,7 +240,7 @@ class Train:
 class Pretrain(Train):
     """How the student learns clean data, where its name has no pretrained weights for them."""
     tune: int = opt(-1, "last stages that are trained, the classifier always; -1 = all, "
-                        "0 = linear probe")
+                        "0 = linear probe (L-BFGS on features that are computed once)")
 
 
 @dataclass(frozen=True)
@@ -5136,6 +5136,17 @@ def _finish(path: Path, module: nn.Module, stats: dict, key: dict) -> Path:
     return path
 
 
+@functools.cache
+def own_view(name: str) -> View:
+    """How the network of that name wants picture files to be cut."""
+    return named(name, 2, "random").view
+
+
+def training_images(cfg: Config) -> ImageSet:
+    """The training images of all stages, in the student's own view."""
+    return open_set(cfg.data.name, cfg.data, "train", own_view(cfg.model.student))
+
+
 def _train(cfg: Config, key: dict, module: nn.Module, step: Callable, images: ImageSet) -> dict:
     """fit with the settings of the stage that key names."""
     return fit(module, step, images, getattr(cfg, key["stage"]), cfg.runtime, out=cfg.dir,
@@ -5144,10 +5155,24 @@ def _train(cfg: Config, key: dict, module: nn.Module, step: Callable, images: Im
 
 def _train_tail(cfg: Config, key: dict, net: Net, tune: int, images: ImageSet,
                 aug: Robustify | None) -> dict:
-    """Trains the last `tune` stages and the classifier of a plain network, in place."""
+    """Trains the last `tune` stages and the classifier of a plain network, in place; tune = 0: the
+    linear layer alone."""
     backbone, tail = cut(net.to(pick_device()), tune)
     part = Tail(tail.requires_grad_(True))
+    tail[-1].features.requires_grad_(tune > 0)
     return _train(cfg, key, part, tail_step(backbone, getattr(cfg, key["stage"]), aug), images)
+
+
+def _fit_probe(cfg: Config, net: Net, images: ImageSet) -> dict:
+    """Puts a linear probe in the place of the network's classifier: features once, then L-BFGS."""
+    since, fc = time.perf_counter(), stages(net)[-1].fc
+    x = extract(frozen_features(net.to(pick_device())), images, batch=cfg.eval.batch,
+                amp=cfg.runtime.amp, workers=cfg.data.workers)
+    y = torch.from_numpy(images.y[images.index])
+    weight, bias, l2 = from_first(lambda: linear_probe(x, y, len(images.classes), seed=cfg.seed))
+    fc.load_state_dict({"weight": weight, "bias": bias})
+    say(f"pretrain: linear probe on {len(images):,} images, l2 = {l2:.3g}")
+    return {"images": len(images), "seconds": round(time.perf_counter() - since, 2)}
 
 
 def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
@@ -5159,11 +5184,13 @@ def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
     if _made(path, key):
         return path
     write_config(cfg)
-    images = images or open_set(cfg.data.name, cfg.data, "train")
+    images = images or training_images(cfg)
     torch.manual_seed(fold(cfg.seed, "init student"))
     net = build(cfg.model.student, len(images.classes), weights or None)
     stage, images = cfg.pretrain, images.subset(cfg.pretrain.n_images)
-    if stage.tune >= 0:
+    if stage.tune == 0:
+        stats = _fit_probe(cfg, net, images)
+    elif stage.tune > 0:
         stats = _train_tail(cfg, key, net, stage.tune, images, None)
     else:
         stats = _train(cfg, key, net, clean_step(stage.smoothing), images)
@@ -5190,7 +5217,7 @@ def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
     if _made(path, key):
         return path
     write_config(cfg)
-    images = images or open_set(cfg.data.name, cfg.data, "train")
+    images = images or training_images(cfg)
     torch.manual_seed(fold(cfg.seed, "init teacher"))
     net = build(cfg.model.teacher, len(images.classes))
     stats = _train(cfg, key, net, robust_step(cfg.robustify, len(images.classes)),
@@ -5200,7 +5227,7 @@ def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
 
 def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     """Tunes the large network -> model.safetensors; a missing student or teacher is made first."""
-    images = images or open_set(cfg.data.name, cfg.data, "train")
+    images = images or training_images(cfg)
     d, path = cfg.distill, cfg.dir / "model.safetensors"
     student_file = student_path(cfg, images)
     teacher_file = cfg.model.teacher_weights
@@ -5358,11 +5385,9 @@ def model_entry(token: str) -> Entry:
 
 def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
     """The networks to score, in groups that see the same pixels: those of a run, with the student's
-    own view of picture files where it is a real pretrained network; or one by one eval.models."""
+    own view of picture files; or one by one eval.models."""
     if not cfg.eval.models:
-        entries = entries_of(cfg)
-        views = [e.model.view for e in entries if e.model.name == cfg.model.student]
-        yield entries, views[0] if views and has_tag(cfg.model.student) else View()
+        yield entries_of(cfg), own_view(cfg.model.student)
         return
     tokens = list(dict.fromkeys(t.strip() for t in cfg.eval.models.split(",") if t.strip()))
     for token in tokens:
@@ -5516,7 +5541,7 @@ def run_report(cfg: Config, args) -> None:
 def run_demo(cfg: Config, args) -> None:
     """Everything: the three stages, the baselines lp and apt, eval and report."""
     since = time.perf_counter()
-    images = open_set(cfg.data.name, cfg.data, "train")
+    images = training_images(cfg)
     student = student_path(cfg, images)
     teacher = cfg.model.teacher_weights or str(robustify(cfg, images))
     for method in ("lp", "apt"):

@@ -1189,6 +1189,22 @@ def test_two_processes_give_identical_counts(demo, tmp_path):
     assert counts(tmp_path / "runs/demo") == one
 
 
+def test_pretrain_with_tune_0_puts_a_linear_probe_on_the_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = erpm.build("cifar:resnet8-s2", 10)
+    erpm.save_weights(tmp_path / "w.safetensors", net, {})
+    assert erpm.main(["pretrain", "run=x", "data.n_train=200", "pretrain.n_images=0",
+                      "model.student=cifar:resnet8-s2", "model.student_weights=w.safetensors",
+                      "pretrain.tune=0", "runtime.amp=none"]) == 0
+    made = erpm.read_state(tmp_path / "runs/x/student.safetensors")
+    same = [k for k, v in net.state_dict().items() if torch.equal(v, made[k])]
+    assert set(net.state_dict()) - set(same) == {"net.6.weight", "net.6.bias"}
+    images = erpm.open_set("shapes", erpm.Data(n_train=200), "train")
+    x = erpm.extract(erpm.frozen_features(net), images, amp="none")
+    weight, _, _ = erpm.linear_probe(x, torch.from_numpy(images.y[images.index]), 10)
+    assert torch.allclose(weight, made["net.6.weight"], atol=1e-6)
+
+
 def test_a_run_is_ready_for_another_project(demo):
     cwd, _ = demo
     s = erpm.load(cwd / "runs/demo")
