@@ -5469,9 +5469,9 @@ def summary(rows: list[dict]) -> str:
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
     said = ""
-    for name in default_sets(cfg) if cfg.eval.models else ():
+    for name in default_sets(cfg):
         if name != "all":
-            open_set(name, cfg.data)           # told before a network is fetched: what is not there
+            open_set(name, cfg.data)          # told before a network is read: what is not there
     for entries, view in networks(cfg):
         jobs, lost = plan(entries, view, cfg)
         line = f"not there, left out (see `python erpm.py sets`): {', '.join(lost)}"
