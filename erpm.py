@@ -1801,6 +1801,13 @@ def _texture(u: Tensor, blot: Tensor, gx: Tensor, gy: Tensor) -> Tensor:
     return torch.where(kind == 3, torch.zeros(()), pattern) * 0.5 + 0.5
 
 
+def _shape_colours(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours (B,3) of shape and ground from u (B,128)."""
+    fore, back = u[:, 5:8], u[:, 8:11]
+    near = (fore - back).norm(dim=1, keepdim=True) < 0.5  # else shape and ground look alike
+    return torch.where(near, (back + 0.5) % 1.0, fore), back
+
+
 def _render_shapes(u: Tensor, k: int, size: int, style: str) -> Tensor:
     """uint8 images (B,3,size,size) of shape k from u (B,128): the nuisances are colour, texture,
     background, light, scale, rotation, place and occlusion."""
@@ -1811,9 +1818,7 @@ def _render_shapes(u: Tensor, k: int, size: int, style: str) -> Tensor:
     dx, dy = gx - (col(2) - 0.5) * 0.5, gy - (col(3) - 0.5) * 0.5
     x, y = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
     d = _shape_distance(k, x / scale, y / (scale * (0.8 + 0.4 * col(4))))
-    fore, back = u[:, 5:8], u[:, 8:11]
-    near = (fore - back).norm(dim=1, keepdim=True) < 0.5  # else shape and ground look alike
-    fore = torch.where(near, (back + 0.5) % 1.0, fore)
+    fore, back = _shape_colours(u)
     blot = _blotches(u[:, 64:128], s)[:, 0]
     inside = (d < 0).float()
     if style == "r":                                     # drawings: lines and hatching on paper
@@ -1850,6 +1855,28 @@ def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor,
             u = torch.from_numpy(uniforms(fold("shapes", split, style), at.numpy(), 128))
             x[at] = _render_shapes(u, k, size, style)
     return x, y
+
+
+COLOURS = {"black": (0, 0, 0), "white": (1, 1, 1), "grey": (.5, .5, .5), "red": (.9, .1, .1),
+           "green": (.1, .8, .1), "blue": (.1, .1, .9), "yellow": (.9, .9, .1),
+           "cyan": (.1, .9, .9), "purple": (.6, .1, .8), "pink": (.95, .5, .75),
+           "orange": (1, .55, .1), "brown": (.5, .3, .1)}
+TEXTURES = ("striped", "checked", "blotchy", "plain")          # in the order of _texture's kinds
+CAPTIONS = ("a photo of a {shape}.", "a picture of a {shape}.", "a photo of a {colour} {shape}.",
+            "a {texture} {shape}.", "a photo of a {texture} {colour} {shape}.",
+            "the {shape} is {colour} and {texture}.")
+
+
+def caption_shapes(n: int, split: str) -> list[str]:
+    """What one would write under image i of make_shapes(n, ..., split): its shape, in some of them
+    the nearest name of its colour and its texture; a function of (split, i) alone."""
+    u = torch.from_numpy(uniforms(fold("shapes", split, ""), np.arange(n), 128))
+    colour = 0.8 * _shape_colours(u)[0] + 0.2 * u[:, 41:44]        # the texture's mean
+    near = torch.cdist(colour, torch.tensor(list(COLOURS.values()), dtype=u.dtype)).argmin(1)
+    kind, form = (u[:, 39] * 4).long(), (u[:, 63] * len(CAPTIONS)).long()
+    return [CAPTIONS[f].format(shape=SHAPES[i % len(SHAPES)], colour=list(COLOURS)[c],
+                               texture=TEXTURES[t])
+            for i, (f, c, t) in enumerate(zip(form.tolist(), near.tolist(), kind.tolist()))]
 
 
 def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
@@ -2148,6 +2175,67 @@ def named(name: str, classes: int | None = None, weights: str | None = None) -> 
     if weights not in (None, "", "random"):
         load_weights(net, weights)
     return net.eval()
+
+
+# ---- two towers: images and text in one space ----------------------------------------------------
+
+class TextHead(nn.Module):
+    """Zero-shot classifier: exp(logit_scale) cos(h, class embedding) + logit_bias, in float32.
+
+    weight (C,D): the classes' embeddings; nothing here is trained.
+    Shapes: image embeddings h (B,D) -> logits (B,C).  Paper: [A] section 4.4."""
+
+    def __init__(self, weight: Tensor, logit_scale: float, logit_bias: float = 0.0):
+        super().__init__()
+        self.register_buffer("weight", F.normalize(weight.float(), dim=-1))
+        self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
+        self.register_buffer("logit_bias", torch.tensor(float(logit_bias)))
+
+    @property
+    def out_features(self) -> int:
+        return len(self.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            cosine = F.normalize(h.float(), dim=-1) @ self.weight.T
+            return self.logit_scale.exp() * cosine + self.logit_bias
+
+    def pull(self, h: Tensor, v: Tensor) -> Tensor:
+        """sum_j c_j dz_j/dh at h, for v = sum_j c_j weight_j; (B,D) each.  The part of v along h
+        drops out: a cosine does not change with the length of h."""
+        n = h.norm(dim=-1, keepdim=True)
+        return self.logit_scale.exp() * (v - (v * h).sum(-1, keepdim=True) * h / n.square()) / n
+
+
+N_WORDS = 4096
+
+
+def word_ids(texts: Sequence[str], length: int = 16) -> Tensor:
+    """Numbers 1..N_WORDS-1 of the texts' first words by hashing, 0 behind the last: (N,length)."""
+    out = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, text in zip(out, texts):
+        ids = [1 + fold(w) % (N_WORDS - 1) for w in re.findall(r"\w+", text.lower())[:length]]
+        row[:len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return out
+
+
+class TinyClip(nn.Module):
+    """A small image tower and a bag of words, trained together: the two towers of the demo.
+
+    Shapes: images (B,3,H,W), word_ids (N,L) -> scaled cosines (B,N)."""
+
+    def __init__(self, visual: Net):
+        super().__init__()
+        self.visual = visual
+        self.text = nn.Sequential(nn.EmbeddingBag(N_WORDS, 64, mode="mean", padding_idx=0),
+                                  nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, visual.n_classes))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        h, w = self.visual(x), self.text(words)
+        with torch.autocast(h.device.type, enabled=False):
+            h, w = F.normalize(h.float(), dim=-1), F.normalize(w.float(), dim=-1)
+            return self.logit_scale.exp().clamp(max=100) * h @ w.T
 
 
 # ---- stages --------------------------------------------------------------------------------------
