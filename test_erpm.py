@@ -769,23 +769,6 @@ def test_without_a_mixer_labels_become_one_hot():
 
 # ==== models ====
 
-VITS = ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_medium_patch16_reg4_gap_256",
-        "vit_small_patch32_224"]
-RESNETS = ["resnet18", "resnet50", "seresnext26d_32x4d", "resnetrs50"]
-
-
-@pytest.mark.parametrize("name", VITS + RESNETS)
-def test_stages_equal_the_network_exactly(name):
-    torch.manual_seed(0)
-    net = erpm.build(f"timm:{name}")
-    size = net.net.default_cfg["input_size"][-1] if name in VITS else 64
-    parts = erpm.stages(net)
-    with torch.no_grad():
-        assert torch.equal(parts(images(2, size)), net(images(2, size)))
-    ours, theirs = ({id(p) for p in m.parameters()} for m in (parts, net))
-    assert len(parts) >= 8 and ours == theirs
-
-
 def test_stages_of_a_sequential_equal_it_and_keep_its_modules():
     net, x = tiny_net(), torch.rand(3, 3, 32, 32)
     parts = erpm.stages(net)
@@ -819,8 +802,8 @@ def test_weights_are_loaded_strictly_and_never_unpickled(tmp_path):
         erpm.build("cifar:resnet8-w2", weights=str(tmp_path / "a.safetensors"))
     with pytest.raises(erpm.UserError, match="missing .* unexpected"):
         erpm.build("cifar:resnet14", weights=str(tmp_path / "a.safetensors"))
-    torch.save(net.state_dict(), tmp_path / "b.pth")
-    with pytest.raises(erpm.UserError, match="is not a .safetensors file"):
+    (tmp_path / "b.pth").write_text("not weights")
+    with pytest.raises(erpm.UserError, match="is not a .safetensors file, nor one of torch.save"):
         erpm.build("cifar:resnet8", weights=str(tmp_path / "b.pth"))
 
 
@@ -1103,15 +1086,25 @@ def test_counts_are_those_of_a_slow_loop():
     assert got["sigma"] == pytest.approx(p.sigma.mean(0).tolist(), abs=1e-5)
 
 
-def fake_rows(seeds=(0, 1), label="ERPM"):
-    make = lambda seed, s, c, k: {                                             # noqa: E731
-        "label": label, "weights": f"w{seed}", "set": s, "corruption": c, "severity": k, "n": 10,
-        "seed": seed, "run": f"r{seed}", "trained_on": "shapes", "versions": "v", "rule": "product",
-        "transform": "t", "train": {"images": 100, "seconds": 1.0}, "passes": 3,
-        "rules": {r: {"correct": 5 + seed + (r == "robust"), "heads": [6, 0, 4]}
-                  for r in erpm.RULES}}
-    return [make(seed, s, c[0] if c else "", c[1] if c else 0) for seed in seeds
-            for s in ("shapes", "shapes-c") for c in erpm.cells(s)]
+def fake_row(name="shapes", cell=None, seed=0, label="ERPM", right=6, n=10, **more):
+    """A row of results.jsonl: of a Student where the label is ERPM, else of a plain network."""
+    corruption, severity = cell or ("", 0)
+    row = {"label": label, "weights": f"w{seed}", "set": name, "corruption": corruption,
+           "severity": severity, "n": n, "seed": seed, "run": f"r{seed}",
+           "trained_on": "shapes", "versions": "v", "rule": "product", "transform": "t",
+           "train": {"images": 100, "seconds": 1.0}, "passes": None, "head": "own", "amp": "none",
+           "made": "", "partial": False, "images_per_s": 7.0, "source": "here"}
+    found = {"correct": right, "correct5": n - 1, "nll": 1.25, "ece": 0.125}
+    if label != "ERPM":
+        return {**row, **found, **more}
+    rules = {r: {**found, "correct": right + (r == "robust"), "heads": [6, 0, 4]}
+             for r in (*erpm.RULES, "product (closed form)")}
+    return {**row, "passes": 3, "rules": rules, "sigma": [0.25, 0.5], "kl": [1.5, 0.75], **more}
+
+
+def fake_rows(seeds=(0, 1), label="ERPM", sets=("shapes", "shapes-c"), **more):
+    return [fake_row(s, c, seed, label, right=5 + seed, **more)
+            for seed in seeds for s in sets for c in erpm.cells(s)]
 
 
 def test_report_gives_mean_and_spread_over_seeds():
@@ -1128,8 +1121,8 @@ def test_a_missing_cell_is_missing_and_never_a_smaller_mean():
 
 def test_rows_of_older_weights_are_not_mixed_in():
     old = fake_rows((0,))
-    new = [{**r, "weights": "new", "rules": {
-        k: {"correct": 9, "heads": [5, 0, 5]} for k in r["rules"]}} for r in fake_rows((0,))]
+    new = [fake_row(r["set"], (r["corruption"], r["severity"]), right=9, weights="new")
+           for r in old]
     assert re.search(r"ERPM +\| 90.00 +\| 90.00", erpm.report_text(old + new))
 
 
@@ -1147,7 +1140,8 @@ def test_demo_leaves_everything_it_promises(demo):
     cwd, done = demo
     left = {p.name for p in (cwd / "runs/demo").iterdir()}
     assert {"student.safetensors", "teacher.safetensors", "model.safetensors", "log.jsonl",
-            "config.yaml", "results.jsonl", "report.md", "pictures.png", "apt", "lp"} == left
+            "config.yaml", "results.jsonl", "report.md", "pictures.png", "apt", "lp",
+            *erpm.FIGURES} == left
     assert len(result_rows(cwd / "runs/demo")) == 5 * 77
     for label in ("original", "teacher", "LP", "APT", "ERPM", "perfect routing", "always clean"):
         assert f"| {label} " in done.stdout
@@ -1378,3 +1372,503 @@ def test_sets_lists_every_set(capsys, tmp_path, monkeypatch):
     assert erpm.main(["sets"]) == 0
     out = capsys.readouterr().out
     assert all(f"| {name} " in out for name in erpm.SETS)
+
+
+# ---- REPORT ----
+
+def lines_of(text, part):
+    """The lines of the table below a title."""
+    after = text.split(f"\n## {part}\n")[1].split("\n## ")[0]
+    return {c[0]: c[1:] for c in ([x.strip() for x in line.strip("| ").split("|")]
+                                  for line in after.splitlines() if line.startswith("| "))}
+
+
+def alexnet(shift=0.0):
+    """Rows of a network with AlexNet's errors, `shift` points more of them under corruption."""
+    row = lambda s, c, error: fake_row(s, c, 0, "x", round(1e4 * (100 - error)), 10 ** 6)  # noqa
+    return [row("imagenet-c", c, erpm.ALEXNET[c[0]] + shift) for c in erpm.cells("imagenet-c")], \
+        row("imagenet", None, erpm.ALEXNET_CLEAN)
+
+
+def test_alexnet_has_mce_100_and_the_published_mean_error():
+    rows, clean = alexnet()
+    assert erpm.mce(rows) == pytest.approx(1, abs=1e-6)
+    assert erpm.relative_mce([*rows, clean]) == pytest.approx(1, abs=1e-6)
+    assert list(erpm.ALEXNET) == list(erpm.CORRUPTIONS_15)
+    assert sum(erpm.ALEXNET.values()) / 15 == pytest.approx(78.9, abs=0.05)
+
+
+def test_mce_is_that_worked_by_hand():
+    rows, clean = alexnet(shift=5)
+    by_hand = [1 + 5 / a for a in erpm.ALEXNET.values()]
+    relative = [1 + 5 / (a - 43.478) for a in erpm.ALEXNET.values()]
+    text = erpm.report_text([*rows, clean])
+    shifts = lines_of(text, "Distribution shifts")
+    got = dict(zip(shifts["model"], shifts["x"]))
+    assert float(got["mCE"]) == pytest.approx(100 * sum(by_hand) / 15, abs=0.01)
+    assert float(got["relative mCE"]) == pytest.approx(100 * sum(relative) / 15, abs=0.01)
+    assert got["objectnet"] == "missing" and got["mean of 1 shift"] == got["imagenet-c"]
+    per = lines_of(text, "imagenet-c: error relative to AlexNet's")
+    assert float(per["fog"][0]) == pytest.approx(100 + 500 / 81.9324, abs=0.01)
+    assert lines_of(erpm.report_text(rows), "Distribution shifts")["x"][-1] == "missing"
+
+
+def test_effective_robustness_is_what_lies_above_the_line():
+    p = lambda z: 1 / (1 + math.exp(-z))                                       # noqa: E731
+    line = [(p(z), p(2 * z - 1)) for z in (0.0, 0.5, 1.0)]
+    assert erpm.effective_robustness(p(0.7), p(0.4) + 0.05, line) == pytest.approx(0.05)
+    assert erpm.effective_robustness(p(3), 0.0, line) == pytest.approx(-p(5))
+    for name, (_, a, b) in erpm.REFERENCE_SETS.items():       # no standard network stands out
+        gaps = [erpm.rho(name)([fake_row("clean", None, 0, "x", v[a], 100),
+                                fake_row(name, None, 0, "x", v[b], 100)])
+                for v in erpm.REFERENCE.values()]
+        assert max(map(abs, gaps)) < 0.06 and abs(sum(gaps)) < 0.05
+
+
+def test_effective_robustness_needs_the_clean_accuracy_of_the_same_classes():
+    rows = [fake_row(s, None, 0, "x", k, 100) for s, k in (("imagenet", 76), ("imagenet-a", 4),
+                                                         ("imagenet-v2", 63))]
+    text = erpm.report_text(rows)
+    effective = lines_of(text, "Effective robustness")
+    assert effective["model"] == ["imagenet-v2", "imagenet-a"]
+    assert effective["x"][1] == "missing" and -2 < float(effective["x"][0]) < 2
+    more = erpm.report_text([*rows, fake_row("imagenet@a", None, 0, "x", 92, 100)])
+    assert "missing" not in lines_of(more, "Effective robustness")["x"]
+    assert lines_of(more, "The same classes, clean and shifted")["x"] == ["92.00", "4.00", "88.00"]
+
+
+def test_cells_from_disk_and_made_on_the_fly_are_in_no_mean_together():
+    disk = fake_rows((0,), "x", made="disk")
+    made = [r | {"made": "regenerated"} for r in disk if r["corruption"]]
+    mixed = erpm.report_text(disk + [r for r in made if r["corruption"] == "fog"])
+    models = lines_of(mixed, "Models")
+    assert models["model"][1] == "shapes-c (regenerated)"
+    assert models["x"][:2] == ["50.00", "missing"]
+    assert lines_of(erpm.report_text(disk + made), "Models")["x"][1] == "50.00"
+    other = [r | {"label": "y"} for r in made]                  # nor in one column
+    assert lines_of(erpm.report_text(disk + other), "Models")["x"][1] == "missing"
+
+
+def test_cells_of_another_transform_are_left_out_but_frost_has_its_own_textures():
+    rows = fake_rows((0,), "x")
+    for r in rows:
+        r["transform"] += ", original frost" * (r["corruption"] == "frost")
+    assert lines_of(erpm.report_text(rows), "Models")["x"][1] == "50.00"
+    new = [r | {"transform": "224 px"} for r in rows if r["corruption"] == "snow"]
+    assert lines_of(erpm.report_text(rows + new), "Models")["x"][1] == "missing"
+
+
+def test_a_seed_without_a_set_makes_the_set_missing():
+    rows = [r for r in fake_rows() if (r["seed"], r["set"]) != (1, "shapes-c")]
+    assert lines_of(erpm.report_text(rows), "Models")["ERPM"][:2] == ["55.00 ± 7.07", "missing"]
+
+
+def test_figures_of_a_part_of_a_set_are_marked():
+    rows = fake_rows((0,), "x")
+    assert erpm.PARTIAL not in erpm.report_text(rows)
+    rows[0]["partial"] = True
+    text = erpm.report_text(rows)
+    assert lines_of(text, "Models")["x"][:2] == ["50.00*", "50.00"]
+    assert text.split("\n## ")[1].rstrip().endswith(erpm.PARTIAL)
+
+
+def test_top5_nll_ece_sigma_and_kl_stand_in_the_report():
+    text = erpm.report_text(fake_rows())
+    every = [line for line in text.splitlines() if re.match(r"\| shapes +\| ERPM ", line)]
+    assert [c.strip() for c in every[0].split("|")[3:-1]] == [
+        "55.00 ± 7.07", "90.00 ± 0.00", "1.250 ± 0.000", "12.50 ± 0.00", "7 ± 0"]
+    heads = [line for line in text.splitlines() if re.match(r"\| shapes-c +\| 3 ", line)]
+    assert [c.strip().split(" ")[0] for c in heads[0].strip("| ").split("|")[2:]] == [
+        "60.00", "0.00", "40.00", "40.00", "0.2500", "0.5000", "1.5000", "0.7500"]
+
+
+def test_other_heads_are_named_and_other_sets_stand_in_the_transfer_table():
+    rows = fake_rows((0,)) + [fake_row("flowers102", head="linear probe (clean)", right=8),
+                              fake_row("sun397", None, 0, "clip", 7, head="zero-shot")]
+    text = erpm.report_text(rows)
+    transfer = lines_of(text, "Transfer")
+    assert transfer["model"] == ["flowers102", "sun397"]
+    assert transfer["ERPM, linear probe (clean)"] == ["80.00", "missing"]
+    assert transfer["clip, zero-shot"] == ["missing", "70.00"]
+    assert list(lines_of(text, "Models")) == ["model", "ERPM"] and "Plain networks" not in text
+
+
+def test_rules_are_averaged_over_the_shifts():
+    rows = [fake_row("shapes"), fake_row("shapes-r", right=2)] + [
+        fake_row("shapes-c", c) for c in erpm.cells("shapes-c")]
+    text = erpm.report_text(rows)
+    rules = lines_of(text, "ERPM: which rule picks the head")
+    assert rules["rule"] == ["shapes", "mean of 2 shifts", "F shapes", "F mean of 2 shifts"]
+    assert rules["kl"] == ["60.00", "40.00", "60.00", "40.00"]
+    assert rules["always robust"] == ["70.00", "50.00", "-", "-"]
+    assert lines_of(text, "ERPM: every rule on every shift")["kl"] == ["20.00", "60.00"]
+
+
+def test_published_figures_are_compared_with_a_verdict():
+    name = "timm:resnet50.tv_in1k"
+    row = lambda s, n, acc, **kw: fake_row(s, None, 0, name, round(n * acc / 100), n, **kw)  # noqa
+    rows = [row("imagenet", 50000, 76.15), row("imagenet-r", 30000, 37.0),
+            row("imagenet-v2", 10000, 63.6), row("imagenet-sketch", 500, 24.09)]
+    lines = [[c.strip() for c in line.split("|")[2:-1]]
+             for line in erpm.check_known(rows).splitlines()[2:]]
+    got = {c[0]: c[1:] for c in lines}
+    assert got["imagenet"] == ["76.13", "76.15", "+0.02", "agrees (within 0.3)"]
+    assert got["imagenet-r"] == ["36.17", "37.00", "+0.83", "differs (by more than 0.3)"]
+    assert got["imagenet-v2"][-1] == "agrees (within 0.5)" and got["objectnet"][-1] == "missing"
+    assert got["imagenet-sketch"][-1] == "missing (500 of 50,889 images)"
+    assert "no published figures" in erpm.check_known(fake_rows())
+
+
+def test_published_mce_is_compared():
+    rows = [r | {"label": "DeepAugment+AugMix ResNet-50"} for r in alexnet()[0]]
+    assert "missing (1,000,000 of 50,000 images)" in erpm.check_known(rows)
+    rows = [r | {"n": 50000, "correct": r["correct"] // 20, "made": "regenerated"} for r in rows]
+    line = [c.strip() for c in erpm.check_known(rows).splitlines()[-1].split("|")[2:-1]]
+    assert line == ["imagenet-c (regenerated), mCE", "53.60", "100.00", "+46.40",
+                    "differs (by more than 1.0)"]
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    points = [(1, 5), (2, 4), (2, 7), (3, 7), (4, 9), (1, 3)]
+    assert erpm.pareto_front(points) == [(1, 5), (2, 7), (4, 9)]
+
+
+def test_figures_are_drawn_and_left_out_with_a_line_without_matplotlib(tmp_path, monkeypatch,
+                                                                       capsys):
+    rows = fake_rows() + fake_rows(label="APT") + [
+        r | {"train": {}} for r in fake_rows(label="original")]
+    assert erpm.write_figures(rows, tmp_path) == list(erpm.FIGURES)
+    for name in erpm.FIGURES:
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    capsys.readouterr()
+    assert erpm.write_figures(rows, tmp_path) == []
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "heads.png left out: matplotlib is not installed" in line
+
+
+def test_labels_of_points_cover_no_other_label(tmp_path):
+    rows = [r for k in range(6) for r in fake_rows((0,), f"net{k}", ("shapes", "shapes-r"),
+                                                   train={"images": 9, "seconds": 50.0 + 9 * k})]
+    for r in rows:
+        r["correct"] += int(r["label"][-1]) % 3
+    figure = erpm.figures(rows)["pareto.png"]
+    figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+# ---- ANY BACKBONE ----
+
+TINY_TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1}
+TINY_VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16}
+TINY_CLIPS = {                                      # configurations in open_clip's own file format
+    "tiny": {"vision_cfg": TINY_VIT},
+    "tiny-quickgelu": {"vision_cfg": TINY_VIT, "quick_gelu": True},
+    "tiny-avg": {"vision_cfg": {**TINY_VIT, "pool_type": "avg", "final_ln_after_pool": True,
+                                "no_ln_pre": True, "ls_init_value": 0.1}},
+    "tiny-coca": {"vision_cfg": {**TINY_VIT, "attentional_pool": True, "attn_pooler_heads": 2,
+                                 "output_tokens": True}, "custom_text": True},
+    "tiny-rn": {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8,
+                               "patch_size": None}},
+    "tiny-timm": {"vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map",
+                                 "timm_proj": "none", "image_size": 160}, "embed_dim": 64},
+    "tiny-timm-linear": {"vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "",
+                                        "timm_proj": "linear", "image_size": 64}},
+    "tiny-timm-own": {"vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token",
+                                     "timm_proj": None, "image_size": 160}},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clips(tmp_path_factory):
+    """Registers the tiny configurations with open_clip under their names."""
+    import open_clip
+    folder = tmp_path_factory.mktemp("clips")
+    for name, cfg in TINY_CLIPS.items():
+        (folder / f"{name}.json").write_text(json.dumps(
+            {"embed_dim": 16, "text_cfg": TINY_TEXT, **cfg}))
+    open_clip.add_model_config(folder)
+
+
+def by_timm(name, **kw):
+    import timm
+    return lambda: timm.create_model(name, num_classes=7, **kw)
+
+
+def by_torchvision(make):
+    import torchvision
+    return lambda: make(torchvision.models)
+
+
+FAST = {                                            # one small network for each family and quirk
+    **{f"open_clip:{n}": f"open_clip:{n}" for n in TINY_CLIPS},
+    **{n: n for n in (
+        "timm:test_vit", "timm:test_vit2", "timm:test_vit3", "timm:test_resnet",
+        "timm:test_convnext", "timm:test_convnext3", "timm:test_efficientnet",
+        "timm:mobilenetv3_small_050", "timm:mobilenetv4_conv_small_035", "timm:seresnext26d_32x4d",
+        "torchvision:resnet18", "torchvision:mobilenet_v3_small", "torchvision:mobilenet_v2")},
+    "vit, token outside pos_embed": by_timm("deit3_small_patch16_224", depth=2, embed_dim=48),
+    "vit, registers": by_timm("vit_small_patch14_reg4_dinov2", depth=2, embed_dim=48, img_size=28),
+    "eva, rope": by_timm("eva02_tiny_patch14_224", depth=2),
+    "eva, rope of a free grid": by_timm("vit_small_patch16_dinov3", depth=2, embed_dim=48,
+                                        num_heads=2),
+    "eva, a rope for each block": by_timm("vit_small_patch16_rope_mixed_224", depth=2),
+    "beit": by_timm("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=2),
+    "beit, one bias": by_timm("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=2,
+                              use_shared_rel_pos_bias=True, use_rel_pos_bias=False),
+    "swin": by_timm("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 2, 1, 1),
+                    num_heads=(1, 1, 2, 2)),
+    "swin v2": by_timm("swinv2_tiny_window8_256", embed_dim=12, depths=(1, 2, 1, 1),
+                       num_heads=(1, 1, 2, 2), img_size=224, window_size=7),
+    "convnext, norm first": by_timm("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 8, 8, 8),
+                                    head_norm_first=True),
+    "torchvision vit": by_torchvision(lambda m: m.VisionTransformer(
+        224, 32, 2, 2, 16, 32, num_classes=7, representation_size=8)),
+    "torchvision convnext": by_torchvision(lambda m: m.ConvNeXt(
+        [m.convnext.CNBlockConfig(8, 8, 1), m.convnext.CNBlockConfig(8, None, 2)], num_classes=7)),
+    "torchvision swin": by_torchvision(lambda m: m.SwinTransformer(
+        [4, 4], 12, [1, 2], [1, 2], [7, 7], num_classes=7)),
+}
+NAMES = """
+timm:vit_tiny_patch16_224 timm:vit_small_patch16_224 timm:vit_small_patch32_224
+timm:vit_base_patch16_224 timm:vit_base_patch32_224 timm:vit_large_patch16_224
+timm:vit_base_patch16_224.mae timm:deit3_small_patch16_224 timm:vit_medium_patch16_reg4_gap_256
+timm:vit_small_patch14_dinov2.lvd142m timm:vit_base_patch14_dinov2.lvd142m
+timm:vit_base_patch14_reg4_dinov2.lvd142m timm:vit_base_patch16_siglip_224.webli
+timm:vit_base_patch16_clip_224.openai timm:vit_small_patch16_dinov3.lvd1689m
+timm:vit_small_patch16_rope_mixed_224 timm:eva02_tiny_patch14_224 timm:eva02_base_patch14_224
+timm:eva_large_patch14_196 timm:beit_base_patch16_224 timm:beitv2_base_patch16_224
+timm:swin_tiny_patch4_window7_224 timm:swin_base_patch4_window7_224 timm:swinv2_tiny_window8_256
+timm:convnext_tiny timm:convnext_base timm:convnextv2_tiny timm:resnet18 timm:resnet34
+timm:resnet50 timm:resnet101 timm:resnet152 timm:resnext50_32x4d timm:resnext101_32x8d
+timm:resnetrs50 timm:efficientnet_b0 timm:efficientnet_b4 timm:tf_efficientnet_lite0
+timm:tf_efficientnetv2_s timm:mobilenetv2_100 timm:mobilenetv3_large_100 timm:mobilenetv3_small_100
+torchvision:resnet34 torchvision:resnet50/IMAGENET1K_V1 torchvision:resnet101 torchvision:resnet152
+torchvision:resnext50_32x4d torchvision:wide_resnet50_2 torchvision:vit_b_16 torchvision:vit_b_32
+torchvision:vit_b_16/IMAGENET1K_SWAG_E2E_V1 torchvision:convnext_tiny torchvision:convnext_base
+torchvision:swin_t torchvision:swin_v2_t torchvision:efficientnet_b0 torchvision:efficientnet_v2_s
+torchvision:mobilenet_v3_large open_clip:ViT-B-32 open_clip:ViT-B-32-quickgelu/openai
+open_clip:ViT-B-16-quickgelu open_clip:ViT-L-14-quickgelu open_clip:ViT-L-14-336-quickgelu/openai
+open_clip:RN50-quickgelu/openai open_clip:RN101-quickgelu/openai open_clip:ViT-B-16-SigLIP/webli
+open_clip:convnext_base open_clip:EVA02-B-16 open_clip:coca_ViT-B-32
+open_clip:swin_base_patch4_window7_224""".split() if os.environ.get("ERPM_SLOW") else []
+
+
+def network(spec):
+    """The network of a name or a maker, with random numbers where a fresh one has zeros and ones:
+    a scale of 0 would hide a block."""
+    torch.manual_seed(0)
+    net = erpm.build(spec, 7, "random") if isinstance(spec, str) else spec().eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim < 2 or not p.any():
+                p.normal_(0.5, 0.3)
+    return net
+
+
+def side(net):
+    return (net.size_px or 64) if isinstance(net, erpm.Net) else 28 if getattr(
+        getattr(net, "patch_embed", None), "img_size", None) == (28, 28) else 224
+
+
+@pytest.mark.usefixtures("tiny_clips")
+@pytest.mark.parametrize("spec", [*FAST.values(), *NAMES], ids=[*FAST, *NAMES])
+def test_stages_equal_the_network_exactly(spec):
+    net = network(spec)
+    x, parts = images(1, side(net)) / 255, erpm.stages(net)
+    with torch.no_grad():
+        z = net(x)
+        assert torch.equal(parts(x), z)
+    ours, theirs = ({id(p) for p in m.parameters()} for m in (parts, net))
+    assert ours == theirs and z.shape == (1, 7) and z.std() > 0 and z.isfinite().all()
+    assert len(parts) >= 4 and parts[-1].fc.out_features == 7
+    keys = [k for k in parts.state_dict() if "rope." not in k and "rel_pos_bias." not in k]
+    assert len(keys) == len([k for k in net.state_dict()
+                             if "rope." not in k and not k.startswith("rel_pos_bias.")])
+
+
+@pytest.mark.usefixtures("tiny_clips")
+@pytest.mark.parametrize("label", ["timm:test_vit", "timm:test_efficientnet", "timm:test_convnext",
+                                   "torchvision:mobilenet_v3_small", "open_clip:tiny",
+                                   "open_clip:tiny-rn", "open_clip:tiny-timm", "swin",
+                                   "eva, rope", "torchvision vit"])
+def test_a_student_trains_predicts_and_is_loaded_again_on_every_family(label, tmp_path):
+    net = network(FAST[label])
+    student, x = erpm.Student(net, 2, 1, 0.3), images(2, side(net)) / 255
+    kept = {k: v.clone() for k, v in student.state_dict().items()
+            if not k.startswith("tuned.") or "running" in k or "num_b" in k}
+    before = student.tuned.heads["clean"][0].state_dict()
+    before = {k: v.clone() for k, v in before.items()}
+    optimizer = torch.optim.SGD(student.tuned.parameters(), 0.01)
+    for _ in range(2):
+        z = student.train()(x)
+        sum(F.cross_entropy(h, torch.tensor([0, 6])) for h in z).backward()
+        optimizer.step()
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in kept.items())
+    after = student.tuned.heads["clean"][0].state_dict()
+    assert all(p.grad is not None for p in student.tuned.parameters())
+    assert any(not torch.equal(v, after[k]) for k, v in before.items())
+    p = student.eval().predict(x, passes=3)
+    assert p.probs.shape == (2, 7) and p.probs.isfinite().all() and (p.sigma > 0).any()
+    if isinstance(net, erpm.Net):
+        erpm.save_weights(tmp_path / "model.safetensors", student, erpm.describe(student))
+        again = erpm.load(tmp_path).predict(x, passes=3)
+        assert torch.equal(again.probs, p.probs) and torch.equal(again.sigma, p.sigma)
+
+
+@pytest.mark.usefixtures("tiny_clips")
+def test_dropout_stands_in_the_residual_branches_of_a_clip():
+    block = erpm.put_dropout(erpm.stages(network("open_clip:tiny"))[2], 0.5, 0)
+    assert isinstance(block.ls_1[1], erpm.Dropout) and isinstance(block.ls_2[1], erpm.Dropout)
+
+
+def test_what_cannot_be_cut_names_the_families():
+    with pytest.raises(erpm.UserError, match="timm VisionTransformer, Eva.*torchvision ResNet.*"
+                       "open_clip VisionTransformer, ModifiedResNet; or pass"):
+        erpm.stages(erpm.build("torchvision:shufflenet_v2_x0_5"))
+    with pytest.raises(erpm.UserError, match="without a final Linear layer .*classes=N"):
+        erpm.stages(erpm.build("timm:test_vit", 0))
+
+
+@pytest.mark.parametrize("name, says", [
+    ("torchvision:resnet5", "torchvision has no network 'resnet5'; did you mean"),
+    ("torchvision:resnet50/V1", "unknown weights of torchvision:resnet50 'V1'"),
+    ("open_clip:ViT-B-33", "open_clip has no network 'ViT-B-33'; did you mean 'ViT-B-32'"),
+    ("open_clip:ViT-B-32-quickgelu/opnai", "did you mean 'openai'"),
+    ("open_clip:ViT-B-32/openai", "use open_clip:ViT-B-32-quickgelu/openai"),
+    ("open_clip:roberta-ViT-B-32", "open_clip:roberta-ViT-B-32 could not be built"),
+])
+def test_an_unknown_name_of_a_family_is_one_clear_line(name, says):
+    with pytest.raises(erpm.UserError, match=re.escape(says)):
+        erpm.build(name)
+
+
+@pytest.mark.usefixtures("tiny_clips")
+def test_a_tag_says_classes_normalisation_size_and_view():
+    assert [erpm.has_tag(n) for n in ("timm:resnet50.tv_in1k", "torchvision:resnet50/DEFAULT",
+                                      "open_clip:RN50/openai")] == [True] * 3
+    assert [erpm.has_tag(n) for n in ("timm:resnet50", "torchvision:resnet50", "open_clip:RN50",
+                                      "cifar:resnet8", "run:a/b.c")] == [False] * 5
+    assert [erpm.tag_classes(n) for n in (
+        "timm:vit_base_patch16_224.mae", "torchvision:resnet50/DEFAULT", "timm:resnet50.tv_in1k",
+        "open_clip:ViT-B-16-SigLIP/webli", "timm:resnet50")] == [0, 1000, 1000, 0, None]
+    net = erpm.build("torchvision:mobilenet_v2/IMAGENET1K_V2", 5, "random")
+    assert (net.n_classes, net.size_px, net.view) == (5, 224, erpm.View(224, 224 / 232))
+    assert net.view.resize_px == 232 and not erpm.build("torchvision:mobilenet_v2").size_px
+    net = erpm.build("open_clip:tiny")
+    assert (net.n_classes, net.size_px, net.view) == (0, 32, erpm.View(32, 1.0, "bicubic"))
+    assert torch.allclose(net.mean.flatten(), torch.tensor([0.4815, 0.4578, 0.4082]), atol=1e-4)
+    assert not net.training and net(images(2, 32)).shape == (2, 16)
+    assert erpm.stages(net)[-1].fc.out_features == 16
+
+
+def test_weights_come_from_any_plain_file_and_nothing_else(tmp_path):
+    name, x, file = "torchvision:mobilenet_v3_small", images(2, 32), tmp_path / "w.pth"
+    net = erpm.build(name, 7)
+    state = {k: v for k, v in net.net.state_dict().items() if "num_batches" not in k}
+    again = lambda: erpm.build(name, 7, str(file))(x)                               # noqa: E731
+    for tree in (state, {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
+                 {"model": state, "optimizer": {"lr": 0.1}}, net.state_dict()):
+        torch.save(tree, file)
+        assert torch.equal(again(), net(x))
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    assert torch.equal(again(), net(x))
+    for tree, says in (({"args": Path("x"), "model": state}, "nothing is unpickled here"),
+                       ({"epoch": 3}, "holds no state dict but epoch"),
+                       ({**state, "more": x}, "missing none, unexpected 1 ['more']"),
+                       ({k: v for k, v in state.items() if k != "classifier.3.bias"},
+                        "missing 1 ['classifier.3.bias']")):
+        torch.save(tree, file)
+        with pytest.raises(erpm.UserError, match=re.escape(says)) as e:
+            again()
+        assert len(str(e.value).splitlines()) == 1
+    torch.save(state, file)
+    with pytest.raises(erpm.UserError, match=r"classifier.3.weight \(7, 1024\) for \(5, 1024\)"):
+        erpm.build(name, 5, str(file))
+
+
+def test_the_weights_of_an_encoder_alone_leave_a_new_classifier(tmp_path):
+    file, x = str(tmp_path / "encoder.pth"), images(1, 160)
+    encoder = erpm.build("timm:test_vit", 0)
+    torch.save(encoder.net.state_dict(), file)
+    net = erpm.build("timm:test_vit", 3, file)
+    assert erpm.lacks_head(net, file)
+    assert torch.equal(erpm.stages(net)[-1].features(erpm.stages(net)[:-1](x)), encoder(x))
+    torch.save(net.net.state_dict(), file)
+    assert not erpm.lacks_head(net, file)
+    with pytest.raises(erpm.UserError, match="unexpected 2 .'head.weight', 'head.bias'"):
+        erpm.build("timm:test_vit", 0, file)
+
+
+@pytest.mark.usefixtures("tiny_clips")
+@pytest.mark.filterwarnings("ignore:.*torch.jit|.*Tracer|.*Python boolean")
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "archive"])
+def test_a_whole_clip_gives_its_visual_tower_strictly(kind, tmp_path):
+    from safetensors.torch import save_file
+    clip, file = erpm.open_clip_model("tiny-quickgelu"), tmp_path / f"clip.{kind}"
+    x = images(2, 32)
+    if kind == "safetensors":
+        save_file(clip.state_dict(), file)
+    elif kind == "pt":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, file)
+    else:                                           # the form of OpenAI's files: traced, half
+        with torch.no_grad():
+            traced = torch.jit.trace(clip, (x[:1] / 255, torch.zeros(1, 8, dtype=torch.long)),
+                                     check_trace=False)
+        torch.jit.save(traced.half(), file)
+        clip = clip.half().float()
+    net = erpm.build("open_clip:tiny-quickgelu", 5, str(file))
+    assert torch.equal(net.net.visual(net.prepare(x)), clip.encode_image(net.prepare(x)))
+    whole = erpm.open_clip_model("tiny-quickgelu", str(file))
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in clip.state_dict().items())
+    assert not whole.training and erpm.lacks_head(net, str(file))
+    if kind == "archive":
+        with pytest.raises(erpm.UserError, match="want QuickGELU: use open_clip:tiny-quickgelu"):
+            erpm.open_clip_model("tiny", str(file))
+    with pytest.raises(erpm.UserError, match="does not fit open_clip:tiny-avg: missing"):
+        erpm.build("open_clip:tiny-avg", 5, str(file))
+
+
+@pytest.mark.usefixtures("tiny_clips")
+def test_an_encoder_alone_is_given_its_classifier_by_pretrain_first(tmp_path):
+    torch.save(erpm.open_clip_model("tiny").state_dict(), tmp_path / "clip.pt")
+    cfg = erpm.resolve("demo", [f"out={tmp_path}", "model.student=open_clip:tiny",
+                                f"model.student_weights={tmp_path / 'clip.pt'}", "pretrain.tune=0",
+                                "pretrain.epochs=1", "pretrain.batch=8", "runtime.amp=none"])
+    data = erpm.ImageSet("x", np.arange(16) % 5, "abcde", images=images(16, 32))
+    path = erpm.student_path(cfg, data)
+    assert path == str(cfg.dir / "student.safetensors")
+    net, encoder = erpm.build("open_clip:tiny", 5, path), erpm.build("open_clip:tiny", 5, str(
+        tmp_path / "clip.pt"))
+    assert all(torch.equal(v, encoder.net.visual.transformer.state_dict()[k])
+               for k, v in net.net.visual.transformer.state_dict().items())
+    cfg = erpm.resolve("demo", [f"model.teacher_weights={tmp_path / 'clip.pt'}",
+                                "model.teacher=open_clip:tiny"])
+    with pytest.raises(erpm.UserError, match="has no classifier: model.teacher_weights wants"):
+        erpm.preflight(cfg, True)
+
+
+def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypatch):
+    import torchvision
+    theirs = torchvision.models.mobilenet_v3_small()
+    hub = torchvision.models.WeightsEnum
+    monkeypatch.setattr(hub, "get_state_dict", lambda *a, **kw: dict(theirs.state_dict()))
+    name = "torchvision:mobilenet_v3_small/IMAGENET1K_V1"
+    one, five = erpm.build(name), erpm.build(name, 5)
+    state = {k: v for k, v in five.net.state_dict().items() if not k.startswith("classifier.3.")}
+    assert all(torch.equal(v, one.net.state_dict()[k]) for k, v in theirs.state_dict().items())
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in state.items())
+    assert (one.n_classes, five.n_classes) == (1000, 5)
+
+    def offline(*a, **kw):
+        raise OSError("no route")
+    monkeypatch.setattr(hub, "get_state_dict", offline)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", offline)
+    for name in (name, "open_clip:ViT-B-32-quickgelu/openai"):
+        with pytest.raises(erpm.UserError, match=f"weights of {name} could not be loaded.*PATH"):
+            erpm.build(name)
