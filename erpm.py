@@ -42,6 +42,7 @@ import atexit
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -86,6 +87,10 @@ from tqdm import tqdm
 
 class UserError(ValueError):
     """A mistake that a person can mend: the message says what, where and what to do (exit 2)."""
+
+
+class Absent(UserError):
+    """Images that are not there at all; half a set is a plain UserError."""
 
 
 class Interrupted(Exception):
@@ -289,8 +294,13 @@ class Distill(Train):
 @dataclass(frozen=True)
 class Eval:
     """What is scored and how."""
-    sets: str = opt("", "sets, joined by commas; empty = the training set, its -c and its -r")
+    sets: str = opt("", "sets, joined by commas, or all (that are found); empty = the training "
+                        "set, its -c and its -r")
+    models: str = opt("", "networks to score instead of a run, joined by commas (--model): names "
+                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
+    probe: str = opt("clean", "head whose features a linear probe is trained on, for sets of other "
+                              "classes: clean, combined, robust or original")
     passes: int = opt(10, "dropout passes; 0 = closed form")
     n_cell: int = opt(0, "images used at most of each cell of a generated -c set; 0 = all")
     batch: int = opt(256, "images a forward")
@@ -441,6 +451,8 @@ def check(cfg: Config) -> None:
     for key, value, known in (("distill.dropout_in", d.dropout_in, ("tail", "head")),
                               ("distill.method", d.method, METHODS),
                               ("model.head", cfg.model.head, ("linear", "text")),
+                              ("eval.probe", cfg.eval.probe,
+                               ("clean", "combined", "robust", "original")),
                               ("runtime.amp", cfg.runtime.amp, ("auto", "bf16", "fp16", "none"))):
         choose(dict.fromkeys(known), value, key)
 
@@ -1600,13 +1612,26 @@ class Project:
         return z[..., self.ids.to(z.device)].amax(-1)
 
 
+def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
+    """The picture in RGB, border_px cut off on each side.  Raises: UserError."""
+    try:
+        with Image.open(path) as im:
+            im = im.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
+    cut = border_px
+    return im.crop((cut, cut, im.width - cut, im.height - cut)) if cut else im
+
+
 class ImageSet(torch.utils.data.Dataset):
     """Labelled square images, held in memory (uint8) or read from files.
 
     y: labels (n,).  project: the network's outputs that this set scores; None = all.
     view: how files become squares.  border_px: cut off on each side before (ObjectNet's frame).
     captions: a sentence about each image, where there are some.  names: of the classes, in prompts.
-    train: crops and flips at random instead of the view."""
+    train: crops and flips at random instead of the view.
+    made: "disk" or "regenerated" of a -c set, else "".  cells_dir: its archive, for open_cell.
+    partial: the number of images is not the published one."""
 
     def __init__(self, name: str, y, classes: Sequence[str], view: View = View(), *, images=None,
                  paths=None, project: Project | None = None, border_px: int = 0,
@@ -1617,6 +1642,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.captions, self.names = list(captions), list(classes)
         self.index = np.arange(len(self.y))           # which of the set's images are in use
         self.train, self.seed = False, 0
+        self.made, self.cells_dir, self.partial, self.allow_partial = "", None, False, False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -1674,14 +1700,7 @@ class ImageSet(torch.utils.data.Dataset):
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
     def _read(self, epoch: int, i: int) -> Tensor:
-        try:
-            with Image.open(self.paths[i]) as im:
-                im = im.convert("RGB")
-                cut = self.border_px
-                im = im.crop((cut, cut, im.width - cut, im.height - cut)) if cut else im
-        except OSError as e:
-            raise UserError(f"cannot read the image {self.paths[i]} ({e}): mend or remove it") \
-                from None
+        im = read_picture(self.paths[i], self.border_px)
         if not self.train:
             return v2.functional.pil_to_tensor(self.view(im))
         with torch.random.fork_rng(devices=[]):       # torchvision draws from the global generator
@@ -1691,23 +1710,38 @@ class ImageSet(torch.utils.data.Dataset):
             return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(im))
 
 
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def subfolders(folder: Path | str) -> list[str]:
+    """Names of the folders in a folder, sorted; hidden ones and __MACOSX are passed over."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not _hidden(e.name))
+
+
+def pictures(folder: Path | str) -> list[str]:
+    """Paths of the image files below a folder, sorted folder by folder; hidden ones likewise."""
+    kinds, out = torchvision.datasets.folder.IMG_EXTENSIONS, []
+    for top, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not _hidden(f))
+        out += [os.path.join(top, f) for f in sorted(files)
+                if f.lower().endswith(kinds) and not _hidden(f)]
+    return out
+
+
 def scan(folder: Path) -> tuple[list[str], list[int], list[str]]:
     """(paths, labels, class names) of a class-per-folder tree, everything in sorted order."""
-    try:
-        classes, to_label = torchvision.datasets.folder.find_classes(folder)
-        found = torchvision.datasets.folder.make_dataset(
-            str(folder), to_label, extensions=torchvision.datasets.folder.IMG_EXTENSIONS,
-            allow_empty=True)
-    except OSError:
-        raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE") from None
+    classes = subfolders(folder) if Path(folder).is_dir() else []
+    if not classes:
+        raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE")
     if len(classes) < 2:
         raise UserError(f"{folder} holds one class folder ({classes[0]}), a classifier needs two "
                         f"or more: expected {folder}/CLASS/IMAGE")
-    used = {y for _, y in found}
-    empty = [c for c in classes if to_label[c] not in used]
+    found = [pictures(Path(folder) / c) for c in classes]
+    empty = [c for c, files in zip(classes, found) if not files]
     if empty:
         raise UserError(f"{folder}: no image in the class folder {empty[0]} ({len(empty)} such)")
-    return [p for p, _ in found], [y for _, y in found], classes
+    return [p for f in found for p in f], [k for k, f in enumerate(found) for _ in f], classes
 
 
 def extended(images: ImageSet, folders: str) -> ImageSet:
@@ -1792,14 +1826,22 @@ def eval_batches(images: ImageSet, batch: int, workers: int = 0):
 
 @dataclass(frozen=True)
 class SetRow:
-    """A row of the table of sets: how it is opened, what it should hold, how to get it."""
+    """A row of the table of sets: how it is opened, what it should hold, how to get it.
+
+    Folders are below data.root; their case does not matter, nor - and _.  All sets are scored by
+    top-1 over their own classes, those with a part over these outputs of an ImageNet network."""
     name: str
-    open: Callable
+    open: Callable                # (row, data, split, view) -> ImageSet
     n_train: int                  # published number of training images, 0 = no such split
     n_test: int                   # published number of test images
     n_classes: int
     get: str
     folders: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()   # the training half in a folder; a+b = both, /a = in data.root
+    test: tuple[str, ...] = ("",)
+    part: str = ""                # the classes of ImageNet that are scored: "a", "r", "objectnet"
+    view: View | None = None      # the set's own, whatever the network's
+    archive: tuple[str, ...] = ()                 # folders of its published -c copy
 
 
 # ---- shapes: a procedural set --------------------------------------------------------------------
@@ -1937,12 +1979,79 @@ def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
 
 # ---- sets from disk ------------------------------------------------------------------------------
 
-def absent(row: SetRow, data: Data) -> UserError:
+def absent(row: SetRow, data: Data) -> Absent:
     """The error of a set that is not there: where it was looked for, what to put there."""
     where = " or ".join(str(Path(data.root) / f) for f in row.folders)
-    return UserError(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test "
-                     f"images of {row.n_classes} classes; get it: "
-                     f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
+    return Absent(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test "
+                  f"images of {row.n_classes} classes; get it: "
+                  f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
+
+
+def locate(root: Path | str, folders: Sequence[str]) -> Path | None:
+    """The first of the folders that is below root: case, - and _ do not matter, and A/A is for A
+    where an archive was unpacked in a folder of its own name."""
+    def alike(top: Path, name: str) -> list[Path]:
+        plain = lambda n: re.sub(r"[-_ ]", "", n.lower())                              # noqa: E731
+        found = [n for n in subfolders(top) if plain(n) == plain(name)]
+        return [top / n for n in sorted(found, key=lambda n: n != name)]  # the very name first
+    for folder in folders:
+        tops = [Path(root)] if Path(root).is_dir() else []
+        for part in Path(folder).parts:
+            tops = [q for t in tops for p in alike(t, part) for q in (*alike(p, part), p)]
+        if tops:
+            return tops[0]
+    return None
+
+
+def split_folders(row: SetRow, data: Data, split: str) -> list[Path]:
+    """The folders that hold a split, as a rule one.  Raises: Absent."""
+    for folder in row.folders:
+        for half in row.train if split == "train" else row.test:
+            names = [h[1:] if h.startswith("/") else f"{folder}/{h}" for h in half.split("+")]
+            tops = [locate(data.root, [n]) for n in names]
+            if all(tops):
+                return tops
+    raise absent(row, data)
+
+
+def class_folders(top: Path, names: Sequence[str], numbers: bool = False,
+                  others: bool = False) -> tuple[list[str], list[int]]:
+    """(paths, labels) of class folders.  The label comes from the folder's name: its place in
+    `names`, or (numbers) the number itself, never its place in the text order.
+
+    others: folders of other classes are passed over.  Raises: UserError where they are not."""
+    place, paths, y = {n: k for k, n in enumerate(names)}, [], []
+    for folder in subfolders(top):
+        number = int(folder) if numbers and folder.isdecimal() else -1
+        label = place.get(folder, number if number < len(names) else -1)
+        found = [] if label < 0 and others else pictures(top / folder)
+        if label < 0 and found:
+            raise UserError(f"{top}: the folder {folder} is none of its {len(names)} classes "
+                            f"({names[0]}, {names[1]}, ...)")
+        paths += found
+        y += [label] * len(found)
+    return paths, y
+
+
+def complete(images: ImageSet, allow_partial: bool) -> ImageSet:
+    """The set, marked where it is partial.  Raises: UserError where that is not allowed."""
+    n, want = len(images.y), images.expected
+    if not n:
+        raise UserError(f"{images.name}: no image in {images.source}, expected {want:,}")
+    if want and n != want and not allow_partial:
+        raise UserError(f"{images.name}: {n:,} images in {images.source}, expected {want:,}: it is "
+                        "incomplete or holds more; unpack it again, or data.allow_partial=true to "
+                        "use it as it is")
+    images.partial, images.allow_partial = bool(want) and n != want, allow_partial
+    return images
+
+
+def _resized(x: Tensor, size_px: int) -> Tensor:
+    """Images of this size; 0 = as they are."""
+    if size_px in (0, x.shape[-1]):
+        return x.contiguous()
+    return torch.cat([v2.functional.resize(c, [size_px] * 2, antialias=True)
+                      for c in x.split(512)])
 
 
 def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
@@ -1950,19 +2059,21 @@ def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageS
     cls = {"fashion-mnist": torchvision.datasets.FashionMNIST,
            "cifar10": torchvision.datasets.CIFAR10,
            "cifar100": torchvision.datasets.CIFAR100}[row.name]
+    top = locate(data.root, row.folders)
+    if top is None:
+        raise absent(row, data)
+    root = top.parents[len(Path(row.folders[0]).parts) - 1]
     try:
-        raw = cls(data.root, train=split == "train", download=False)
+        raw = cls(root, train=split == "train", download=False)
     except RuntimeError:
-        raise absent(row, data) from None
+        raise UserError(f"{top} is incomplete: {row.get.replace('ROOT', str(root))}") from None
     x = torch.as_tensor(raw.data)
     x = (F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1) if x.ndim == 3
          else x.permute(0, 3, 1, 2))
-    if data.size_px not in (0, x.shape[-1]):
-        x = torch.cat([v2.functional.resize(c, [data.size_px] * 2, antialias=True)
-                       for c in x.split(512)])
+    x = _resized(x, data.size_px)
     n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, raw.targets, raw.classes, View(x.shape[-1]), images=x.contiguous(),
-                    expected=n, source=str(Path(data.root)))
+    return ImageSet(row.name, raw.targets, raw.classes, View(x.shape[-1]), images=x, expected=n,
+                    source=str(root))
 
 
 def _open_folder(name: str, split: str, view: View) -> ImageSet:
@@ -1979,6 +2090,34 @@ def _open_folder(name: str, split: str, view: View) -> ImageSet:
     return ImageSet(name, y, classes, view, paths=paths, source=str(root))
 
 
+# ---- the ImageNet family -------------------------------------------------------------------------
+
+# ObjectNet's 113 folders that are ImageNet classes too, and these classes' outputs (125).  Source:
+# objectnet_to_imagenet_1k.json of objectnet-1.0/mappings.
+OBJECTNET: dict[str, list[int]] = {item.split()[0]: list(map(int, item.split()[1:])) for item in """
+    alarm_clock 409 530, backpack 414, banana 954, band_aid 419, basket 790, beer_bottle 440,
+    bench 703, bicycle 444 671, binder_closed 446, bottle_cap 455, bread_loaf 930, broom 462,
+    bucket 463, butchers_knife 499, can_opener 473, candle 470, cellphone 487, chair 423 559 765,
+    clothes_hamper 588, coffee_french_press 550, combination_lock 507, computer_mouse 673,
+    desk_lamp 846, doormat 539, dress 578, dress_shoe_men 630, drill 740, drinking_cup 968,
+    drying_rack_for_dishes 729, envelope 549, fan 545, frying_pan 567, full_sized_towel 434,
+    hair_dryer 589, hammer 587, hand_towel_or_rag 533, helmet 518 560, iron_for_clothes 606,
+    jeans 608, keyboard 508, ladle 618, lampshade 619, laptop_open 620, lemon 951,
+    letter_opener 623, lighter 626, lipstick 629, match 644, measuring_cup 647, microwave 651,
+    mixing_salad_bowl 659, monitor 664, mug 504, nail_fastener 677, necklace 679, orange 950,
+    padlock 695, paintbrush 696, paper_towel 700, pen 418 563 749, pill_bottle 720, pillow 721,
+    pitcher 725, plastic_bag 728, plate 923, plunger 731, pop_can 737, portable_heater 811,
+    printer 742, remote_control 761, ruler 769, running_shoe 770, safety_pin 772, salt_shaker 773,
+    sandal 774, screw 783, shovel 792, skirt 601 655 689, sleeping_bag 797, soap_dispenser 804,
+    sock 806, soup_bowl 809, spatula 813, speaker 632, still_camera 732 759, strainer 828,
+    stuffed_animal 850, suit_jacket 834, sunglasses 837, sweater 841, swimming_trunks 842,
+    t-shirt 610, teapot 849, tennis_racket 752, tie 457 906, toaster 859, toilet_paper_roll 999,
+    trash_bin 412, tray 868, tv 851, umbrella 879, vacuum_cleaner 882, vase 883, wallet 893,
+    watch 531, water_bottle 898, weight_exercise 543, weight_scale 778, wheel 479 694,
+    whistle 902, wine_bottle 907, winter_glove 658, wok 909
+""".split(",")}
+
+
 @functools.cache
 def synsets(part: str = "") -> tuple[str, ...]:
     """ImageNet's 1000 synsets in label order; part "a" or "r": the 200 of ImageNet-A or -R."""
@@ -1988,87 +2127,348 @@ def synsets(part: str = "") -> tuple[str, ...]:
     return tuple(file.read_text().split())
 
 
-def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
-    """A set of the ImageNet family.  The label comes from the folder's name (a synset, or V2's
-    number), never from its place in the text order."""
-    part = {"imagenet-a": "a", "imagenet-r": "r"}.get(row.name, "")
-    names = synsets(part)
-    tops = [Path(data.root) / f for f in row.folders] if row.folders else []
-    if row.name == "imagenet":
-        tops = [t / split for t in tops]
-    top = next((t for t in tops if t.is_dir()), None)
-    if top is None:
-        raise absent(row, data)
-    paths, at, folders = scan(top)
-    label = {f: int(f) if f.isdigit() else names.index(f) if f in names else -1 for f in folders}
-    odd = [f for f in folders if not 0 <= label[f] < len(names)]
-    if odd:
-        raise UserError(f"{top}: the folder {odd[0]} is none of the {len(names)} classes of "
-                        f"{row.name}")
-    y = [label[folders[a]] for a in at]
-    project = Project([synsets().index(s) for s in names]) if part else None
-    n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, y, names, view, paths=paths, project=project, expected=n,
-                    source=str(top))
+PARTS = ("a", "r", "objectnet")
 
+
+def part_classes(part: str) -> tuple[tuple[str, ...], Project | None]:
+    """(class names, the outputs that mean them) of a part of ImageNet; "" = all 1000."""
+    if part == "objectnet":
+        return tuple(OBJECTNET), Project(list(OBJECTNET.values()))
+    place = {s: k for k, s in enumerate(synsets())}
+    return synsets(part), Project([place[s] for s in synsets(part)]) if part else None
+
+
+def _loadmat(path: Path, instead: str) -> dict:
+    """Content of a MATLAB file.  instead: what does without it."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"{path} needs scipy: pip install scipy, or {instead}") from None
+    try:
+        return loadmat(path, squeeze_me=True)
+    except OSError:
+        raise UserError(f"no file {path}: unpack it there, or {instead}") from None
+
+
+TRUTH = ("LOC_val_solution.csv", "val.txt", "imagenet_2012_validation_synset_labels.txt",
+         "synset_labels.txt", "ILSVRC2012_validation_ground_truth.txt")
+
+
+def _val_truth(file: Path) -> dict[str, int]:
+    """{name of an ImageNet validation image, no suffix: label} by a public ground-truth file.
+
+    Lines "NAME LABEL", or LABEL alone in the order of the images.  LABEL: a synset, its place in
+    the sorted synsets from 0, or in the devkit's file an ILSVRC2012_ID, which is another order
+    (n02119789 is 1) that only its meta.mat tells."""
+    place = {s: k for k, s in enumerate(synsets())}
+    label = place | {str(k): k for k in place.values()}
+    if file.name == TRUTH[-1]:
+        meta = _loadmat(file.with_name("meta.mat"), f"put {', '.join(TRUTH[:-1])} there instead")
+        label = {str(int(s["ILSVRC2012_ID"])): place[str(s["WNID"])] for s in meta["synsets"]
+                 if str(s["WNID"]) in place}
+    truth = {}
+    for line in file.read_text().splitlines():
+        words = re.split(r"[,\s]+", line.strip())
+        name, word = words[:2] if len(words) > 1 else (
+            f"ILSVRC2012_val_{len(truth) + 1:08d}", words[0])
+        if name == "ImageId" or not word:                         # Kaggle's head, an empty line
+            continue
+        if word not in label:
+            raise UserError(f"{file}: {word} is no label of ImageNet (a synset, or 0 to 999)")
+        truth[Path(name).stem] = label[word]
+    return truth
+
+
+def _flat_val(top: Path, root: Path) -> tuple[list[str], list[int]]:
+    """(paths, labels) of ImageNet's validation images in one folder: by the synset at the end of
+    their names, or by a ground-truth file there or above, up to the root of the data.  Sorted as
+    class folders would be, so that an image has the same index in either layout."""
+    paths, place = pictures(top), {s: k for k, s in enumerate(synsets())}
+    ends = [re.search(r"_(n\d{8})$", Path(p).stem) for p in paths]
+    if paths and all(ends):
+        y, paths = zip(*sorted((place[e[1]], p) for e, p in zip(ends, paths)))
+        return paths, y
+    tops = [t / s for t in (top, *(p for p in top.parents if p == root or root in p.parents))
+            for s in ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "caffe_ilsvrc12")]
+    file = next((t / name for name in TRUTH for t in tops if (t / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{top} holds no class folders: sort its images into folders named by "
+                        f"synset, or put one of {', '.join(TRUTH)} there")
+    truth = _val_truth(file)
+    lost = [p for p in paths if Path(p).stem not in truth]
+    if lost:
+        raise UserError(f"{file} does not name {lost[0]} ({len(lost)} such)")
+    y, paths = zip(*sorted((truth[Path(p).stem], p) for p in paths)) if paths else ((), ())
+    return paths, y
+
+
+def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
+    """A set of the ImageNet family."""
+    names, project = part_classes(row.part)
+    top, n = split_folders(row, data, split)[0], row.n_train if split == "train" else row.n_test
+    if row.name == "imagenet" and split == "test" and not subfolders(top):
+        paths, y = _flat_val(top, Path(data.root))
+    else:
+        paths, y = class_folders(top, names, len(names) == 1000, others=row.part == "objectnet")
+    return ImageSet(row.name, y, names, view, paths=paths, project=project, expected=n,
+                    border_px=2 if row.part == "objectnet" else 0, source=str(top))
+
+
+def of_part(images: ImageSet, part: str) -> ImageSet:
+    """The images of the classes of a part of ImageNet, scored over these classes alone."""
+    names, project = part_classes(part)
+    label = {i: k for k, ids in enumerate(project.ids.tolist()) for i in ids}
+    keep = [n for n, y in enumerate(images.y.tolist()) if y in label]
+    out = ImageSet(f"{images.name}@{part}", [label[y] for y in images.y[keep].tolist()], names,
+                   images.view, paths=[images.paths[n] for n in keep], project=project,
+                   expected=images.expected // 1000 * len(label), source=images.source)
+    return complete(out, images.allow_partial)
+
+
+# ---- transfer sets -------------------------------------------------------------------------------
+
+Listing = tuple[list[tuple[str, int]], Sequence[str]]        # ((path, label) pairs, class names)
+
+
+def _listed_flowers(top: Path, split: str) -> Listing | None:
+    """torchvision's layout.  Training = the official train and val, as in CLIP's linear probes."""
+    if not (top / "jpg").is_dir():
+        return None
+    other = f"class folders {top}/train, val and test"
+    y = _loadmat(top / "imagelabels.mat", other)["labels"]
+    ids = _loadmat(top / "setid.mat", other)
+    ids = [*ids["trnid"], *ids["valid"]] if split == "train" else ids["tstid"]
+    names = torchvision.datasets.Flowers102.classes
+    return [(f"{top}/jpg/image_{i:05d}.jpg", int(y[i - 1]) - 1) for i in ids], names
+
+
+def _listed_sun(top: Path, split: str) -> Listing | None:
+    """The first of the ten official partitions, 50 + 50 images a class."""
+    file = "Training_01.txt" if split == "train" else "Testing_01.txt"
+    lists = next((d for d in (top, top / "Partitions", top.parent, top.parent / "Partitions")
+                  if (d / file).is_file() and (d / "ClassName.txt").is_file()), None)
+    if lists is None:
+        return None
+    classes = (lists / "ClassName.txt").read_text().split()       # /a/abbey
+    place = {c: k for k, c in enumerate(classes)}
+    lines = (lists / file).read_text().split()
+    return [(f"{top}{p}", place[p.rpartition("/")[0]]) for p in lines], [c[3:] for c in classes]
+
+
+def _listed_places(top: Path, split: str) -> Listing | None:
+    """The official lists of lines "a/abbey/NAME.jpg 0"; a class is named by its folder."""
+    lists = next((d for d in (top, top / "trainvalsplit_places205", top.parent,
+                              top.parent / "trainvalsplit_places205")
+                  if (d / "val_places205.csv").is_file()), None)
+    half = "train" if split == "train" else "val"
+    if lists is None or not (lists / f"{half}_places205.csv").is_file():
+        return None
+    base = next((b for b in (top / "data/vision/torralba/deeplearning/images256",
+                             top / "images256") if b.is_dir()), top)
+    rows = {h: [line.rsplit(None, 1) for line in (lists / f"{h}_places205.csv").read_text()
+                .splitlines() if line] for h in {half, "val"}}
+    names = {int(k): p.strip("/").split("/", 1)[1].rpartition("/")[0] for p, k in rows["val"]}
+    return ([(f"{base}/{p.strip('/')}", int(k)) for p, k in rows[half]],
+            [names[k] for k in sorted(names)])
+
+
+def _listed_tiny(top: Path, split: str) -> Listing | None:
+    """The validation half as it is published: all images in one folder, labels in a text file."""
+    file = top / "val/val_annotations.txt"
+    if split == "train" or not file.is_file() or not (top / "wnids.txt").is_file():
+        return None
+    classes = sorted((top / "wnids.txt").read_text().split())
+    lines = [line.split("\t") for line in file.read_text().splitlines() if line]
+    found = [(f"{top}/val/images/{p}", classes.index(c)) for p, c, *_ in lines]
+    return (found, classes) if any(os.path.isfile(p) for p, _ in found) else None
+
+
+def _open_transfer(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
+    """A set with its published lists, or else with a tree of class folders for each half."""
+    n = row.n_train if split == "train" else row.n_test
+    listed = {"flowers102": _listed_flowers, "sun397": _listed_sun, "places205": _listed_places,
+              "tiny-imagenet": _listed_tiny}.get(row.name, lambda top, split: None)
+    for top in filter(None, (locate(data.root, [f]) for f in row.folders)):
+        listing = listed(top, split)
+        if listing:
+            there = [(p, k) for p, k in listing[0] if os.path.isfile(p)]
+            paths, y = [p for p, _ in there], [k for _, k in there]
+            classes, source = listing[1], top
+            break
+    else:
+        tops = split_folders(row, data, split)
+        source = tops[0]
+        classes = [c for c in subfolders(source) if os.listdir(source / c)]
+        found = [class_folders(t, classes) for t in tops]
+        paths, y = [p for f in found for p in f[0]], [k for f in found for k in f[1]]
+    if len(classes) != row.n_classes:
+        raise UserError(f"{row.name}: {len(classes):,} classes in {source}, expected "
+                        f"{row.n_classes:,}: unpack it again")
+    return ImageSet(row.name, y, classes, view, paths=paths, expected=n, source=str(source))
+
+
+# ---- published -c archives -----------------------------------------------------------------------
+
+def _cell_place(folder: Path, name: str, severity: int) -> Path | None:
+    """Where an archive holds a cell: CIFAR's arrays, folders, or folders in the tars' groups."""
+    if (folder / f"{name}.npy").is_file():
+        return folder / f"{name}.npy"
+    tops = (folder / group / name / str(severity)
+            for group in ("", "noise", "blur", "weather", "digital"))
+    return next((t for t in tops if t.is_dir()), None)
+
+
+def _cell_arrays(file: Path, severity: int) -> tuple[Tensor, np.ndarray]:
+    """(x uint8 (n,3,H,W), y (n,)) of one severity: the five are stacked, in order."""
+    try:
+        x, y = np.load(file, mmap_mode="r"), np.load(file.with_name("labels.npy"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {file} and labels.npy beside it ({e})") from None
+    if len(x) != len(y):
+        raise UserError(f"{file} holds {len(x):,} images, labels.npy {len(y):,}: unpack it again")
+    at = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
+    return torch.tensor(x[at]).permute(0, 3, 1, 2).contiguous(), y[at]
+
+
+def open_cell(images: ImageSet, cell: tuple[str, int] | None
+              ) -> tuple[ImageSet, tuple[str, int] | None]:
+    """(the images of a cell, None) where the set is a published archive, corrupted already; else
+    (images, cell), to be corrupted on the fly.  Raises: UserError on an incomplete cell."""
+    if cell is None or images.cells_dir is None:
+        return images, cell
+    place, out = _cell_place(images.cells_dir, *cell), copy.copy(images)
+    if place is None:
+        raise UserError(f"{images.cells_dir} lacks the cell {cell[0]}/{cell[1]}")
+    if place.suffix == ".npy":
+        x, out.y = _cell_arrays(place, cell[1])
+        out.images = _resized(x, images.view.size_px)
+    else:
+        out.paths, y = class_folders(place, images.classes)
+        out.y = np.asarray(y, np.int64)
+    out.source = str(place)
+    complete(out, images.allow_partial)
+    if len(out.y) != len(images.y):            # else the same images of every cell are in use
+        out.index = np.arange(len(out.y))
+        out = out.subset(len(images) * (len(images) < len(images.y)))
+    return out, None
+
+
+def _open_archive(row: SetRow, folder: Path, data: Data, view: View) -> ImageSet:
+    """A published -c archive, opened at its first cell.  Raises: UserError where cells lack."""
+    cells = [(c, s) for c in CORRUPTIONS_15 for s in range(1, 6)]
+    lost = [f"{c}/{s}" for c, s in cells if _cell_place(folder, c, s) is None]
+    if lost:
+        raise UserError(f"{row.name}-c: {len(lost)} of the 75 cells are not in {folder} "
+                        f"({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}): unpack the rest, or "
+                        f"move the folder away to have all made from {row.name}")
+    first = _cell_place(folder, *cells[0])
+    if first.suffix == ".npy":
+        names, view = [str(k) for k in range(row.n_classes)], View(data.size_px or 32, 1.0)
+    else:
+        names = synsets() if row.name == "imagenet" else subfolders(first)
+    if len(names) != row.n_classes:
+        raise UserError(f"{row.name}-c: {len(names)} classes in {first}, expected {row.n_classes}")
+    images = ImageSet(row.name, [], names, view, expected=row.n_test)
+    images.cells_dir, images.made = folder, "disk"
+    images.allow_partial = data.allow_partial
+    return open_cell(images, cells[0])[0]
+
+
+# ---- the table -----------------------------------------------------------------------------------
 
 _TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
+_IN_VAL = ("val", "validation", "ILSVRC2012_img_val")
+_V2 = "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-{}.tar.gz"
+
+
+def _v2_row(name: str, variant: str) -> SetRow:
+    inner = f"imagenetv2-{variant}-format-val"
+    return SetRow(name, _open_imagenet, 0, 10000, 1000, _V2.format(variant),
+                  (inner, f"imagenet-v2/{inner}", f"{name}/{inner}", f"imagenetv2-{variant}", name))
+
+
 SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("shapes", _open_shapes, 8000, 2000, 10, "made here, no file"),
     SetRow("shapes-r", _open_shapes, 0, 2000, 10, "made here, no file"),
     SetRow("fashion-mnist", _open_torchvision, 60000, 10000, 10, _TV.format("FashionMNIST"),
-           ("FashionMNIST/raw",)),
-    SetRow("cifar10", _open_torchvision, 50000, 10000, 10, _TV.format("CIFAR10"),
-           ("cifar-10-batches-py",)),
-    SetRow("cifar100", _open_torchvision, 50000, 10000, 100, _TV.format("CIFAR100"),
-           ("cifar-100-python",)),
+           ("FashionMNIST/raw", "fashion-mnist/FashionMNIST/raw")),
+    SetRow("cifar10", _open_torchvision, 50000, 10000, 10,
+           _TV.format("CIFAR10") + "; -c: zenodo.org/record/2535967",
+           ("cifar-10-batches-py", "cifar10/cifar-10-batches-py"), archive=("CIFAR-10-C",)),
+    SetRow("cifar100", _open_torchvision, 50000, 10000, 100,
+           _TV.format("CIFAR100") + "; -c: zenodo.org/record/3555552",
+           ("cifar-100-python", "cifar100/cifar-100-python"), archive=("CIFAR-100-C",)),
     SetRow("imagenet", _open_imagenet, 1281167, 50000, 1000,
-           "image-net.org (ILSVRC2012), unpacked to class folders",
-           ("imagenet", "ILSVRC2012", ".")),
-    SetRow("imagenet-v2", _open_imagenet, 0, 10000, 1000,
-           "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-matched-frequency.tar.gz",
-           ("imagenetv2-matched-frequency-format-val", "imagenet-v2")),
+           "image-net.org (ILSVRC2012): class folders, or the validation images in one folder with "
+           "a ground-truth file; -c: zenodo.org/record/2235448, its tars in imagenet-c/",
+           ("imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC", "imagenet/ILSVRC/Data/CLS-LOC",
+            "imagenet-1k", "."), ("train", "ILSVRC2012_img_train"), _IN_VAL,
+           archive=("imagenet-c",)),
+    _v2_row("imagenet-v2", "matched-frequency"),
+    _v2_row("imagenet-v2-threshold", "threshold0.7"),
+    _v2_row("imagenet-v2-top", "top-images"),
     SetRow("imagenet-a", _open_imagenet, 0, 7500, 200,
-           "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", ("imagenet-a",)),
+           "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", ("imagenet-a",), part="a"),
     SetRow("imagenet-r", _open_imagenet, 0, 30000, 200,
-           "github.com/hendrycks/imagenet-r: imagenet-r.tar", ("imagenet-r",)),
+           "github.com/hendrycks/imagenet-r: imagenet-r.tar", ("imagenet-r",), part="r"),
     SetRow("imagenet-sketch", _open_imagenet, 0, 50889, 1000,
            "github.com/HaohanWang/ImageNet-Sketch: ImageNet-Sketch.zip",
-           ("sketch", "imagenet-sketch")),
+           ("sketch", "imagenet-sketch/sketch", "imagenet-sketch")),
+    SetRow("objectnet", _open_imagenet, 0, 18574, 113,
+           "objectnet.dev: objectnet-1.0.zip (its licence forbids to train on it)",
+           ("objectnet-1.0/images", "objectnet/objectnet-1.0/images", "objectnet/images"),
+           part="objectnet"),
+    SetRow("tiny-imagenet", _open_transfer, 100000, 10000, 200,
+           "cs231n.stanford.edu/tiny-imagenet-200.zip; -c: zenodo.org/record/2536630",
+           ("tiny-imagenet-200", "tiny-imagenet/tiny-imagenet-200", "tiny-imagenet"), ("train",),
+           ("val",), view=View(64, 1.0), archive=("Tiny-ImageNet-C",)),
+    SetRow("flowers102", _open_transfer, 2040, 6149, 102, _TV.format("Flowers102"),
+           ("flowers-102", "oxford-flowers-102"), ("train+val", "train+valid"), ("test",)),
+    SetRow("places205", _open_transfer, 2448873, 20500, 205,
+           "places.csail.mit.edu/downloadData.html: images (256 px) and trainvalsplit_places205, "
+           "both in places205/", ("places205",), ("train",), ("val",)),
+    SetRow("inaturalist2021", _open_transfer, 500000, 100000, 10000,
+           "github.com/visipedia/inat_comp/tree/master/2021: train_mini.tar.gz and val.tar.gz in "
+           "inat2021/", ("inat2021", "inaturalist2021", "inaturalist"),
+           ("/2021_train_mini", "2021_train_mini", "train_mini"),
+           ("/2021_valid", "2021_valid", "val")),
+    SetRow("sun397", _open_transfer, 19850, 19850, 397,
+           "vision.princeton.edu/projects/2010/SUN: SUN397.tar.gz, and Partitions.zip unpacked in "
+           "SUN397/", ("SUN397",), ("train",), ("test", "val")),
 )}
 
 
-PARTS = ("seen", "unseen")
+SIDES = ("seen", "unseen")
 
 
-def split_part(name: str) -> tuple[str, str]:
-    """(SET, PART) of SET@PART, the images of a part of the classes (data.classes); PART or ""."""
-    whole, _, part = name.rpartition("@")
-    return (whole, part) if part in PARTS else (name, "")
+def class_side(name: str) -> tuple[str, str]:
+    """(SET, SIDE) of SET@SIDE, the images of the classes of data.classes or of the others."""
+    whole, _, side = name.rpartition("@")
+    return (whole, side) if side in SIDES else (name, "")
 
 
-def part_of(images: ImageSet, part: str, classes: str) -> ImageSet:
+def one_side(images: ImageSet, side: str, classes: str) -> ImageSet:
     """The images of the seen or the unseen classes.  classes: as data.classes.  Raises: UserError."""
     words = [w.strip() for w in classes.split(",") if w.strip()]
     if len(words) == 1 and words[0].isdigit():
         words = images.classes[:int(words[0])]
     for w in words:
         choose(dict.fromkeys(images.classes), w, f"class of {images.name} (data.classes)")
-    keep = [k for k, c in enumerate(images.classes) if (c in words) == (part == "seen")]
-    if images.project is not None or len(keep) < 2:
-        raise UserError(f"{images.name}@{part}: {len(keep)} classes; data.classes={classes!r} has to "
-                        "leave two or more, of a set that is scored over classes of its own")
+    keep = [k for k, c in enumerate(images.classes) if (c in words) == (side == "seen")]
+    if images.project is not None or images.cells_dir is not None or len(keep) < 2:
+        raise UserError(f"{images.name}@{side}: {len(keep)} classes; data.classes={classes!r} has to "
+                        "leave two or more, of a set with classes of its own that is no -c archive")
     out = images.only(keep)
-    out.name = f"{images.name}@{part}"
+    out.name = f"{images.name}@{side}"
     return out
 
 
 def base_name(name: str) -> tuple[str, bool]:
-    """(the set that is read, whether it is corrupted on the fly): cifar10-c -> (cifar10, True)."""
-    whole, part = split_part(name)
-    if part:
-        base, on_the_fly = base_name(whole)
-        return f"{base}@{part}", on_the_fly
+    """(the set that is read, whether it is corrupted): cifar10-c -> (cifar10, True)."""
+    whole, side = class_side(name)
+    if side:
+        base, is_corrupted = base_name(whole)
+        return f"{base}@{side}", is_corrupted
     if name.startswith(("folder:", "folder-c:")):
         return name.replace("folder-c:", "folder:", 1), name.startswith("folder-c:")
     if name not in SETS and name.endswith("-c") and name[:-2] in SETS:
@@ -2077,37 +2477,48 @@ def base_name(name: str) -> tuple[str, bool]:
 
 
 def set_row(base: str) -> SetRow:
-    """The row of a set that is no folder.  Raises: UserError with the nearest name, -c included."""
-    base = split_part(base)[0]
-    return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
-
-
-def _open_whole(name: str, base: str, data: Data, split: str, view: View) -> ImageSet:
-    """Every image and class of a set."""
-    if base.startswith("folder:"):
-        return _open_folder(base, split, view)
-    row = set_row(base)
-    if split == "train" and not row.n_train:
-        raise UserError(f"{name} has no training split: train on {name.rsplit('-', 1)[0]}")
-    images = row.open(row, data, split, view)
-    if len(images) != images.expected and not data.allow_partial:
-        raise UserError(f"{name}: {len(images):,} images in {images.source}, expected "
-                        f"{images.expected:,}: it is incomplete or holds more; unpack it again, or "
-                        "data.allow_partial=true to use it as it is")
-    return images
+    """The row of a set that is no folder; of SET@PART that of SET.  Raises: UserError with the
+    nearest name, -c included."""
+    base, at, part = class_side(base)[0].partition("@")
+    if not at:
+        return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
+    row = choose({n: r for n, r in SETS.items() if r.n_classes == 1000 and r.n_test % 1000 == 0},
+                 base, "set of all of ImageNet's classes")
+    choose(dict.fromkeys(PARTS), part, "part of ImageNet")
+    return row
 
 
 def open_set(name: str, data: Data, split: str = "test", view: View = View()) -> ImageSet:
     """The named set.  view: of picture files; data.size_px goes before its size.
 
-    Raises: UserError when it is unknown, absent or incomplete."""
-    base, part = split_part(base_name(name)[0])
-    view = dataclasses.replace(view, size_px=data.size_px or view.size_px)
-    images = _open_whole(name, base, data, split, view)
+    A -c set is the published archive where that is on disk, else the clean set to be corrupted;
+    then pictures are cut as the benchmark's were, whatever the network's view.  SET@PART: the
+    images of a part's classes, scored over these.  Raises: UserError when it is unknown, absent
+    (Absent) or incomplete."""
+    whole, side = class_side(name)
+    if side:
+        images = one_side(open_set(whole, dataclasses.replace(data, n_train=0, n_test=0), split,
+                                   view), side, data.classes)
+        return images.subset(data.n_train if split == "train" else data.n_test)
+    base, corrupted = base_name(name)
+    row = None if base.startswith("folder:") else set_row(base)
+    view = row.view if row and row.view else View() if corrupted else view
+    if not (corrupted and row):
+        view = dataclasses.replace(view, size_px=data.size_px or view.size_px)
+    part = base.partition("@")[2] if row else ""
+    if split == "train" and (corrupted or part or row and not row.n_train):
+        raise UserError(f"{name} has no training split: it is there to be scored")
+    folder = locate(data.root, row.archive) if corrupted and row and split == "test" else None
+    if folder:
+        images = _open_archive(row, folder, data, dataclasses.replace(view, crop_pct=1.0))
+    else:
+        images = row.open(row, data, split, view) if row else _open_folder(base, split, view)
+        images = complete(images, data.allow_partial)
+        images.made = "regenerated" * corrupted
+    images = of_part(images, part) if part else images
     if data.names:
         names = read_lines(data.names, "data.names")
         images.names = names if len(names) == len(images.classes) else images.names
-    images = part_of(images, part, data.classes) if part else images
     return images.subset(data.n_train if split == "train" else data.n_test)
 
 
@@ -3184,6 +3595,7 @@ class Student(nn.Module):
         self.original = freeze(tail)
         self.n_classes, self.dropout, self.name = (
             tail[-1].fc.out_features, dropout, getattr(net, "name", ""))
+        self.view = getattr(net, "view", View())
         if classes not in (None, self.n_classes):
             raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: "
                             "train a head of that size first (pretrain with tune=0)")
@@ -3751,62 +4163,124 @@ def tail_step(backbone: nn.Module | None, cfg: Train, aug: Robustify | None) -> 
 
 
 # ==== 9. EVALUATION ====
-# In: networks, a set.  Out: exact integer counts, a row a cell (model, set, corruption, severity).
-# Always: any number of processes gives the same counts; nothing is padded or counted twice.
+# In: networks, a set.  Out: exact integer sums, a row a cell (model, set, corruption, severity).
+# Always: any number of processes gives the same figures; nothing is padded or counted twice.
 
 FIXED_POINT = 2 ** 20      # means are summed as integers, so that the order of summing is no matter
+N_BINS = 15                # of the calibration error
+
+
+def label_rank(v: Tensor, y: Tensor) -> Tensor:
+    """Number of classes before the label, 0 = top-1; of equals the first class is before, as in
+    argmax, and NaN is before everything.  Shapes: scores v (B,K,C), labels y (B,) -> (B,K)."""
+    y = y[:, None, None].expand(-1, v.shape[1], 1)                                       # (B,K,1)
+    own, later = v.gather(-1, y), torch.arange(v.shape[-1], device=v.device) > y
+    behind = (own > v) | (own == v) & later
+    return v.shape[-1] - 1 - behind.sum(-1)
+
+
+def tally(rank: Tensor, nll: Tensor, confidence: Tensor) -> Tensor:
+    """Integer sums over a batch of K ways to answer, (K, 4 + 2 N_BINS): correct, in the top 5, NLL,
+    not finite, then for each bin of confidence, (lo, hi], correct answers and confidence.
+
+    Shapes: rank of the label, NLL in nats and confidence of the answer, (B,K) each.
+    Source: calibration bins of Guo et al. 2017."""
+    bad = ~(nll.isfinite() & confidence.isfinite())
+    nll, conf = ((v.double().masked_fill(bad, 0) * FIXED_POINT).round().long()
+                 for v in (nll, confidence))
+    edges = torch.linspace(0, 1, N_BINS + 1, device=nll.device)[1:-1]
+    at = torch.bucketize(confidence.float().contiguous(), edges).t()                    # (K,B)
+    right = (rank == 0).long()
+    bins = [torch.zeros(len(at), N_BINS, dtype=torch.long, device=at.device).scatter_add_(
+        1, at, v.t()) for v in (right, conf)]
+    sums = torch.stack([right.sum(0), (rank < 5).sum(0), nll.sum(0), bad.sum(0)], 1)
+    return torch.cat([sums, *bins], 1)
+
+
+def _rules_of(student: Student, passes: int) -> list[str]:
+    """The rules that are scored: those that need sigma only where there is live dropout."""
+    rules = [r for r in RULES if student.dropout or r not in NEEDS_SIGMA]
+    return [*rules, *["product (closed form)"] * bool(passes and student.dropout)]
 
 
 def _score_student(student: Student, x: Tensor, y: Tensor, project,
                    passes: int) -> dict[str, Tensor]:
-    """Sums over the batch for every rule: correct answers, and how often each head answered."""
-    f = student.features(x)
-    sums: dict[str, Tensor] = {}
-    for suffix, t in (("", passes), *((" (closed form)", 0),) * bool(passes)):
-        mean, sigma, logits = student.moments(f, t, project)
-        for rule in RULES if not suffix else ("product",):
-            if rule in NEEDS_SIGMA and student.dropout == 0:
-                continue
-            head = select(mean, sigma, rule, logits=logits, y=y)
-            right = answer(mean, sigma, head, rule).argmax(-1) == y
-            sums[f"{rule}{suffix}"] = torch.cat([right.sum()[None], head.bincount(minlength=3)])
-        if not suffix:
-            values = torch.cat([sigma, divergence(mean)], 1).double()
-            sums["moments"] = (values * FIXED_POINT).round().long().sum(0)
-    return sums
+    """Sums over the batch.  Each answer (three heads, their soft mixture, three heads in closed
+    form) is looked at once; a rule then picks among these."""
+    f, rules = student.features(x), _rules_of(student, passes)
+    mean, sigma, logits = student.moments(f, passes, project)
+    p, kl = [mean], divergence(mean)
+    heads = [select(mean, sigma, r, logits=logits, y=y) for r in rules if r in RULES]
+    picks = list(heads)
+    if "soft" in rules:
+        p.append(answer(mean, sigma, heads[0], "soft")[:, None])
+        picks[rules.index("soft")] = torch.full_like(heads[0], 3)
+    if len(rules) > len(heads):
+        closed, spread, _ = student.moments(f, 0, project)
+        p.append(closed)
+        heads.append(select(closed, spread, "product"))
+        picks.append(heads[-1] + 4)
+    p, heads, picks = torch.cat(p, 1).float(), torch.stack(heads), torch.stack(picks, 1)
+    own = p.gather(-1, y[:, None, None].expand(-1, p.shape[1], 1))[..., 0]
+    facts = (label_rank(p, y), -own.clamp_min(torch.finfo(p.dtype).tiny).log(), p.amax(-1))
+    shares = (heads[..., None] == torch.arange(3, device=heads.device)).sum(1)        # (rules,3)
+    moments = (torch.cat([sigma, kl], 1).nan_to_num().double() * FIXED_POINT).round().long().sum(0)
+    return {"answers": tally(*(v.gather(1, picks) for v in facts)), "heads": shares,
+            "moments": moments}
 
 
 def _score_plain(predict: Callable, x: Tensor, y: Tensor, project) -> dict[str, Tensor]:
     z = predict(x)
-    z = project(z) if project else z
-    return {"correct": (z.argmax(-1) == y).sum()[None]}
+    z = (project(z) if project else z).float()[:, None]
+    norm, own = z.logsumexp(-1), z.gather(-1, y[:, None, None])[..., 0]
+    return {"answers": tally(label_rank(z, y), norm - own, (z.amax(-1) - norm).exp())}
 
 
-def _counts(n: int, sums: dict[str, Tensor]) -> dict:
-    """The sums of all processes as plain numbers."""
-    flat = torch.cat(list(sums.values()))
+def _figures(n: int, sums: list[int]) -> dict:
+    """What a row of `tally`, summed over the set, says."""
+    correct, correct5, nll, _, *bins = sums
+    gap = sum(abs(FIXED_POINT * right - conf)
+              for right, conf in zip(bins[:N_BINS], bins[N_BINS:]))
+    return {"correct": correct, "correct5": correct5, "nll": round(nll / FIXED_POINT / n, 6),
+            "ece": round(gap / FIXED_POINT / n, 6)}
+
+
+def _results(label: str, model: Callable, n: int, passes: int, sums: dict[str, Tensor]) -> dict:
+    """The sums of all processes as plain numbers.  Raises: UserError on outputs of NaN or inf."""
+    flat = torch.cat([v.flatten() for v in sums.values()])
     if world()[1] > 1:
         dist.all_reduce(flat)
-    parts = dict(zip(sums, flat.cpu().split([len(v) for v in sums.values()])))
-    if "correct" in parts:
-        return {"n": n, "correct": int(parts["correct"])}
-    moments = [round(int(v) / FIXED_POINT / n, 6) for v in parts.pop("moments")]
-    rules = {rule: {"correct": int(v[0]), "heads": v[1:].tolist()} for rule, v in parts.items()}
+    flat = flat.cpu().split([v.numel() for v in sums.values()])
+    parts = {k: f.view(v.shape).tolist() for (k, v), f in zip(sums.items(), flat)}
+    bad = max(row[3] for row in parts["answers"])
+    if bad:
+        raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
+                        f"{bad} of {n} images; try runtime.amp=none")
+    if "heads" not in parts:
+        return {"n": n, **_figures(n, parts["answers"][0])}
+    rules = {rule: _figures(n, row) | {"heads": heads} for rule, row, heads in zip(
+        _rules_of(model, passes), parts["answers"], parts["heads"])}
+    moments = [round(v / FIXED_POINT / n, 6) for v in parts["moments"]]
     return {"n": n, "rules": rules, "sigma": moments[:2], "kl": moments[2:]}
+
+
+def device_of(*models: Callable) -> torch.device:
+    """Where the networks' parameters lie."""
+    weights = (p for m in models if isinstance(m, nn.Module) for p in m.parameters())
+    return next((p.device for p in weights), pick_device())
 
 
 @torch.no_grad()
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
                  *, batch: int = 256, passes: int = 10, jpeg: bool = True, frost_dir: str = "",
                  amp: str = "auto", workers: int = 0, bar: tqdm | None = None) -> dict[str, dict]:
-    """{label: counts} of several networks on the same pixels; see `evaluate`."""
-    weights = (p for m in models.values() if isinstance(m, nn.Module) for p in m.parameters())
-    device = next((p.device for p in weights), pick_device())
+    """{label: figures} of several networks on the same pixels; see `evaluate`."""
+    device = device_of(*models.values())
     totals: dict[str, dict[str, Tensor]] = {label: {} for label in models}
     project = images.project
     idle = world()[0] * batch >= len(images)   # no batch of its own: the first one, counted 0 times
     for x, y, index in eval_batches(images, batch, workers):
-        x, y = x.to(device), y.to(device)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if cell:
             x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg, frost_dir=frost_dir or None)
         with autocast(amp, device):
@@ -3817,17 +4291,21 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
                     totals[label][k] = totals[label].get(k, 0) + v * (not idle)
         if bar is not None:
             bar.update(len(x) * world()[1])
-    return {label: _counts(len(images), sums) for label, sums in totals.items()}
+    return {label: _results(label, models[label], len(images), passes, sums)
+            for label, sums in totals.items()}
 
 
 def evaluate(predict: Callable, images: ImageSet | str, cell: tuple[str, int] | None = None,
              **options) -> dict:
-    """Counts of a network on a set, exact for any number of processes.
+    """Figures of a network on a set, exact for any number of processes: {"n", "correct",
+    "correct5" (counts), "nll" (mean, nats), "ece" (15 bins)}, of the classes that the set scores.
 
-    predict: a Student (then {"n", "rules": {rule: {"correct", "heads"}}, "sigma", "kl"}), or any
-    function from images uint8 (B,3,H,W) to logits (then {"n", "correct"}).
+    predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
+    {rule: the same figures and "heads", the images that clean, combined and robust answered},
+    "sigma", "kl" (means, of the clean and the robust head)}.
     images: an ImageSet, or the name of a set in ./data.  cell: (corruption, severity), made on the
-    fly.  options: batch, passes, jpeg, amp, workers.  Raises: UserError."""
+    fly.  options: batch, passes, jpeg, amp, workers.
+    Raises: UserError, on outputs that are not finite too."""
     images = open_set(images, Data()) if isinstance(images, str) else images
     return evaluate_all({"": predict}, images, cell, **options)[""]
 
@@ -3846,6 +4324,232 @@ def zero_shot(model: nn.Module, images: ImageSet, cache: Path | None = None) -> 
     return with_text(model, weight, prompts)
 
 
+# ---- linear probes -------------------------------------------------------------------------------
+
+PROBE_L2 = tuple(10 ** (k / 2) for k in range(2, -13, -1))     # 10 ... 1e-6
+PROBE_LOGITS = 2 ** 24                                         # at most in one chunk
+
+
+def held_out(y: np.ndarray, seed: int = 0, share: float = 0.15) -> np.ndarray:
+    """Whether an image is held out, (n,): that share of every class with two images or more, at
+    least one, drawn by the seed."""
+    order = np.lexsort((uniforms(seed, np.arange(len(y)), 1)[:, 0], y))
+    _, first, count = np.unique(y[order], return_index=True, return_counts=True)
+    quota = np.where(count > 1, np.maximum(1, np.round(share * count)), 0)
+    out = np.zeros(len(y), bool)
+    out[order] = np.arange(len(y)) - np.repeat(first, count) < np.repeat(quota, count)
+    return out
+
+
+def _softmax_loss(theta: Tensor, x: Tensor, y: Tensor, l2: float) -> Tensor:
+    """Mean cross-entropy + l2/2 |W|^2 of theta = (W | b), chunk by chunk; its gradient, where it is
+    asked for, is added to theta.grad.  Shapes: theta (C,D+1), x (n,D), y (n,)."""
+    rows = max(1, PROBE_LOGITS // len(theta))
+    total = torch.zeros((), device=theta.device, dtype=theta.dtype)
+    for s in range(0, len(y), rows):
+        xs, ys = x[s:s + rows].to(theta), y[s:s + rows].to(theta.device)
+        part = F.cross_entropy(F.linear(xs, theta[:, :-1], theta[:, -1]), ys,
+                               reduction="sum") / len(y)
+        if theta.requires_grad:
+            part.backward()
+        total += part.detach()
+    penalty = l2 / 2 * theta[:, :-1].square().sum()
+    if theta.requires_grad:
+        penalty.backward()
+    return total + penalty.detach()
+
+
+def _fit_softmax(theta: Tensor, x: Tensor, y: Tensor, l2: float, tolerance: float) -> Tensor:
+    """The theta that minimises _softmax_loss, from a start; tolerance: of the largest gradient."""
+    theta = theta.clone().requires_grad_()
+    opt = torch.optim.LBFGS([theta], max_iter=1000, tolerance_grad=tolerance,
+                            tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        return _softmax_loss(theta, x, y, l2)
+
+    with torch.enable_grad():
+        opt.step(closure)
+    return theta.detach()
+
+
+def linear_probe(features: Tensor, y: Tensor, n_classes: int, *, seed: int = 0,
+                 l2s: Sequence[float] = PROBE_L2) -> tuple[Tensor, Tensor, float]:
+    """(weight (C,D), bias (C,), chosen l2) of a multinomial logistic regression on frozen features.
+
+    It minimises mean cross-entropy + l2/2 |W|^2 on standardised features (the standardisation is
+    then folded into weight and bias) by L-BFGS, full batch, in float64 on a CPU and float32 on a
+    GPU.  l2: the one of l2s, from strong to weak with warm starts, with the least loss on a held
+    out 15 %; refitted on all.  Two losses in a row above the least end the search.
+    Shapes: features (n,D) float32 in any memory, labels y (n,)."""
+    device = pick_device()
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    fits = device.type == "cpu" or features.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    out = torch.from_numpy(held_out(y.cpu().numpy(), seed))
+    order = torch.cat([(~out).nonzero()[:, 0], out.nonzero()[:, 0]])         # held out come last
+    var, mean = torch.var_mean(features, 0, correction=0)
+    std = torch.where(var > 1e-12, var, 1.0).sqrt()
+    x = torch.empty(features.shape, device=device if fits else "cpu", dtype=dtype)
+    for s in range(0, len(x), 2 ** 14):
+        x[s:s + 2 ** 14] = (features[order[s:s + 2 ** 14]] - mean) / std
+    y = y[order].to(device)
+    n = len(y) - int(out.sum())
+    theta = torch.zeros(n_classes, x.shape[1] + 1, device=device, dtype=dtype, requires_grad=True)
+    with torch.enable_grad():
+        _softmax_loss(theta, x, y, 0.0)
+    scale, theta = float(theta.grad.abs().max()), theta.detach()
+    best, worse = (math.inf, l2s[0], theta), 0
+    for l2 in l2s if n < len(y) else ():
+        theta = _fit_softmax(theta, x[:n], y[:n], l2, 1e-2 * scale)
+        loss = float(_softmax_loss(theta, x[n:], y[n:], 0.0))
+        best, worse = ((loss, l2, theta), 0) if loss < best[0] else (best, worse + 1)
+        if worse == 2:
+            break
+    theta = _fit_softmax(best[2], x, y, best[1], 1e-5 * scale).cpu()
+    weight = theta[:, :-1] / std.cpu()
+    bias = theta[:, -1] - weight @ mean.cpu().to(dtype)
+    return weight.float(), bias.float(), best[1]
+
+
+def frozen_features(model: nn.Module, head: str = "clean") -> nn.Module:
+    """What stands before the last linear layer, images -> (B,D), of a plain network or of one head
+    of a Student: clean, combined, robust, or original (before tuning).
+
+    It holds the model's own modules and freezes them.  Raises: UserError on what cannot be cut."""
+    if isinstance(model, Student):
+        tail = [*model.original] if head == "original" else [
+            *model.tuned.shared, *choose(dict(model.tuned.heads.items()), head, "head")]
+        *body, last = [model.backbone, *tail]
+    else:
+        *body, last = stages(model)
+    return freeze(nn.Sequential(*body, last.features))
+
+
+@torch.no_grad()
+def extract(features: nn.Module, images: ImageSet, *, batch: int = 256, amp: str = "auto",
+            workers: int = 0) -> Tensor | None:
+    """Features (n,D) float32 of a whole set, the same for any number of processes, in the first
+    one's memory; None in the others.  Images come as they are scored: without augmentation."""
+    device, (rank, size), out = device_of(features), world(), None
+    batches, f = iter(eval_batches(images, batch, workers)), torch.empty(0)
+    with progress(len(images), "features") as bar:
+        for start in range(0, len(images), batch * size):
+            found = next(batches, None)
+            if found is not None:
+                with autocast(amp, device):
+                    f = features(found[0].to(device, non_blocking=True)).float()
+                f = F.pad(f, (0, 0, 0, batch - len(f)))
+            parts = [f]
+            if size > 1:                                  # one without a batch sends an old one
+                parts = [torch.empty_like(f) for _ in range(size)]
+                dist.all_gather(parts, f)
+            if rank == 0:
+                out = torch.empty(len(images), f.shape[1]) if out is None else out
+                here = out[start:start + batch * size]
+                here.copy_(torch.cat(parts)[:len(here)])
+            bar.update(min(batch * size, len(images) - start))
+    return out
+
+
+def from_first(make: Callable):
+    """What make() gives on the first process, on every process: files are looked at once, and all
+    do the same.  The others wait for as long as it takes (a collective gives up after minutes)."""
+    if world()[1] == 1:
+        return make()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    box = [make() if world()[0] == 0 else None]
+    dist.broadcast_object_list(box, 0, group)
+    return box[0]
+
+
+def _kept_probe(cache: Path | None) -> tuple[Tensor, Tensor, float] | None:
+    """(weight, bias, l2) from the file that `probed` left, if any."""
+    if cache is None or not cache.is_file():
+        return None
+    with safe_open(cache, "pt") as f:
+        return f.get_tensor("weight"), f.get_tensor("bias"), read_meta(cache)["l2"]
+
+
+def probed(model: nn.Module, images: ImageSet, head: str = "clean", *, seed: int = 0,
+           cache: Path | None = None, **options) -> nn.Module:
+    """A plain network: the frozen features of `model` and a linear layer for the set's classes,
+    fitted on its images (see `linear_probe`); .l2 is the strength that was chosen.
+
+    head: of a Student, see `frozen_features`.  cache: file that keeps weight and bias.
+    options: batch, amp, workers."""
+    features, y = frozen_features(model, head), torch.from_numpy(images.y[images.index])
+    found = from_first(lambda: _kept_probe(cache))
+    if found is None:
+        x = extract(features, images, **options)
+        found = from_first(lambda: linear_probe(x, y, len(images.classes), seed=seed))
+    weight, bias, l2 = found
+    fc = nn.Linear(weight.shape[1], len(weight))
+    fc.load_state_dict({"weight": weight, "bias": bias})
+    if cache is not None and world()[0] == 0 and not cache.is_file():
+        save_weights(cache, fc, {"l2": l2})
+    net = freeze(nn.Sequential(features, Classifier(nn.Identity(), fc).to(device_of(features))))
+    net.n_classes, net.l2 = len(weight), l2
+    return net
+
+
+# ---- which head answers on a set -----------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Entry:
+    """A network to score: label in the tables, its weights' hash, what its training cost (meta),
+    and the set whose classes its outputs are ("" = none)."""
+    label: str
+    model: nn.Module
+    weights: str
+    meta: dict
+    home: str = ""
+
+
+def family(name: str) -> str:
+    """The set with the training images of this set's classes: imagenet for imagenet-r, shapes for
+    shapes-c; a set of its own classes is its own."""
+    base = base_name(name)[0].partition("@")[0]
+    if base.startswith(("imagenet", "objectnet")):
+        return "imagenet"
+    return "shapes" if base.startswith("shapes") else base
+
+
+@functools.cache
+def _class_names(name: str, data: Data) -> tuple[str, ...]:
+    """The names of a set's classes; none if it is not there to tell."""
+    if name == "imagenet":
+        return synsets()
+    with contextlib.suppress(UserError):
+        return tuple(open_set(name, data).classes)
+    return ()
+
+
+def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
+    """How a network answers on a set: "zero-shot" with a text head for its classes; "own" where its outputs are the set's classes, that is on
+    sets of the family that it was trained on and on folders of the same class names; otherwise
+    "linear probe (HEAD)", HEAD being eval.probe of a Student and clean of a plain network.
+
+    Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
+    Raises: UserError where the number of outputs contradicts the network's own training set, and
+    where a network that needs a probe cannot be cut."""
+    if getattr(entry.model, "prompts", None):
+        return "zero-shot"
+    own = bool(entry.home) and (family(name) == family(entry.home) or name.startswith(
+        "folder") and tuple(images.classes) == _class_names(entry.home, cfg.data))
+    if own:
+        n = len(synsets()) if images.project is not None else len(images.classes)
+        if entry.model.n_classes != n:
+            raise UserError(f"{entry.label} has {entry.model.n_classes} classes and {name} needs "
+                            f"{n}: {entry.home} is not what it was when the network was trained")
+        return "own"
+    head = cfg.eval.probe if isinstance(entry.model, Student) else "clean"
+    frozen_features(entry.model, head)         # what cannot be cut says so before any work
+    return f"linear probe ({head})"
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
 def cells(name: str) -> list[tuple[str, int] | None]:
     """The cells of a set: [None], or the 15 corruptions x 5 severities of a -c set."""
     if not base_name(name)[1]:
@@ -3853,17 +4557,15 @@ def cells(name: str) -> list[tuple[str, int] | None]:
     return [(c, s) for c in CORRUPTIONS_15 for s in range(1, 6)]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A network to score: label in the tables, its weights' hash, and what its training cost."""
-    label: str
-    model: nn.Module
-    weights: str
-    meta: dict
+class Job(NamedTuple):
+    """A set to score: its images, how each label answers, and the images that teach the probes."""
+    images: ImageSet
+    heads: dict[str, str]
+    train: ImageSet | None
 
 
-ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "transform", "passes", "amp",
-           "versions")
+ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "transform", "head", "probe",
+           "made", "passes", "amp", "versions")
 
 
 def row_key(row: dict) -> tuple:
@@ -3880,59 +4582,99 @@ def read_rows(run: Path) -> list[dict]:
     return rows
 
 
+def _done(out: Path) -> set[tuple]:
+    """The keys of the rows that are there.  A last line that a crash left without its end is cut
+    off: the next row would continue it."""
+    file = out / "results.jsonl"
+    text = file.read_text() if file.is_file() else ""
+    if text and not text.endswith("\n"):
+        write_atomically(file, lambda p: p.write_text(text[:text.rfind("\n") + 1]))
+    return {row_key(r) for r in read_rows(out)}
+
+
+def _identity(e: Entry, name: str, job: Job, images: ImageSet, corruption: tuple[str, int] | None,
+              cfg: Config) -> dict:
+    """The columns of a row that are known before it is computed, corruption and severity apart."""
+    transform, probe, ev = images.transform, "", cfg.eval
+    if corruption:
+        transform += f", corrupted on the fly{', jpeg 85' * ev.jpeg}"
+        transform += f", {frost_source(ev.frost_dir)} frost" * (corruption[0] == "frost")
+    if job.heads[e.label].startswith("linear probe"):
+        probe = f"{job.train.name}, {len(job.train):,} images, {job.train.transform}"
+    student = isinstance(e.model, Student) and not probe
+    return {"label": e.label, "weights": e.weights, "set": name, "n": len(images),
+            "transform": transform, "head": job.heads[e.label], "probe": probe,
+            "made": "regenerated" if corruption else images.made, "partial": images.partial,
+            "passes": ev.passes if student else None, "versions": versions()["erpm"],
+            "amp": str(amp_type(cfg.runtime.amp, pick_device()))}
+
+
 def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> dict:
-    """The columns of a row that say where it comes from."""
-    return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": cfg.data.name,
-            "source": images.source, "seconds": seconds, "device": pick_device().type,
-            "processes": world()[1],
+    """The columns of a row that say where it comes from; images_per_s counts each image once,
+    however many networks were scored on it together."""
+    return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": entry.home,
+            "source": images.source, "seconds": seconds,
+            "images_per_s": round(len(images) / max(seconds, 1e-3), 1),
+            "device": pick_device().type, "processes": world()[1],
             "packages": versions(), "train": entry.meta.get("train", {})}
 
 
-def score(entries: Sequence[Entry], opened: dict[str, ImageSet], cfg: Config, out: Path) -> None:
-    """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known."""
-    file, code = out / "results.jsonl", versions()["erpm"]
-    done = {row_key(r) for r in read_rows(out)}
-    todo = [(name, cell) for name in opened for cell in cells(name)]
-    size = {name: len(images) for name, images in opened.items()}
-    headed = {(e.label, name): zero_shot(e.model, images, out / "text")
-              for e in entries for name, images in opened.items()
-              if getattr(e.model, "prompts", None) or split_part(name)[1] != "unseen"}
-    with progress(sum(min(size[n], cfg.eval.n_cell or size[n]) if cell else size[n]
-                      for n, cell in todo), "eval") as bar, Signals() as signals:
+def _probe(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
+    """The network of a row whose head is a probe: from out/probes, or fitted now and kept there."""
+    key = [row[k] for k in ("weights", "head", "probe", "amp", "versions")]
+    cache = out / f"probes/{fold(*key, cfg.seed):016x}.safetensors"
+    kept = cache.is_file()
+    head = row["head"].removeprefix("linear probe (").rstrip(")")
+    net = probed(e.model, job.train, head, seed=cfg.seed, cache=cache, batch=cfg.eval.batch,
+                 amp=cfg.runtime.amp, workers=cfg.data.workers)
+    say(f"{row['set']}: linear probe of the {head} head's features of {e.label}, l2 = {net.l2:.3g},"
+        f" from {len(job.train):,} training images of {job.train.name}{' (kept)' * kept}")
+    return net
+
+
+def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> None:
+    """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known.  A probe
+    is fitted when the first row that needs it is missing."""
+    file, done = out / "results.jsonl", from_first(lambda: _done(out))
+    todo = [(name, cell) for name in jobs for cell in cells(name)]
+    n_of = {name: len(job.images) for name, job in jobs.items()}
+    probes: dict[tuple, nn.Module] = {}
+    with progress(sum(min(n_of[n], cfg.eval.n_cell or n_of[n]) if cell else n_of[n]
+                      for n, cell in todo), "eval") as bar:
         for i, (name, cell) in enumerate(todo):
-            images = opened[name].subset(cfg.eval.n_cell) if cell else opened[name]
-            common = {"set": name, "corruption": cell[0] if cell else "",
-                      "severity": cell[1] if cell else 0, "n": len(images), "versions": code,
-                      "amp": str(amp_type(cfg.runtime.amp, pick_device())),
-                      "transform": images.transform
-                      + (f", corrupted on the fly{', jpeg 85' * cfg.eval.jpeg}" if cell else "")
-                      + (f", {frost_source(cfg.eval.frost_dir)} frost"
-                         if cell and cell[0] == "frost" else "")}
-            rows = {e.label: {"label": e.label, "weights": e.weights, **common,
-                              "passes": cfg.eval.passes if isinstance(e.model, Student) else None}
-                    for e in entries}
-            pending = {e.label: headed[e.label, name] for e in entries
-                       if row_key(rows[e.label]) not in done and (e.label, name) in headed}
+            images, corruption = open_cell(jobs[name].images, cell)
+            images = images.subset(cfg.eval.n_cell) if corruption else images
+            place = {"corruption": cell[0] if cell else "", "severity": cell[1] if cell else 0}
+            rows = {e.label: _identity(e, name, jobs[name], images, corruption, cfg) | place
+                    for e in entries if e.label in jobs[name].heads}
+            pending = [e for e in entries
+                       if e.label in rows and row_key(rows[e.label]) not in done]
             if not pending:
                 bar.update(len(images))
                 continue
-            since = time.perf_counter()
-            found = evaluate_all(pending, images, cell, batch=cfg.eval.batch,
-                                 passes=cfg.eval.passes, jpeg=cfg.eval.jpeg,
-                                 frost_dir=cfg.eval.frost_dir, amp=cfg.runtime.amp,
-                                 workers=cfg.data.workers, bar=bar)
-            seconds = round(time.perf_counter() - since, 3)
-            if world()[0] == 0:
-                with open(file, "a") as f:
-                    for e in entries:
-                        if e.label in found:
-                            f.write(json.dumps(rows[e.label] | found[e.label] | _provenance(
-                                e, cfg, images, seconds)) + "\n")
+            models = {e.label: zero_shot(e.model, jobs[name].images, out / "text")
+                      for e in pending}
+            for e in (e for e in pending if rows[e.label]["probe"]):
+                key = (e.label, rows[e.label]["probe"])
+                probes[key] = models[e.label] = probes.get(key) or _probe(
+                    e, rows[e.label], jobs[name], cfg, out)
+            with Signals() as signals:
+                since = time.perf_counter()
+                found = evaluate_all(models, images, corruption, batch=cfg.eval.batch,
+                                     passes=cfg.eval.passes, jpeg=cfg.eval.jpeg,
+                                     frost_dir=cfg.eval.frost_dir, amp=cfg.runtime.amp,
+                                     workers=cfg.data.workers, bar=bar)
+                seconds = round(time.perf_counter() - since, 3)
+                if world()[0] == 0:
+                    lines = [json.dumps(rows[e.label] | found[e.label] | _provenance(
+                        e, cfg, images, seconds)) + "\n" for e in pending]
+                    with open(file, "a") as f:
+                        f.write("".join(lines))
+                if _agreed(bool(signals.hit), pick_device()):
+                    raise Interrupted("eval stopped after a whole cell; the same command goes on "
+                                      "from here")
             if bar.disable and (i % 15 == 14 or i + 1 == len(todo)):
                 say(f"eval: {i + 1} of {len(todo)} cells ({name})")
-            if _agreed(bool(signals.hit), pick_device()):
-                raise Interrupted("eval stopped after a whole cell; the same command goes on from "
-                                  "here")
 
 
 # ==== 10. REPORT ====
@@ -4966,13 +5708,31 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     return _finish(path, student, stats, key)
 
 
+def corrupted(name: str) -> str:
+    """The name of a set's ImageNet-C-like copy."""
+    return (name.replace("folder:", "folder-c:", 1) if name.startswith("folder:") else f"{name}-c")
+
+
 def default_sets(cfg: Config) -> list[str]:
     """eval.sets, or the training set, its corrupted copy and its renditions."""
     if cfg.eval.sets:
         return [s.strip() for s in cfg.eval.sets.split(",") if s.strip()]
-    name = cfg.data.name
-    wide = name.replace("folder:", "folder-c:", 1) if name.startswith("folder:") else f"{name}-c"
-    return [name, wide, *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+    name, side = cfg.data.name, "@seen" * bool(cfg.data.classes)
+    names = [name, corrupted(name), *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+    return [n + side for n in names]
+
+
+def all_sets(home: str) -> list[str]:
+    """Every set, and the corrupted copies of a network's own (ImageNet's: and ObjectNet's): on sets
+    of other classes [A] looks at clean images alone."""
+    own = [home, *["objectnet"] * (home == "imagenet" and "objectnet" in SETS)]
+    return list(dict.fromkeys([*SETS, home, *map(corrupted, own)]))
+
+
+def with_companions(names: Sequence[str]) -> list[str]:
+    """The names, each set of some of ImageNet's classes followed by the clean images of the same
+    classes: imagenet-a, imagenet@a."""
+    return list(dict.fromkeys(n for name in names for n in (name, SAME_CLASSES.get(name)) if n))
 
 
 def preflight(cfg: Config, training: bool) -> None:
@@ -4980,7 +5740,7 @@ def preflight(cfg: Config, training: bool) -> None:
     networks that cannot be cut, rules without sigma."""
     choose(dict.fromkeys(RULES), cfg.eval.rule, "rule")
     spec_names(cfg.robustify.augment)
-    for base in (base_name(name)[0] for name in default_sets(cfg)):
+    for base in (base_name(name)[0] for name in default_sets(cfg) if name != "all"):
         if not base.startswith("folder:"):
             set_row(base)
     if training and cfg.model.head == "text" and not has_text(cfg.model.student):
@@ -5014,22 +5774,22 @@ def weights_sha(net: nn.Module) -> str:
     return h.hexdigest()[:12]
 
 
-def entry(label: str, net: nn.Module, meta: dict) -> Entry:
+def entry(label: str, net: nn.Module, meta: dict, home: str) -> Entry:
     """A network ready to be scored."""
-    return Entry(label, net.to(pick_device()), weights_sha(net), meta)
+    return Entry(label, net.to(pick_device()), weights_sha(net), meta, home)
 
 
 def entries_of(cfg: Config) -> list[Entry]:
     """The networks of a run: original student, teacher, baselines, model."""
-    run, m, files = cfg.dir, cfg.model, []
+    run, m, home, files = cfg.dir, cfg.model, cfg.data.name, []
     for f in filter(Path.is_file, [*sorted(run.glob("*/model.safetensors")),
                                    run / "model.safetensors"]):
         method = read_meta(f).get("key", {}).get("distill", {}).get("method", "erpm")
         files.append((LABELS[method], f))
     own = [(label, run / f"{name}.safetensors") for label, name in
            (("original", "student"), ("teacher", "teacher"))]
-    entries = [entry(label, load(f), read_meta(f)) for label, f in own if f.is_file()]
-    models = [entry(label, load(f), read_meta(f)) for label, f in files]
+    entries = [entry(label, load(f), read_meta(f), home) for label, f in own if f.is_file()]
+    models = [entry(label, load(f), read_meta(f), home) for label, f in files]
     if not entries and not models:
         raise UserError(f"no trained network in {run}: run `python erpm.py distill` first, or name "
                         "another run")
@@ -5040,8 +5800,110 @@ def entries_of(cfg: Config) -> list[Entry]:
             own = getattr(models[-1].model, "prompts", None)
             net = zero_shot_net(name, own, weights or None, run / "text") if own and has_text(name) \
                 else named(name, models[-1].model.n_classes, weights or None)
-            entries.append(entry(label, freeze(net), {}))
+            entries.append(entry(label, freeze(net), {}, home))
     return [*entries, *models]
+
+
+def split_model(token: str) -> tuple[str, str]:
+    """(name, weights file or "") of an entry of eval.models: NAME or NAME=WEIGHTS_FILE.
+
+    Raises: UserError on an unknown name, on one without weights and on an absent file."""
+    name, _, path = token.partition("=")
+    if path:
+        named(name, None, "random")
+        read_meta(path)
+    elif name.startswith("run:"):
+        at = Path(name[4:])
+        read_meta(at / "model.safetensors" if at.is_dir() else at)
+    elif has_tag(name):
+        tag_classes(name)
+    else:
+        named(name)
+        raise UserError(f"--model {name} has no weights: add a pretrained tag "
+                        "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a "
+                        "run made (run:runs/x)")
+    return name, path
+
+
+def model_entry(token: str) -> Entry:
+    """A network of eval.models.  Its classes are those of the set that it was trained on, where it
+    is ours, and ImageNet's, where it is a public one with 1000 outputs; else it has none."""
+    name, path = split_model(token)
+    meta = read_meta(path) if path else {}
+    if name.startswith("run:"):
+        at = Path(name[4:])
+        meta = read_meta(at / "model.safetensors" if at.is_dir() else at)
+    headless = not path and has_tag(name) and tag_classes(name) == 0     # MAE, DINOv2: for a probe
+    net = freeze(build(name, 1 if headless else meta.get("classes"), path or None))
+    home = meta.get("key", {}).get("data", {}).get("name", "")
+    if not home and name.startswith(("timm:", "torchvision:")) and net.n_classes == len(synsets()):
+        home = "imagenet"
+    return entry(token, net, meta, home)
+
+
+def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
+    """The networks to score, in groups that see the same pixels: those of a run, with the student's
+    own view of picture files where it is a real pretrained network; or one by one eval.models."""
+    if not cfg.eval.models:
+        entries = entries_of(cfg)
+        views = [e.model.view for e in entries if e.model.name == cfg.model.student]
+        yield entries, views[0] if views and has_tag(cfg.model.student) else View()
+        return
+    tokens = list(dict.fromkeys(t.strip() for t in cfg.eval.models.split(",") if t.strip()))
+    for token in tokens:
+        split_model(token)
+    for token in tokens:
+        try:
+            e = model_entry(token)
+        except UserError as error:
+            others = ",".join(t for t in tokens if t != token)
+            raise UserError(f"{token}: {error}" + (
+                f"; what is scored is kept; to leave it out: --model {others}" if others else "")
+            ) from None
+        yield [e], getattr(e.model, "view", View())
+
+
+def _job(name: str, entries: list[Entry], view: View, cfg: Config,
+         trains: dict[str, ImageSet]) -> Job:
+    """A set ready to be scored; trains: the training splits that are open already."""
+    images, home = open_set(name, cfg.data, view=view), family(name)
+    able = [e for e in entries if getattr(e.model, "prompts", None)] \
+        if class_side(name)[1] == "unseen" else entries      # other heads know the seen classes only
+    heads = {e.label: head_for(e, name, images, cfg) for e in able}
+    strange = [label for label, head in heads.items() if head.startswith("linear probe")]
+    if not strange:
+        return Job(images, heads, None)
+    why = (f"{name}: its classes are not the outputs of {', '.join(strange)}, and there are no "
+           f"training images for a linear probe")
+    if home in SETS and not SETS[home].n_train:
+        raise Absent(f"{why}: {home} has no training split")
+    try:
+        trains[home] = trains.get(home) or open_set(home, cfg.data, "train", view)
+    except UserError as e:
+        raise type(e)(f"{why}: {e}") from None
+    return Job(images, heads, trains[home])
+
+
+def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job], list[str]]:
+    """(the sets to score, the names of those that `all` asks for and that are not there).
+
+    Raises: UserError on a set that was asked for by name and is absent, on one that is half
+    unpacked, and on one that needs a linear probe and has no training images."""
+    asked, jobs, lost = default_sets(cfg), {}, []
+    home = next((e.home for e in entries if e.home), "imagenet")
+    names = [n for name in asked for n in (all_sets(home) if name == "all" else [name])]
+    trains: dict[str, ImageSet] = {}
+    companion_of = {b: a for a, b in SAME_CLASSES.items() if b not in names}
+    for name in with_companions(names):
+        if name in companion_of and companion_of[name] not in jobs:
+            continue
+        try:
+            jobs[name] = _job(name, entries, view, cfg, trains)
+        except Absent:
+            if name in asked:
+                raise
+            lost.append(name)
+    return jobs, lost
 
 
 def headline(rows: list[dict], rule: str) -> list[dict]:
@@ -5050,29 +5912,44 @@ def headline(rows: list[dict], rule: str) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> str:
-    """The first table of the report."""
-    return report_text(rows).split("\n## ")[1].partition("\n")[2].strip("\n")
+    """The figures of every network on every set, means over the cells, in percent but NLL."""
+    groups: dict[tuple, list[dict]] = {}
+    for r in latest(rows):
+        groups.setdefault((r["label"], r["set"], r["head"]), []).append(
+            r | r.get("rules", {}).get(r["rule"], {}))
+    body = []
+    for (label, name, head), some in groups.items():
+        mean = lambda f: float(np.mean([f(r) for r in some]))                          # noqa: E731
+        figures = [f"{100 * mean(lambda r: r['correct'] / r['n']):.2f}",
+                   f"{100 * mean(lambda r: r['correct5'] / r['n']):.2f}",
+                   f"{mean(lambda r: r['nll']):.4f}", f"{100 * mean(lambda r: r['ece']):.2f}"]
+        whole = len(some) == len(cells(name))
+        body.append([label, name, head, some[0]["n"], *(figures if whole else ["missing"] * 4)])
+    return table(["model", "set", "head", "images", "top-1", "top-5", "NLL", "ECE"], body)
 
 
 def run_eval(cfg: Config, args) -> None:
-    """Scores a run's networks, or --model NAME, on sets -> results.jsonl."""
-    sets = {name: open_set(name, cfg.data) for name in default_sets(cfg)}
-    if args.model and not has_tag(args.model) and not args.model.startswith("run:"):
-        named(args.model)
-        raise UserError(f"--model {args.model} has no weights: add a pretrained tag "
-                        "(timm:resnet50.tv_in1k), or name what a run made (run:runs/x)")
-    entries = [entry(args.model, build(args.model), {})] if args.model else entries_of(cfg)
-    for name, images in sets.items():
-        n = len(synsets()) if images.project is not None else len(images.classes)
-        for e in entries:
-            if e.model.n_classes != n and not getattr(e.model, "prompts", None) \
-                    and split_part(name)[1] != "unseen":
-                raise UserError(f"{e.label} has {e.model.n_classes} classes and {name} needs {n}: "
-                                "score it on the sets of its own classes")
-    cfg.dir.mkdir(parents=True, exist_ok=True)
-    score(entries, sets, cfg, cfg.dir)
-    if world()[0] == 0:
-        say(summary(headline(read_rows(cfg.dir), cfg.eval.rule)))
+    """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
+    said = ""
+    for name in default_sets(cfg) if cfg.eval.models else ():
+        if name != "all":
+            open_set(name, cfg.data)           # told before a network is fetched: what is not there
+    for entries, view in networks(cfg):
+        jobs, lost = plan(entries, view, cfg)
+        line = f"not there, left out (see `python erpm.py sets`): {', '.join(lost)}"
+        if lost and line != said:
+            say(line)
+        said = line
+        cfg.dir.mkdir(parents=True, exist_ok=True)
+        if cfg.eval.models and not from_first((cfg.dir / "config.yaml").is_file):
+            write_config(cfg)                            # `report --run` looks for it
+        score(entries, jobs, cfg, cfg.dir)
+    if world()[0]:
+        return
+    rows = headline(read_rows(cfg.dir), cfg.eval.rule)
+    say(summary(rows))
+    if args.check_known:
+        say(check_known(rows))
 
 
 def write_figures(rows: list[dict], out: Path) -> list[str]:
@@ -5141,21 +6018,72 @@ def run_demo(cfg: Config, args) -> None:
     say(f"demo: {time.perf_counter() - since:.0f} s in all")
 
 
+class _Opener(torch.utils.data.Dataset):
+    """Item paths: (how many, what is wrong with those that cannot be read)."""
+
+    def __getitem__(self, paths: Sequence[str]) -> tuple[int, list[str]]:
+        broken = []
+        for path in paths:
+            try:
+                read_picture(path)
+            except UserError as e:
+                broken.append(str(e))
+        return len(paths), broken
+
+
+def check_images(sets: Sequence[ImageSet], workers: int) -> list[str]:
+    """What is wrong with the sets' image files, a line each; of -c archives, those of all cells."""
+    sets = [s for s in sets if s.paths is not None or s.cells_dir]
+    todo = [(s, c) for s in sets for c in (cells("folder-c:") if s.cells_dir else [None])]
+    jobs = (paths[i:i + 64] for s, c in todo if (paths := open_cell(s, c)[0].paths)
+            for i in range(0, len(paths), 64))
+    broken = []
+    with progress(sum(len(s.y) for s, _ in todo), "check") as bar, Signals() as signals:
+        for n, lines in forked(_Opener(), workers, batch_size=None, sampler=jobs):
+            bar.update(n)
+            broken += lines
+            if signals.hit:
+                raise Interrupted("sets --check stopped")
+    return broken
+
+
 def run_sets(cfg: Config, args) -> None:
-    """The table of sets: what is there, what is expected, how to get it."""
-    body = []
-    for name, row in SETS.items():
+    """The table of sets: what is there, what is expected, how to get it; --check: opens all."""
+    if world()[0]:
+        return
+    data = dataclasses.replace(cfg.data, allow_partial=True, n_test=0)
+    body, found, faults = [], [], []
+    for name in (*SETS, *(f"{n}-c" for n, r in SETS.items() if r.archive or n == "objectnet")):
+        row, corrupted = set_row(name), base_name(name)[1]
+        count, where = "-", ((row.archive if corrupted else ()) or row.folders or "-")[0]
+        get = row.get.replace("ROOT", cfg.data.root).split("; -c: ")[-1 if corrupted else 0]
         try:
-            found = f"{len(row.open(row, cfg.data, 'test', View())):,}"
-        except UserError:
-            found = "-"
-        where = " or ".join(str(Path(cfg.data.root) / f) for f in row.folders)
-        body.append([name, found, f"{row.n_test:,}", row.n_classes, where or "-",
-                     row.get.replace("ROOT", cfg.data.root)])
-    say(table(["set", "found", "expected", "classes", "looked for", "how to get it"], body))
-    say("\nNAME-c of any set is its ImageNet-C-like copy, made on the fly.  folder:PATH and "
-        "folder-c:PATH take any PATH/CLASS/IMAGE tree, with PATH/train and PATH/val to train on "
-        "it.")
+            images = open_set(name, data)
+            count, where = f"{len(images.y):,}", str(images.cells_dir or images.source)
+            if images.made == "regenerated":
+                where = f"made from {row.name}"
+            else:
+                found.append(images)
+        except Absent:
+            pass
+        except UserError as e:
+            count = "spoilt"
+            faults.append(str(e))
+        body.append([name, count, f"{row.n_test:,}", row.n_classes, where, get])
+    say(table(["set", "found", "expected", "classes", f"where (- : below {cfg.data.root})",
+               "how to get it"], body))
+    say("""
+Counts of -c sets are of one of their 75 cells.  NAME-c of any set is made on the fly, as
+ImageNet-C was, where no archive of it is there.  imagenet@a, imagenet@r and imagenet@objectnet: the
+images of these sets' classes.  folder:PATH and folder-c:PATH take any PATH/CLASS/IMAGE tree, with
+PATH/train and PATH/val to train on it.""")
+    if args.check:
+        faults += check_images(found, cfg.data.workers or os.cpu_count())
+        say(f"{sum(len(s.y) * (75 if s.cells_dir else 1) for s in found):,} images opened")
+    for line in faults:
+        say(line)
+    if args.check and faults:
+        raise UserError(f"{len(faults)} faults in the sets below {cfg.data.root}, listed above")
 
 
 def run_bench(cfg: Config, args) -> None:
@@ -5288,12 +6216,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("words", nargs="*", metavar="key=value", help="settings, see below; bench and "
                    "corrupt take names and paths too")
     p.add_argument("--grid", action="store_true", help="corrupt: one picture of a picture's copies")
+    p.add_argument("--check", action="store_true", help="sets: open every image of every set")
     p.add_argument("--recipe", default="demo", help="recipe of config.yaml")
     p.add_argument("--config", type=Path, help="file of recipes instead of config.yaml")
     p.add_argument("--run", default="", help="folder of a run (eval, report; report takes several, "
                                              "joined by commas)")
-    p.add_argument("--set", default="", help="eval: sets, joined by commas")
-    p.add_argument("--model", default="", help="eval: any network by name instead of a run")
+    p.add_argument("--set", default="", help="eval: sets, joined by commas, or all")
+    p.add_argument("--model", default="", help="eval: any networks by name instead of a run, "
+                                               "joined by commas; see eval.models")
+    p.add_argument("--check-known", action="store_true",
+                   help="eval: compare with published figures")
     args = p.parse_intermixed_args(argv)
     free = args.command in ("bench", "corrupt")
     args.paths = [w for w in args.words if free and "=" not in w]
@@ -5303,11 +6235,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def configure(args: argparse.Namespace) -> Config:
     """The Config of the command: for eval and report the run's own file, else the recipe."""
-    words = [*args.words, *([f"eval.sets={args.set}"] if args.set else [])]
+    words = [*args.words, *([f"eval.sets={args.set}"] if args.set else []),
+             *([f"eval.models={args.model}"] if args.model else [])]
     cfg = resolve(args.recipe, words, args.config)
     if args.command in (*TRAINING, "bench", "corrupt", "sets"):
         return cfg
-    if args.model and not args.run and not any(w.startswith("run=") for w in words):
+    if cfg.eval.models and not args.run and not any(w.startswith("run=") for w in words):
         return dataclasses.replace(cfg, run="models")
     run = Path(args.run.split(",")[0]) if args.run else cfg.dir
     if (run / "config.yaml").is_file():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -1168,9 +1169,9 @@ def test_changed_settings_do_not_overwrite_a_run(demo, stage, old, monkeypatch, 
 def test_classes_that_do_not_match_the_set_are_refused(demo, tmp_path, monkeypatch, capsys):
     cwd, _ = demo
     monkeypatch.chdir(cwd)
-    make_tree(tmp_path, n=1)
+    make_tree(tmp_path, n=1, splits=("",))
     line = fails(capsys, "eval", "--run", "runs/demo", "--set", f"folder:{tmp_path}")
-    assert "original has 10 classes" in line and "needs 2" in line
+    assert "not the outputs of original, teacher, APT, LP, ERPM, and there are no training" in line
 
 
 def test_two_runs_of_one_seed_are_not_averaged():
@@ -1562,6 +1563,491 @@ def test_labels_of_points_cover_no_other_label(tmp_path):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+# ---- SETS ----
+
+def colour(k):
+    """The colour that stands for ImageNet class k: its three decimal digits."""
+    return tuple(25 * (k // d % 10) + 12 for d in (100, 10, 1))
+
+
+def encoded(k, kind="JPEG", size=(20, 14), frame=0):
+    """The file of a picture in class k's colour, with a red frame of `frame` px."""
+    picture = ImageOps.expand(Image.new("RGB", size, colour(k)), frame, (255, 0, 0))
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+def colour_net(x):
+    """Reads the class off the picture.  Every fifth class is answered louder by another one."""
+    middle = x[:, :, x.shape[2] // 2, x.shape[3] // 2].long() // 25
+    k = (middle * torch.tensor([100, 10, 1], device=x.device)).sum(1)
+    z = torch.zeros(len(x), 1000, device=x.device).scatter_(1, k[:, None], 2.0)
+    louder = torch.where(k % 5 == 0, (k * 37 + 11) % 1000, k)
+    return z.scatter_(1, louder[:, None], torch.where(k % 5 == 0, 3.0, 2.0)[:, None])
+
+
+def mini_imagenet(root):
+    """Every set of the ImageNet family in miniature below `root`, with the archives' names: about
+    5,000 solid pictures whose colour tells the class."""
+    root, names = Path(root), erpm.synsets()
+    jpeg, place = [encoded(k) for k in range(1000)], {s: k for k, s in enumerate(names)}
+
+    def put(folder, files):
+        os.makedirs(root / folder, exist_ok=True)
+        for name, data in files:
+            with open(root / folder / name, "wb") as f:
+                f.write(data)
+
+    for k, s in enumerate(names):
+        put(f"imagenet/val/{s}", [(f"ILSVRC2012_val_{i:08d}.JPEG", jpeg[k])
+                                  for i in range(1 + k % 2)])
+        put(f"sketch/{s}", [("sketch_0.JPG" if k % 2 else "sketch_0.JPEG", jpeg[k])])
+        for variant in ("matched-frequency", "threshold0.7", "top-images")[:1 + 2 * (k < 20)]:
+            put(f"imagenetv2-{variant}-format-val/{k}", [("a.jpeg", jpeg[k])])
+    for part in "ar":
+        for i, s in enumerate(erpm.synsets(part)):
+            put(f"imagenet-{part}/{s}", [(f"{n}.jpg", jpeg[place[s]]) for n in range(1 + i % 2)])
+    for folder, ids in erpm.OBJECTNET.items():
+        put(f"objectnet-1.0/images/{folder}",
+            [(f"{i}.png", encoded(i, "PNG", (30, 40), 2)) for i in ids])
+    put("objectnet-1.0/images/air_freshener", [("0.png", encoded(0, "PNG", frame=2))])
+    for corruption in erpm.CORRUPTIONS_15:
+        for severity in range(1, 6):
+            for k in (3, 10, 500, 999):
+                put(f"ImageNet-C/{corruption}/{severity}/{names[k]}", [("0.JPEG", jpeg[k])])
+    put("imagenet/val/__MACOSX", [("._x.JPEG", b"no picture")])
+    put("imagenet-a", [(".DS_Store", b""), ("README.txt", b"")])
+    put(f"imagenet-r/{erpm.synsets('r')[0]}", [("._0.jpg", b"no picture")])
+    return root
+
+
+def slow_count(files, groups):
+    """(n, correct) of colour_net, by the obvious loop: files (path, class number in `groups`),
+    groups: the network's outputs of each class."""
+    correct = 0
+    for path, y in files:
+        with Image.open(path) as im:
+            middle = im.convert("RGB").getpixel((im.width // 2, im.height // 2))
+        k = sum(c // 25 * d for c, d in zip(middle, (100, 10, 1)))
+        score = {k: 2.0} | ({(k * 37 + 11) % 1000: 3.0} if k % 5 == 0 else {})
+        best = [max(score.get(i, 0.0) for i in ids) for ids in groups]
+        correct += best.index(max(best)) == y
+    return len(files), correct
+
+
+def slow_set(root, name):
+    """(files, groups) of a miniature set, for slow_count, with none of erpm's code but the class
+    lists."""
+    names = list(erpm.synsets())
+    groups = {"imagenet-a": [[names.index(s)] for s in erpm.synsets("a")],
+              "imagenet-r": [[names.index(s)] for s in erpm.synsets("r")],
+              "objectnet": list(erpm.OBJECTNET.values())}
+    base, _, part = name.partition("@")
+    own = groups.get({"": name, "objectnet": "objectnet"}.get(part, f"imagenet-{part}"),
+                     [[k] for k in range(1000)])
+    folder = {"imagenet": "imagenet/val", "imagenet-sketch": "sketch", "imagenet-a": "imagenet-a",
+              "imagenet-v2": "imagenetv2-matched-frequency-format-val",
+              "imagenet-v2-threshold": "imagenetv2-threshold0.7-format-val",
+              "imagenet-v2-top": "imagenetv2-top-images-format-val", "imagenet-r": "imagenet-r",
+              "objectnet": "objectnet-1.0/images"}[base]
+    files = []
+    for path in sorted((root / folder).glob("*/*")):
+        where = path.parent.name
+        if path.name.startswith(".") or where == "__MACOSX":
+            continue
+        if name == "objectnet":
+            if where in erpm.OBJECTNET:
+                files.append((path, list(erpm.OBJECTNET).index(where)))
+            continue
+        k = int(where) if "v2" in base else names.index(where)
+        files += [(path, y) for y, ids in enumerate(own) if k in ids]
+    return files, own
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    return mini_imagenet(tmp_path_factory.mktemp("mini"))
+
+
+def partial_data(root, **more):
+    return erpm.Data(root=str(root), allow_partial=True, **{"size_px": 32} | more)
+
+
+MINI_SETS = {"imagenet": 1500, "imagenet-v2": 1000, "imagenet-v2-threshold": 20,
+             "imagenet-v2-top": 20, "imagenet-a": 300, "imagenet-r": 300, "imagenet-sketch": 1000,
+             "objectnet": 125, "imagenet@a": None, "imagenet@r": None, "imagenet@objectnet": None}
+
+
+def mini_figures(root):
+    """Figures of colour_net on every miniature set, and on a cell of ImageNet-C's files."""
+    sets = {name: erpm.open_set(name, partial_data(root)) for name in [*MINI_SETS, "imagenet-c"]}
+    sets["imagenet-c"] = erpm.open_cell(sets["imagenet-c"], ("fog", 3))[0]
+    return {name: erpm.evaluate(colour_net, s, batch=64) for name, s in sets.items()}
+
+
+@pytest.fixture(scope="module")
+def one_process(mini):
+    return mini_figures(mini)
+
+
+@pytest.mark.parametrize("name, n", MINI_SETS.items())
+def test_every_set_of_the_miniature_imagenet_scores_as_a_slow_count_does(mini, one_process, name,
+                                                                         n):
+    images, got = erpm.open_set(name, partial_data(mini)), one_process[name]
+    files, groups = slow_set(mini, name)
+    want = slow_count(files, groups)
+    assert (got["n"], got["correct"]) == want and images.partial and len(images) == len(files)
+    assert n in (None, want[0]) and 0 < want[1] < want[0]
+    assert len(images.classes) == len(groups)
+    per_class = {"imagenet": 50}.get(name.partition("@")[0], 0)
+    assert "@" not in name or images.expected == per_class * sum(map(len, groups))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_any_number_of_processes_counts_the_miniature_imagenet_alike(mini, one_process, tmp_path,
+                                                                     n):
+    def work(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank,
+                                world_size=n)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(mini_figures(mini)))
+        dist.destroy_process_group()
+
+    fork = torch.multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(rank,), daemon=True) for rank in range(n)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(120)
+    assert [w.exitcode for w in workers] == [0] * n
+    assert all(json.loads((tmp_path / f"{rank}.json").read_text()) == one_process
+               for rank in range(n))
+
+
+def test_objectnet_has_113_classes_125_outputs_and_no_red_frame(mini):
+    ids = [i for many in erpm.OBJECTNET.values() for i in many]
+    assert (len(erpm.OBJECTNET), len(ids), len(set(ids))) == (113, 125, 125)
+    assert sum(len(many) > 1 for many in erpm.OBJECTNET.values()) == 9
+    assert list(erpm.OBJECTNET) == sorted(erpm.OBJECTNET)
+    for name in ("objectnet", "objectnet-c"):
+        images = erpm.open_set(name, partial_data(mini), view=erpm.View(32, 1.0, squash=True))
+        x, y, index = images.__getitems__([(0, p) for p in range(0, 125, 6)])
+        want = torch.tensor([colour(int(Path(images.paths[i]).stem)) for i in index])
+        assert torch.equal(x, want[:, :, None, None].to(torch.uint8).expand_as(x))
+    assert (images.made, images.view) == ("regenerated", erpm.View())
+    with pytest.raises(erpm.UserError, match="no training split"):
+        erpm.open_set("objectnet", partial_data(mini), "train")
+
+
+def test_imagenet_c_is_read_from_disk_cell_by_cell(mini):
+    images = erpm.open_set("imagenet-c", partial_data(mini), view=erpm.View(288, 0.9, "bicubic"))
+    assert (images.made, images.view, len(images)) == ("disk", erpm.View(224, 1.0), 4)
+    assert images.cells_dir == mini / "ImageNet-C"
+    for cell in erpm.cells("imagenet-c"):
+        cut, rest = erpm.open_cell(images, cell)
+        assert rest is None and cut.y.tolist() == [3, 10, 500, 999] and cut.partial
+        assert all(f"/{cell[0]}/{cell[1]}/" in p for p in cut.paths)
+    assert erpm.evaluate(colour_net, cut)["correct"] == 2          # 10 and 500 are drowned out
+    few = erpm.open_cell(images.subset(2), cell)[0]
+    assert np.array_equal(few.index, images.subset(2).index)
+    with pytest.raises(erpm.UserError, match="4 images in .*gaussian_noise/1, expected 50,000"):
+        erpm.open_set("imagenet-c", erpm.Data(root=str(mini)))
+
+
+def test_a_224_px_file_of_imagenet_c_is_not_touched(tmp_path):
+    for c, s in erpm.cells("imagenet-c"):                          # the tars' groups in between
+        group = ("noise", "blur", "weather", "digital")[
+            (erpm.CORRUPTIONS_15.index(c) >= np.array([3, 7, 11])).sum()]
+        folder = tmp_path / "imagenet-c" / group / c / str(s) / "n01440764"
+        folder.mkdir(parents=True)
+        (folder / "ILSVRC2012_val_00000293.JPEG").write_bytes(b"")
+    x = images(1, 224)[0]
+    file = tmp_path / "imagenet-c/weather/fog/3/n01440764/ILSVRC2012_val_00000293.JPEG"
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=85)
+    cut, _ = erpm.open_cell(erpm.open_set("imagenet-c", partial_data(tmp_path)), ("fog", 3))
+    want = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    assert torch.equal(cut.__getitems__([(0, 0)])[0][0], want)
+
+
+def test_an_archive_that_lacks_cells_is_refused(tmp_path, mini):
+    for c in ("fog", "snow"):
+        (tmp_path / "Tiny-ImageNet-C" / c / "1/n01443537").mkdir(parents=True)
+    with pytest.raises(erpm.UserError, match=r"73 of the 75 cells .* \(gaussian_noise/1, "):
+        erpm.open_set("tiny-imagenet-c", partial_data(tmp_path))
+
+
+def test_without_an_archive_cells_are_made_from_the_benchmarks_own_view(mini, tmp_path):
+    (tmp_path / "imagenet").symlink_to(mini / "imagenet")
+    view = erpm.View(336, 1.0, "bicubic", squash=True)
+    images = erpm.open_set("imagenet-c", partial_data(tmp_path), view=view)
+    assert (images.made, images.view) == ("regenerated", erpm.View(224, 0.875, "bilinear"))
+    assert erpm.open_cell(images, ("fog", 1)) == (images, ("fog", 1))
+    clean = erpm.open_set("imagenet", partial_data(tmp_path, size_px=0), view=view)
+    assert (clean.made, clean.view) == ("", view)
+    assert erpm.open_cell(clean, None) == (clean, None)
+
+
+def test_a_half_unpacked_set_is_refused_with_both_counts(mini, monkeypatch):
+    data = erpm.Data(root=str(mini), size_px=32)
+    with pytest.raises(erpm.UserError, match="1,500 images in .*val, expected 50,000"):
+        erpm.open_set("imagenet", data)
+    with pytest.raises(erpm.UserError, match="1,500 images in .*val, expected 50,000"):
+        erpm.open_set("imagenet@a", data)
+    row = erpm.dataclasses.replace(erpm.SETS["imagenet"], n_test=1500)
+    monkeypatch.setitem(erpm.SETS, "imagenet", row)
+    assert not erpm.open_set("imagenet", data).partial
+
+
+def test_sets_and_parts_that_do_not_exist_are_named(mini):
+    for name, says in (("imagenet@b", "unknown part of ImageNet 'b'"),
+                       ("imagenet-c@a", "unknown set of all of ImageNet's classes"),
+                       ("cifar10@a", "unknown set of all"), ("imagenet-d", "did you mean")):
+        with pytest.raises(erpm.UserError, match=says):
+            erpm.open_set(name, partial_data(mini))
+    with pytest.raises(erpm.Absent, match="looked for .*tiny-imagenet-200.*cs231n"):
+        erpm.open_set("tiny-imagenet", partial_data(mini))
+
+
+def test_a_folder_that_is_no_class_of_the_set_is_refused(tmp_path):
+    names = erpm.synsets("r")
+    make_tree(tmp_path / "imagenet-r", (names[0], "n00000001"), n=1, splits=("",))
+    with pytest.raises(erpm.UserError, match="n00000001 is none of its 200 classes"):
+        erpm.open_set("imagenet-r", partial_data(tmp_path))
+    make_tree(tmp_path / "imagenet-v2", ("0", "1000"), n=1, splits=("",))
+    with pytest.raises(erpm.UserError, match="1000 is none of its 1000 classes"):
+        erpm.open_set("imagenet-v2", partial_data(tmp_path))
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("imagenet", "ILSVRC2012/val"), ("imagenet", "ILSVRC/Data/CLS-LOC/val"), ("imagenet", "val"),
+    ("imagenet", "ImageNet/ILSVRC2012_img_val"), ("imagenet-a", "ImageNet_A/imagenet-a"),
+    ("imagenet-r", "ImageNet-R"), ("imagenet-sketch", "ImageNet-Sketch/sketch"),
+    ("imagenet-sketch", "imagenet-sketch"), ("imagenet-v2", "ImageNetV2-matched-frequency"),
+    ("imagenet-v2-top", "imagenet-v2/imagenetv2-top-images-format-val")])
+def test_folders_are_found_under_their_usual_names(tmp_path, name, folder):
+    part = {"imagenet-a": "a", "imagenet-r": "r"}.get(name, "")
+    put_files(tmp_path / folder, {f"{erpm.synsets(part)[7]}/x.JPEG": encoded(7)})
+    s = erpm.open_set(name, partial_data(tmp_path))
+    assert s.y.tolist() == [7] and s.source == str(tmp_path / folder)
+
+
+def put_files(root, files):
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+class FakeScipy:
+    """Stands for scipy.io: `loadmat` gives what `content` says of a file's name."""
+
+    def __init__(self, monkeypatch, content):
+        monkeypatch.setitem(sys.modules, "scipy", self)
+        monkeypatch.setitem(sys.modules, "scipy.io", self)
+        self.io, self.content = self, content
+
+    def loadmat(self, path, squeeze_me):
+        if not Path(path).is_file():
+            raise FileNotFoundError(path)
+        return self.content[Path(path).name]
+
+
+VAL = {f"ILSVRC2012_val_{i:08d}.JPEG": k for i, k in ((1, 65), (2, 970), (4, 809), (5, 0))}
+VAL_LINES = ("n01751748", "n09193705", "n02105855", "n04263257", "n01440764")   # of images 1 to 5
+DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
+
+
+@pytest.mark.parametrize("where, truth, text", [
+    ("ILSVRC/Data/CLS-LOC/val", "LOC_val_solution.csv", "ImageId,PredictionString\n" + "".join(
+        f"{n[:-5]},{erpm.synsets()[k]} 85 1 499 272 {erpm.synsets()[k]} 0 0 9 9 \n"
+        for n, k in reversed(VAL.items()))),
+    ("imagenet/val", "imagenet/val.txt", "".join(f"{n} {k}\n" for n, k in VAL.items())),
+    ("val", "caffe_ilsvrc12/val.txt", "".join(f"{n} {k}\n" for n, k in VAL.items())),
+    ("imagenet/ILSVRC2012_img_val", "imagenet/imagenet_2012_validation_synset_labels.txt",
+     "\n".join(VAL_LINES) + "\n"),
+    ("ILSVRC2012/val", "ILSVRC2012/synset_labels.txt", "\n".join(VAL_LINES)),
+    ("imagenet/val", f"imagenet/ILSVRC2012_devkit_t12/data/{DEVKIT}", "490\n361\n171\n822\n449\n"),
+])
+def test_flat_validation_images_get_their_labels_from_any_public_file(
+        tmp_path, monkeypatch, where, truth, text):
+    ids = {490: 65, 361: 970, 171: 230, 822: 809, 449: 0}
+    FakeScipy(monkeypatch, {"meta.mat": {"synsets": [
+        {"ILSVRC2012_ID": i, "WNID": erpm.synsets()[k]} for i, k in ids.items()]
+        + [{"ILSVRC2012_ID": 1001, "WNID": "n00001740"}]}})        # a node above the 1000 classes
+    put_files(tmp_path / where, {n: encoded(k) for n, k in VAL.items()})
+    put_files(tmp_path, {truth: text, truth.replace(DEVKIT, "meta.mat") + " ": b""})
+    if DEVKIT in truth:
+        put_files(tmp_path, {truth.replace(DEVKIT, "meta.mat"): b""})
+    s = erpm.open_set("imagenet", partial_data(tmp_path))
+    assert {Path(p).name: y for p, y in zip(s.paths, s.y.tolist())} == VAL
+    assert s.y.tolist() == sorted(VAL.values())                    # as class folders would be
+
+
+def test_flat_validation_images_without_a_usable_ground_truth_say_what_is_wanted(
+        tmp_path, monkeypatch):
+    put_files(tmp_path / "imagenet/val", {n: encoded(k) for n, k in VAL.items()})
+
+    def fails_with(says, **files):
+        put_files(tmp_path / "imagenet", files)
+        with pytest.raises(erpm.UserError, match=says):
+            erpm.open_set("imagenet", partial_data(tmp_path))
+
+    fails_with("holds no class folders: .*LOC_val_solution.csv")
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    fails_with("needs scipy: pip install scipy, or put LOC_val", **{DEVKIT: "490\n"})
+    FakeScipy(monkeypatch, {})
+    fails_with("no file .*meta.mat", **{DEVKIT: "490\n"})
+    fails_with("does not name .*00000004.JPEG", **{"val.txt": "\n".join(
+        f"{n} {k}" for n, k in VAL.items() if "4" not in n)})
+    fails_with("50000 is no label of ImageNet", **{                # ImageSets/CLS-LOC: a counter
+        "val.txt": "ILSVRC2012_val_00000001 1\nILSVRC2012_val_00050000 50000\n"})
+    (tmp_path / "imagenet/val.txt").unlink()
+    for path in (tmp_path / "imagenet/val").iterdir():             # names that end in the synset
+        path.rename(path.with_name(f"{path.stem}_{erpm.synsets()[VAL[path.name]]}.JPEG"))
+    s = erpm.open_set("imagenet", partial_data(tmp_path))
+    assert s.y.tolist() == sorted(VAL.values())
+
+
+def small_row(monkeypatch, name, **changes):
+    monkeypatch.setitem(erpm.SETS, name, erpm.dataclasses.replace(erpm.SETS[name], **changes))
+
+
+@pytest.mark.parametrize("layout", ("annotations", "folders", "folders/images"))
+def test_tiny_imagenet_is_read_as_published_or_sorted(tmp_path, monkeypatch, layout):
+    small_row(monkeypatch, "tiny-imagenet", n_train=4, n_test=3, n_classes=2)
+    top, wnids = tmp_path / "tiny-imagenet-200", ("n02124075", "n01443537")   # not in text order
+    put_files(top, {"wnids.txt": "\n".join(wnids), "test/images/test_0.JPEG": encoded(0)} | {
+        f"train/{w}/images/{w}_{i}.JPEG": encoded(1, size=(64, 64)) for w in wnids for i in (0, 1)})
+    of = dict(zip(("val_0.JPEG", "val_1.JPEG", "val_2.JPEG"), (wnids[0], wnids[1], wnids[0])))
+    middle = {"annotations": "images/", "folders": "{}/", "folders/images": "{}/images/"}[layout]
+    put_files(top / "val", {middle.format(w) + n: encoded(2, size=(64, 64)) for n, w in of.items()}
+              | {"val_annotations.txt": "".join(f"{n}\t{w}\t0\t32\t44\t62\n"
+                                                for n, w in of.items())})
+    (top / "val/images").mkdir(exist_ok=True)
+    s = erpm.open_set("tiny-imagenet", erpm.Data(root=str(tmp_path)), view=erpm.View(224))
+    assert s.classes == sorted(wnids) and s.view == erpm.View(64, 1.0) and not s.partial
+    assert {Path(p).name: s.classes[y] for p, y in zip(s.paths, s.y)} == of
+    assert erpm.open_set("tiny-imagenet", erpm.Data(root=str(tmp_path)), "train").y.tolist() == [
+        0, 0, 1, 1]
+    want = torch.from_numpy(np.array(Image.open(s.paths[0]))).permute(2, 0, 1)
+    assert torch.equal(s.__getitems__([(0, 0)])[0][0], want)
+
+
+def test_tiny_imagenet_c_and_cifar_c_are_read_from_disk(tmp_path, monkeypatch):
+    small_row(monkeypatch, "tiny-imagenet", n_test=2, n_classes=2)
+    small_row(monkeypatch, "cifar10", n_test=4)
+    rng, data = np.random.default_rng(0), erpm.Data(root=str(tmp_path))
+    folder, y = tmp_path / "CIFAR-10-C", np.tile(np.array([3, 8, 8, 0], np.uint8), 5)
+    folder.mkdir()
+    np.save(folder / "labels.npy", y)
+    arrays = {}
+    for c, s in erpm.cells("cifar10-c"):
+        if s == 1:
+            arrays[c] = rng.integers(0, 256, (20, 32, 32, 3), np.uint8)
+            np.save(folder / f"{c}.npy", arrays[c])
+        put_files(tmp_path / "Tiny-ImageNet-C" / c / str(s), {
+            "n02124075/a.JPEG": encoded(s, size=(64, 64)), "n01443537/b.JPEG": encoded(9)})
+    images = erpm.open_set("cifar10-c", data)
+    assert (images.made, images.cells_dir, images.partial) == ("disk", folder, False)
+    for c, s in (("fog", 1), ("jpeg_compression", 5)):
+        cut, rest = erpm.open_cell(images, (c, s))
+        x = cut.__getitems__([(0, p) for p in range(4)])[0]
+        assert rest is None and cut.y.tolist() == [3, 8, 8, 0]
+        assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), arrays[c][4 * s - 4:4 * s])
+    np.save(folder / "labels.npy", y[:-1])
+    with pytest.raises(erpm.UserError, match="holds 20 images, labels.npy 19"):
+        erpm.open_cell(images, ("fog", 1))
+    cut, _ = erpm.open_cell(erpm.open_set("tiny-imagenet-c", data), ("snow", 4))
+    assert [Path(p).name for p in cut.paths] == ["b.JPEG", "a.JPEG"] and cut.y.tolist() == [0, 1]
+
+
+def test_flowers_take_the_official_split_with_train_and_val_to_train_on(tmp_path, monkeypatch):
+    data, top = erpm.Data(root=str(tmp_path)), tmp_path / "flowers-102"
+    small_row(monkeypatch, "flowers102", n_train=2, n_test=3)
+    put_files(top, {f"jpg/image_{i:05d}.jpg": encoded(i) for i in range(1, 6)})
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(erpm.UserError, match="needs scipy: pip install scipy, or class folders"):
+        erpm.open_set("flowers102", data)
+    splits = {"trnid": np.array([4]), "valid": np.array([1]), "tstid": np.array([5, 2, 3])}
+    labels = {"labels": np.array([77, 1, 102, 1, 5])}
+    FakeScipy(monkeypatch, {"imagelabels.mat": labels, "setid.mat": splits})
+    with pytest.raises(erpm.UserError, match="no file .*imagelabels.mat"):
+        erpm.open_set("flowers102", data)
+    put_files(top, {"imagelabels.mat": b"", "setid.mat": b""})
+    test, train = erpm.open_set("flowers102", data), erpm.open_set("flowers102", data, "train")
+    assert test.y.tolist() == [4, 0, 101] and train.y.tolist() == [0, 76]
+    assert [Path(p).name for p in test.paths] == [f"image_0000{i}.jpg" for i in (5, 2, 3)]
+    assert test.classes[0] == "pink primrose" and len(test.classes) == 102
+    (top / "jpg/image_00003.jpg").unlink()
+    with pytest.raises(erpm.UserError, match="2 images in .*flowers-102, expected 3"):
+        erpm.open_set("flowers102", data)
+
+
+@pytest.mark.parametrize("name, halves, n", [
+    ("flowers102", ("train", "valid", "test"), 4), ("sun397", ("train", "val"), 2),
+    ("places205", ("train", "val"), 2), ("inaturalist2021", ("train_mini", "val"), 2),
+    ("inaturalist2021", ("../2021_train_mini", "../2021_valid"), 2)])
+def test_transfer_sets_are_read_from_class_folders(tmp_path, monkeypatch, name, halves, n):
+    small_row(monkeypatch, name, n_train=n, n_test=2, n_classes=2)
+    for h in halves:
+        put_files(tmp_path / name / h, {"b/1.jpg": encoded(1), "a/1.jpg": encoded(0)})
+    data = erpm.Data(root=str(tmp_path))
+    test, train = erpm.open_set(name, data), erpm.open_set(name, data, "train")
+    assert test.classes == train.classes == ["a", "b"] and test.y.tolist() == [0, 1]
+    assert len(train) == n and halves[-1].split("/")[-1] in test.source
+    small_row(monkeypatch, name, n_classes=3)
+    with pytest.raises(erpm.UserError, match="2 classes in .*, expected 3"):
+        erpm.open_set(name, partial_data(tmp_path))
+
+
+@pytest.mark.parametrize("where", ("SUN397", "SUN397/Partitions", "Partitions"))
+def test_sun397_and_places205_go_by_their_lists(tmp_path, monkeypatch, where):
+    small_row(monkeypatch, "sun397", n_train=1, n_test=2, n_classes=2)
+    small_row(monkeypatch, "places205", n_train=1, n_test=3, n_classes=2)
+    data = erpm.Data(root=str(tmp_path))
+    put_files(tmp_path / where, {
+        "ClassName.txt": "/a/abbey\n/a/apse/indoor\n", "Training_01.txt": "/a/abbey/sun_1.jpg\n",
+        "Testing_01.txt": "/a/apse/indoor/sun_2.jpg\r\n/a/abbey/sun_3.jpg\r\n"})
+    put_files(tmp_path / "SUN397/a", {
+        n: encoded(5) for n in ("abbey/sun_1.jpg", "abbey/sun_3.jpg", "apse/indoor/sun_2.jpg",
+                                "abbey/sun_of_no_split.jpg")})
+    test, train = erpm.open_set("sun397", data), erpm.open_set("sun397", data, "train")
+    assert test.classes == ["abbey", "apse/indoor"] and test.y.tolist() == [1, 0]
+    assert train.paths == [str(tmp_path / "SUN397/a/abbey/sun_1.jpg")]
+    lists = "trainvalsplit_places205/" * (where == "SUN397")
+    deep = "data/vision/torralba/deeplearning/images256/" * (where != "Partitions")
+    put_files(tmp_path / "places205", {
+        f"{lists}train_places205.csv": "y/yard/gsun_1.jpg 1\n", f"{lists}val_places205.csv":
+        "y/yard/gsun_2.jpg 1\na/abbey/gsun_3.jpg 0\na/abbey/gsun_4.jpg 0\n"} | {
+        f"{deep}{p}": encoded(3) for p in ("y/yard/gsun_1.jpg", "y/yard/gsun_2.jpg",
+                                           "a/abbey/gsun_3.jpg", "a/abbey/gsun_4.jpg")})
+    test, train = erpm.open_set("places205", data), erpm.open_set("places205", data, "train")
+    assert test.classes == ["abbey", "yard"] and test.y.tolist() == [1, 0, 0]
+    assert train.y.tolist() == [1] and train.paths[0].endswith("y/yard/gsun_1.jpg")
+
+
+def test_sets_check_opens_every_image_and_lists_the_broken_ones(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_row(monkeypatch, "tiny-imagenet", n_test=2, n_classes=2)
+    for name in ("imagenet-v2", "shapes", "shapes-r"):
+        small_row(monkeypatch, name, n_test=2)
+    put_files(tmp_path / "data/imagenet-v2", {"0/a.jpg": encoded(0), "999/a.jpg": encoded(1)})
+    for c, s in erpm.cells("tiny-imagenet-c"):
+        put_files(tmp_path / "data/Tiny-ImageNet-C" / c / str(s), {
+            "n02124075/a.JPEG": encoded(s), "n01443537/b.JPEG": encoded(9)})
+    words = ["sets", "--check", "data.workers=1"]
+    assert erpm.main(words) == 0
+    assert "156 images opened" in capsys.readouterr().out
+    cut = tmp_path / "data/Tiny-ImageNet-C/fog/2/n02124075/a.JPEG"
+    cut.write_bytes(encoded(0, size=(90, 90))[:700])               # ends in the middle
+    (tmp_path / "data/imagenet-v2/0/a.jpg").write_bytes(b"no picture")
+    assert erpm.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out.count("cannot read the image") == 2 and str(cut.relative_to(tmp_path)) in out
+    assert "2 faults in the sets" in err and err.count("\n") == 1
+    line = next(t for t in out.splitlines() if t.startswith("| imagenet-v2 "))
+    assert [c.strip() for c in line.split("|")][2:6] == ["2", "2", "1000", "data/imagenet-v2"]
+
+
 # ---- ANY BACKBONE ----
 
 TINY_TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1}
@@ -1872,3 +2358,292 @@ def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypa
     for name in (name, "open_clip:ViT-B-32-quickgelu/openai"):
         with pytest.raises(erpm.UserError, match=f"weights of {name} could not be loaded.*PATH"):
             erpm.build(name)
+
+
+# ---- METRICS, LINEAR PROBES, ANY MODEL ON ANY SET ----
+
+def slow_figures(p, y):
+    """Counts, NLL and calibration error of probabilities, image by image."""
+    correct = correct5 = nll = 0
+    bins = [[0, 0, 0.0] for _ in range(15)]
+    edges = torch.linspace(0, 1, 16)
+    for row, label in zip(p, y.tolist()):
+        ranked = sorted(range(len(row)), key=lambda k: (-float(row[k]), k))
+        confidence = row[ranked[0]]
+        right = ranked[0] == label
+        correct, correct5 = correct + right, correct5 + (label in ranked[:5])
+        nll -= math.log(float(row[label]))
+        for b, lo, hi in zip(bins, edges[:-1], edges[1:]):
+            if lo < confidence <= hi:
+                b[0], b[1], b[2] = b[0] + 1, b[1] + right, b[2] + float(confidence)
+    ece = sum(n / len(p) * abs(c / n - s / n) for n, c, s in bins if n)
+    return {"correct": correct, "correct5": correct5,
+            "nll": pytest.approx(nll / len(p), abs=2e-5), "ece": pytest.approx(ece, abs=2e-6)}
+
+
+def shown(classes, n, project=None):
+    return erpm.ImageSet("x", np.arange(n) * 7 % classes, map(str, range(classes)), erpm.View(32),
+                         images=images(n), project=project)
+
+
+def test_figures_of_a_plain_network_are_those_of_a_slow_loop():
+    data = shown(9, 60, erpm.Project([[0, 3], 1, 2, 4, 5, 6, 7, 8, [9, 10]]))
+    z = (3 * torch.randn(60, 11, generator=erpm.rng("z"))).round() / 2               # many ties
+    at = {bytes(x.numpy()): k for k, x in enumerate(data.images)}
+    predict = lambda x: z[[at[bytes(i.numpy())] for i in x]]                          # noqa: E731
+    got = erpm.evaluate(predict, data, batch=16, amp="none")
+    p = data.project(z).softmax(-1)
+    assert got == {"n": 60, **slow_figures(p, torch.tensor(data.y))}
+
+
+@pytest.mark.parametrize("passes, dropout", [(4, 0.3), (0, 0.3), (4, 0.0)])
+def test_figures_of_every_rule_are_those_of_a_slow_loop(passes, dropout):
+    s, data = student(dropout=dropout), shown(5, 50)
+    s.tuned.heads["robust"][-1].fc.bias.data[1] += 0.3
+    y, f = torch.tensor(data.y), s.features(data.images / 255)
+    s.features = lambda x: type(s).features(s, x / 255)
+    got = erpm.evaluate(s, data, batch=16, passes=passes, amp="none")
+    assert ("product" in got["rules"]) == bool(dropout) and len(got["rules"]) == (
+        len(erpm.RULES) + bool(passes) if dropout else len(erpm.RULES) - len(erpm.NEEDS_SIGMA))
+    for rule, found in got["rules"].items():
+        closed = rule.endswith("(closed form)")
+        mean, sigma, logits = s.moments(f, 0 if closed else passes)
+        rule = rule.removesuffix(" (closed form)")
+        head = erpm.select(mean, sigma, rule, logits=logits, y=y)
+        assert found == {**slow_figures(erpm.answer(mean, sigma, head, rule), y),
+                         "heads": torch.bincount(head, minlength=3).tolist()}
+    assert got["kl"] == pytest.approx(erpm.divergence(s.moments(f, passes)[0]).mean(0).tolist(),
+                                      abs=1e-5)
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_lower_bin():
+    edges = torch.linspace(0, 1, 16)
+    sums = erpm.tally(*torch.zeros(2, 15, 1), edges[1:, None])[0]
+    assert sums[4:19].tolist() == [1] * 15 and sums[:4].tolist() == [15, 15, 0, 0]
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    z = torch.zeros(16, 5)
+    z[3, 2] = math.nan
+    with pytest.raises(erpm.UserError, match="not finite .* for 1 of 16 images"):
+        erpm.evaluate(lambda x: z, shown(5, 16))
+
+
+def test_the_held_out_part_is_a_share_of_every_class():
+    y = np.random.default_rng(0).permutation([0] * 40 + [1] * 20 + [2] * 3 + [3])
+    out = erpm.held_out(y)
+    assert np.bincount(y[out], minlength=4).tolist() == [6, 3, 1, 0]
+    assert (erpm.held_out(y) == out).all() and (erpm.held_out(y, 1) != out).any()
+
+
+def blobs(n=90, d=4, c=3):
+    g = erpm.rng("blobs")
+    y = torch.arange(n) % c
+    x = torch.randn(c, d, generator=g)[y] + torch.randn(n, d, generator=g)
+    return x * torch.tensor([1.0, 10, 0.1, 1]) + 5, y
+
+
+def test_a_linear_probe_is_the_optimum_that_slow_gradient_descent_finds(monkeypatch):
+    x, y = blobs()
+    weight, bias, l2 = erpm.linear_probe(x, y, 3, l2s=(0.01,))
+    u = ((x - x.mean(0)) / x.std(0, correction=0)).double()
+    w = torch.zeros(3, 5, dtype=torch.double, requires_grad=True)
+    for _ in range(3000):
+        loss = F.cross_entropy(u @ w[:, :4].T + w[:, 4], y) + 0.005 * w[:, :4].square().sum()
+        w = (w - torch.autograd.grad(loss, w)[0]).detach().requires_grad_()
+    slow, ours = (u @ w[:, :4].T + w[:, 4]).softmax(-1), (x @ weight.T + bias).softmax(-1)
+    assert l2 == 0.01 and torch.allclose(slow.float(), ours, atol=1e-4)
+    monkeypatch.setattr(erpm, "PROBE_LOGITS", 24)                                  # small chunks
+    assert torch.allclose(erpm.linear_probe(x, y, 3, l2s=(0.01,))[0], weight, rtol=1e-4)
+
+
+def test_the_strength_of_a_probe_is_the_best_on_the_held_out_part():
+    x, y = blobs()
+    x = torch.cat([x, torch.randn(90, 60, generator=erpm.rng("noise"))], 1)
+    out = torch.from_numpy(erpm.held_out(y.numpy()))
+    losses = {}
+    for l2 in erpm.PROBE_L2:
+        u = (x - x.mean(0)) / x.std(0, correction=0)
+        w, b, _ = erpm.linear_probe(u[~out], y[~out], 3, l2s=(l2,))
+        losses[l2] = float(F.cross_entropy(u[out] @ w.T + b, y[out]))
+    chosen = erpm.linear_probe(x, y, 3)[2]
+    assert losses[chosen] <= min(losses.values()) + 0.02 and 1e-6 < chosen < 10
+
+
+def test_features_of_each_head_and_its_linear_layer_are_that_head():
+    s, x = student(), images(4) / 255
+    with torch.no_grad():
+        for p in s.tuned.parameters():
+            p += 0.05 * torch.rand(p.shape, generator=erpm.rng("p", tuple(p.shape)))
+        for name, z in s(x)._asdict().items():
+            h = erpm.frozen_features(s, name)(x)
+            assert torch.equal(s.tuned.heads[name][-1].fc(h), z)
+        net = tiny_net()
+        assert torch.equal(net[-1](erpm.frozen_features(s, "original")(x)), net(x))
+        assert torch.equal(net[-1](erpm.frozen_features(net)(x)), net(x))
+
+
+def test_a_network_answers_itself_on_its_own_classes_alone(tmp_path):
+    make_tree(tmp_path / "a", erpm.SHAPES[::-1], n=1)           # sorted: other order, other classes
+    make_tree(tmp_path / "b", n=1)
+    make_tree(tmp_path / "c", n=1, splits=("",))
+    cfg = erpm.Config(data=erpm.Data(size_px=32, n_test=4))
+
+    def head(home, name, classes=10, project=None):
+        net = erpm.build("cifar:resnet8", classes)
+        data = erpm.open_set(name, cfg.data) if name.startswith(("folder", "shapes")) else \
+            shown(classes, 4, project)
+        return erpm.head_for(erpm.Entry("x", net, "", {}, home), name, data, cfg)
+
+    folder = f"folder:{tmp_path}/"
+    for home, name, classes in [("shapes", "shapes-r", 10), ("cifar10", "cifar10-c", 10),
+                                ("imagenet", "imagenet-v2", 1000), (folder + "b", folder + "c", 2),
+                                (folder + "b", f"folder-c:{tmp_path}/b", 2)]:
+        assert head(home, name, classes) == "own", (home, name)
+    assert head("imagenet", "imagenet-r", 1000, erpm.Project([0, 1])) == "own"
+    for home, name, classes in [("cifar10", "fashion-mnist", 10), ("", "shapes", 10),
+                                ("shapes", folder + "a", 10), ("imagenet", "cifar10", 10)]:
+        assert head(home, name, classes) == "linear probe (clean)", (home, name)
+    with pytest.raises(erpm.UserError, match="has 7 classes and shapes needs 10"):
+        head("shapes", "shapes", 7)
+
+
+def test_all_and_companions_name_the_sets():
+    assert erpm.with_companions(["imagenet-a", "imagenet@r", "imagenet-r"]) == [
+        "imagenet-a", "imagenet@a", "imagenet@r", "imagenet-r"]
+    names = erpm.all_sets("cifar10")
+    assert {*erpm.SETS, "cifar10-c"} == set(names)
+
+
+def test_the_networks_of_the_analysis_exist():
+    import open_clip
+    import timm
+    names = erpm.resolve("analysis", []).eval.models.split(",")
+    known = {f"timm:{n}" for n in timm.list_pretrained()} | {
+        f"open_clip:{n}/{tag}" for n, tag in open_clip.list_pretrained()}
+    assert len(names) == 13 and set(names) <= known
+
+
+TIMING = ("seconds", "images_per_s", "processes")
+
+
+def untimed(run):
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in result_rows(run)]
+
+
+@pytest.fixture(scope="module")
+def three_networks(tmp_path_factory):
+    """A Student and a plain network of shapes, and a file of unknown origin; a set of four classes
+    and one of two images; what one process makes of them."""
+    cwd, net = tmp_path_factory.mktemp("any"), erpm.build("cifar:resnet8-s2", 10)
+    key = {"key": {"data": {"name": "shapes"}}}
+    s = erpm.Student(net, 2, 1, 0.2)
+    erpm.save_weights(cwd / "s/model.safetensors", s, erpm.describe(s, **key))
+    erpm.save_weights(cwd / "p/model.safetensors", net, erpm.describe(net, **key))
+    erpm.save_weights(cwd / "foreign.safetensors", net.net, {})
+    make_tree(cwd / "four", "abcd", n=6)
+    make_tree(cwd / "two", n=1)
+    words = ["eval", "--model", "run:s,run:p,cifar:resnet8-s2=foreign.safetensors", "--set",
+             "shapes,shapes-r,folder:four,folder:two", "data.n_test=50", "data.n_train=100",
+             "eval.batch=16", "eval.passes=2", "data.size_px=32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        torch.set_num_threads(1)
+        assert erpm.main([*words, "out=one"]) == 0
+    return cwd, words
+
+
+def test_a_set_of_other_classes_is_probed(three_networks):
+    rows = untimed(three_networks[0] / "one/models")
+    heads = {(r["label"], r["set"]): r["head"] for r in rows}
+    assert len(rows) == len(heads) == 12
+    for (label, name), head in heads.items():
+        own = name.startswith("shapes") and label.startswith("run:")
+        assert head == ("own" if own else "linear probe (clean)")
+    probe = next(r for r in rows if (r["label"], r["set"]) == ("run:s", "folder:four"))
+    assert "rules" not in probe and probe["probe"].startswith("folder:four, 24 images, ")
+    assert probe["trained_on"] == "shapes" and probe["passes"] is None and probe["n"] == 24
+
+
+def test_1_2_and_3_processes_give_the_same_rows_to_the_last_digit(three_networks):
+    cwd, words = three_networks
+    jobs = [subprocess.Popen(
+        [sys.executable, *TORCHRUN[:-1], str(n), str(HERE / "erpm.py"), *words, f"out={n}"],
+        cwd=cwd, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for n in (2, 3)]
+    for n, job in zip((2, 3), jobs):
+        assert job.wait(300) == 0, job.stderr.read()
+        assert {r["processes"] for r in result_rows(cwd / f"{n}/models")} == {n}
+        assert untimed(cwd / f"{n}/models") == untimed(cwd / "one/models")
+
+
+def test_an_interrupted_eval_goes_on_to_the_same_rows(three_networks, monkeypatch):
+    cwd, words = three_networks
+    monkeypatch.chdir(cwd)
+    whole, calls = erpm.evaluate_all, []
+
+    def some(*a, **kw):
+        calls.append(a)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return whole(*a, **kw)
+
+    monkeypatch.setattr(erpm, "evaluate_all", some)
+    assert erpm.main([*words, "out=half"]) == 130
+    file = cwd / "half/models/results.jsonl"
+    file.write_text(file.read_text() + file.read_text()[:100])           # a row cut off by a crash
+    assert erpm.main([*words, "out=half"]) == 0
+    assert untimed(cwd / "half/models") == untimed(cwd / "one/models") and len(calls) == 13
+    monkeypatch.setattr(erpm, "linear_probe", None)         # neither is a probe fitted again
+    assert erpm.main([*words, "out=half"]) == 0 and len(calls) == 13
+    (cwd / "half/models/probes").rename(cwd / "probes")
+    assert erpm.main([*words, "out=half"]) == 0 and len(calls) == 13
+
+
+def test_a_probe_is_kept_and_other_settings_make_new_rows(three_networks, monkeypatch):
+    cwd, words = three_networks
+    monkeypatch.chdir(cwd)
+    one = ["eval", "--model", "run:p", "--set", "folder:four", "eval.batch=16"]
+    monkeypatch.setattr(erpm, "linear_probe", lambda *a, **kw: pytest.fail("fitted again"))
+    (cwd / "kept/models").mkdir(parents=True)
+    (cwd / "kept/models/probes").symlink_to(
+        cwd / ("probes" if (cwd / "probes").is_dir() else "one/models/probes"))
+    assert erpm.main([*one, "out=kept", "data.size_px=32"]) == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(cwd)
+    for size, code, n in (33, None, 2), (32, None, 2), (32, {"erpm": "other"}, 3):
+        monkeypatch.setattr(erpm, "versions", erpm.versions if code is None else lambda: code)
+        assert erpm.main([*one, "out=kept", f"data.size_px={size}"]) == 0
+        assert len(result_rows(cwd / "kept/models")) == n
+
+
+def test_all_scores_what_is_there_and_refuses_what_is_half_there(
+        three_networks, tmp_path, monkeypatch, capsys):
+    cwd, _ = three_networks
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "--model", f"cifar:resnet8-s2={cwd}/foreign.safetensors", "--set", "all",
+             "data.n_test=10", "data.n_train=100"]
+    assert erpm.main(words) == 0
+    out = capsys.readouterr().out
+    assert [r["set"] for r in result_rows("runs/models")] == ["shapes", "shapes-r"]
+    assert re.search(r"^not there, left out .*fashion-mnist.*imagenet-a.*imagenet-c", out, re.M)
+    make_tree(tmp_path / "data/imagenet-a", erpm.synsets("a")[:2], n=1, splits=("",))
+    assert "2 images in data/imagenet-a, expected 7,500" in fails(capsys, *words)
+
+
+def test_weights_that_cannot_be_had_stop_the_loop_and_lose_nothing(
+        three_networks, monkeypatch, capsys):
+    cwd, _ = three_networks
+    monkeypatch.chdir(cwd)
+
+    def offline(*a, **kw):
+        raise OSError("no network")
+
+    import timm
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kw: offline()
+                        if pretrained else create(name, pretrained, **kw))
+    line = fails(capsys, "eval", "--model", "run:p,timm:resnet18.tv_in1k,run:s", "--set", "shapes",
+                 "out=lost", "data.n_test=10")
+    assert "timm:resnet18.tv_in1k: the weights of" in line and "--model run:p,run:s" in line
+    assert [r["label"] for r in result_rows("lost/models")] == ["run:p"]
