@@ -230,8 +230,8 @@ class Data:
 class Model:
     """The two networks.  A name with a pretrained tag (timm:resnet50.tv_in1k) loads its weights."""
     student: str = opt("cifar:resnet14-w2-s2", "the large network M of [A]")
-    head: str = opt("linear", "linear, or text = zero-shot, the embeddings of prompts classify: for "
-                              "networks with a text tower (open_clip:, clip-tiny:)")
+    head: str = opt("linear", "linear, or text = zero-shot, the embeddings of prompts classify: "
+                              "for networks with a text tower (open_clip:, clip-tiny:)")
     vocabulary: str = opt("", "file of texts that distill.anchor compares images with; empty = the "
                               "captions of the training images")
     templates: str = opt("", "file of prompt templates, a line each with {} for the class; empty = "
@@ -2448,7 +2448,9 @@ def class_side(name: str) -> tuple[str, str]:
 
 
 def one_side(images: ImageSet, side: str, classes: str) -> ImageSet:
-    """The images of the seen or the unseen classes.  classes: as data.classes.  Raises: UserError."""
+    """The images of the seen or the unseen classes.  classes: as data.classes.
+
+    Raises: UserError."""
     words = [w.strip() for w in classes.split(",") if w.strip()]
     if len(words) == 1 and words[0].isdigit():
         words = images.classes[:int(words[0])]
@@ -2456,8 +2458,8 @@ def one_side(images: ImageSet, side: str, classes: str) -> ImageSet:
         choose(dict.fromkeys(images.classes), w, f"class of {images.name} (data.classes)")
     keep = [k for k, c in enumerate(images.classes) if (c in words) == (side == "seen")]
     if images.project is not None or images.cells_dir is not None or len(keep) < 2:
-        raise UserError(f"{images.name}@{side}: {len(keep)} classes; data.classes={classes!r} has to "
-                        "leave two or more, of a set with classes of its own that is no -c archive")
+        raise UserError(f"{images.name}@{side}: {len(keep)} classes; data.classes={classes!r} has "
+                        "to leave two or more, of a set with classes of its own, no -c archive")
     out = images.only(keep)
     out.name = f"{images.name}@{side}"
     return out
@@ -2497,9 +2499,7 @@ def open_set(name: str, data: Data, split: str = "test", view: View = View()) ->
     (Absent) or incomplete."""
     whole, side = class_side(name)
     if side:
-        images = one_side(open_set(whole, dataclasses.replace(data, n_train=0, n_test=0), split,
-                                   view), side, data.classes)
-        return images.subset(data.n_train if split == "train" else data.n_test)
+        return one_side(open_set(whole, data, split, view), side, data.classes)
     base, corrupted = base_name(name)
     row = None if base.startswith("folder:") else set_row(base)
     view = row.view if row and row.view else View() if corrupted else view
@@ -2922,6 +2922,13 @@ def word_ids(texts: Sequence[str], length: int = 16) -> Tensor:
     return out
 
 
+def entailment(words: Tensor) -> Tensor:
+    """Whether text i has every word of text j, (N,N), from word_ids (N,L)."""
+    bags = words.new_zeros(len(words), N_WORDS, dtype=torch.float32).scatter_(1, words, 1.0)
+    bags[:, 0] = 0                                        # what stands behind the last word
+    return bags @ bags.T == bags.sum(1)
+
+
 class TinyClip(nn.Module):
     """A small image tower and a bag of words, trained together: the two towers of the demo.
 
@@ -2965,7 +2972,8 @@ def _tiny_towers(name: str, weights: str | None) -> Towers:
 
     def encode(texts: Sequence[str]) -> Tensor:
         return model.text.to(pick_device())(word_ids(texts).to(pick_device()))
-    return Towers(model.visual, encode, float(model.logit_scale.detach().clamp(max=math.log(100))), 0.0)
+    scale = min(float(model.logit_scale.detach()), math.log(100))
+    return Towers(model.visual, encode, scale, 0.0)
 
 
 def _open_clip_towers(name: str, weights: str | None) -> Towers:
@@ -2973,11 +2981,16 @@ def _open_clip_towers(name: str, weights: str | None) -> Towers:
     clip = open_clip_model(name, weights)
 
     def encode(texts: Sequence[str]) -> Tensor:
-        tokenizer = _from_hub(f"the tokenizer of open_clip:{name}", lambda: (
-            open_clip.get_tokenizer(name.partition("/")[0])))
+        try:
+            tokenizer = open_clip.get_tokenizer(name.partition("/")[0])
+        except Exception as e:                            # the hub's errors are of many kinds
+            raise UserError(f"the tokenizer of open_clip:{name} could not be had "
+                            f"({type(e).__name__}): it may want `pip install transformers` and, "
+                            "the first time, a network") from None
         return clip.to(pick_device()).encode_text(tokenizer(list(texts)).to(pick_device()))
-    bias = 0.0 if clip.logit_bias is None else float(clip.logit_bias.detach())
-    return Towers(_build_open_clip(name, None, False, clip), encode, float(clip.logit_scale.detach()), bias)
+    scale, bias = (0.0 if v is None else float(v.detach())
+                   for v in (clip.logit_scale, clip.logit_bias))
+    return Towers(_build_open_clip(name, None, False, clip), encode, scale, bias)
 
 
 TWO_TOWERS = {"clip-tiny": _tiny_towers, "open_clip": _open_clip_towers}
@@ -3010,8 +3023,8 @@ class Prompts:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         bad = [t for t in self.templates if t.count("{}") != 1]
         if bad or not self.templates or len(self.classes) < 2:
-            raise UserError(f"prompts: expected two classes or more and templates with one {{}} for "
-                            f"the class each, got {len(self.classes)} and {bad or 'no template'}")
+            raise UserError("prompts: expected two classes or more, and templates with one {} for "
+                            f"the class each; got {len(self.classes)}, {bad or self.templates}")
 
 
 def prompts_of(images: ImageSet, templates: str = "") -> Prompts:
@@ -3589,8 +3602,8 @@ class Student(nn.Module):
         if text is not None:
             tail[-1].fc = text
         if isinstance(tail[-1].fc, Embedding):
-            raise UserError(f"{getattr(net, 'name', type(net).__name__)} gives embeddings: build it "
-                            "with classes, or pass text=TextHead(...)")
+            raise UserError(f"{getattr(net, 'name', type(net).__name__)} gives embeddings: build "
+                            "it with classes, or pass text=TextHead(...)")
         self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
         self.original = freeze(tail)
         self.n_classes, self.dropout, self.name = (
@@ -3697,8 +3710,8 @@ class Student(nn.Module):
 
 def distillation(z: Tensor, teacher: Tensor, t: float) -> Tensor:
     """t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean."""
-    return t * t * F.kl_div(F.log_softmax(z.float() / t, -1), F.log_softmax(teacher.float() / t, -1),
-                            reduction="batchmean", log_target=True)
+    log_p, log_q = (F.log_softmax(v.float() / t, -1) for v in (teacher, z))
+    return t * t * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float,
@@ -3742,7 +3755,7 @@ def contrastive_loss(z: Tensor, pair: Tensor, entails: Tensor) -> Tensor:
     all that caption j says.  A caption that an image's own entails is true of it too, one that
     entails its own may be, and counts neither way; without such captions this is CLIP's loss."""
     true = entails[pair]                                                             # (B,K)
-    false = z.masked_fill(true | entails.T[pair], -math.inf)
+    false = z.masked_fill(true | entails.T[pair], torch.finfo(z.dtype).min)
     loss = F.softplus(false.logsumexp(1, True) - z) + F.softplus(false.logsumexp(0, True) - z)
     return loss[true].mean() / 2
 
@@ -4053,7 +4066,8 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     copies = 2 + {"adamw": 2, "sgd": 1}[cfg.optimizer] + bool(cfg.ema)
     say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, {n_trained:,} trained "
-        f"parameters ({4e-6 * copies * n_trained:.1f} MB with gradients and optimizer state)" + (f"; goes on at step {state.step:,}" if state.step else ""))
+        f"parameters ({4e-6 * copies * n_trained:.1f} MB with gradients and optimizer state)"
+        + (f"; goes on at step {state.step:,}" if state.step else ""))
     bar = progress(total * cfg.batch, name, state.step * cfg.batch)
     with Signals() as signals, bar:
         while state.step < total:
@@ -4099,16 +4113,12 @@ def clean_step(smoothing: float) -> Callable:
 
 def contrastive_step(captions: Sequence[str]) -> Callable:
     """Contrastive training of a TinyClip; the labels of the images are places in captions."""
-    words = word_ids(captions)
-    bags = torch.zeros(len(captions), N_WORDS).scatter_(1, words, 1.0)
-    bags[:, 0] = 0                                        # the filling behind the last word
-    entails = bags @ bags.T == bags.sum(1)                # i has every word of j
+    every = word_ids(captions)
 
     def step(model, batch):
-        used, pair = batch.y.cpu().unique(return_inverse=True)
-        device = batch.x.device
-        z = model(batch.x, words[used].to(device))
-        return contrastive_loss(z, pair.to(device), entails[used][:, used].to(device)), {}
+        used, pair = batch.y.unique(return_inverse=True)
+        words = every[used.cpu()].to(batch.x.device)
+        return contrastive_loss(model(batch.x, words), pair, entailment(words)), {}
     return step
 
 
@@ -4310,14 +4320,16 @@ def evaluate(predict: Callable, images: ImageSet | str, cell: tuple[str, int] | 
     return evaluate_all({"": predict}, images, cell, **options)[""]
 
 
-def zero_shot(model: nn.Module, images: ImageSet, cache: Path | None = None) -> nn.Module:
-    """A network with a text head for the classes of that set, under the templates that it has;
-    itself where these are its classes, and where it has no text head.
+def zero_shot(model: nn.Module, images: ImageSet, templates: str = "",
+              cache: Path | None = None) -> nn.Module:
+    """A network with a text head for the classes of that set; itself where these are its classes,
+    and where it has no text head.
 
-    cache: folder that keeps class embeddings.  Raises: UserError without the text tower's file."""
+    templates: as prompts_of.  cache: folder that keeps class embeddings.
+    Raises: UserError without the text tower's file."""
     if getattr(model, "prompts", None) is None:
         return model
-    prompts = dataclasses.replace(prompts_of(images), templates=model.prompts.templates)
+    prompts = prompts_of(images, templates)
     if prompts == model.prompts:
         return model
     weight = class_embeddings(model.name, model.towers, prompts, cache)
@@ -4526,8 +4538,9 @@ def _class_names(name: str, data: Data) -> tuple[str, ...]:
 
 
 def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
-    """How a network answers on a set: "zero-shot" with a text head for its classes; "own" where its outputs are the set's classes, that is on
-    sets of the family that it was trained on and on folders of the same class names; otherwise
+    """How a network answers on a set: "zero-shot" with a text head, made for the set's classes;
+    "own" where its outputs are the set's classes, that is on sets of the family that it was
+    trained on and on folders of the same class names; otherwise
     "linear probe (HEAD)", HEAD being eval.probe of a Student and clean of a plain network.
 
     Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
@@ -4632,13 +4645,20 @@ def _probe(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
     return net
 
 
+def _headed(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
+    """The network of a row with the head that the row names."""
+    if row["probe"]:
+        return _probe(e, row, job, cfg, out)
+    return zero_shot(e.model, job.images, cfg.model.templates, out / "text")
+
+
 def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> None:
     """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known.  A probe
     is fitted when the first row that needs it is missing."""
     file, done = out / "results.jsonl", from_first(lambda: _done(out))
     todo = [(name, cell) for name in jobs for cell in cells(name)]
     n_of = {name: len(job.images) for name, job in jobs.items()}
-    probes: dict[tuple, nn.Module] = {}
+    headed: dict[tuple, nn.Module] = {}
     with progress(sum(min(n_of[n], cfg.eval.n_cell or n_of[n]) if cell else n_of[n]
                       for n, cell in todo), "eval") as bar:
         for i, (name, cell) in enumerate(todo):
@@ -4652,12 +4672,12 @@ def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path
             if not pending:
                 bar.update(len(images))
                 continue
-            models = {e.label: zero_shot(e.model, jobs[name].images, out / "text")
-                      for e in pending}
-            for e in (e for e in pending if rows[e.label]["probe"]):
-                key = (e.label, rows[e.label]["probe"])
-                probes[key] = models[e.label] = probes.get(key) or _probe(
-                    e, rows[e.label], jobs[name], cfg, out)
+            models = {}
+            for e in pending:
+                key = (e.label, rows[e.label]["probe"] or name)
+                if key not in headed:
+                    headed[key] = _headed(e, rows[e.label], jobs[name], cfg, out)
+                models[e.label] = headed[key]
             with Signals() as signals:
                 since = time.perf_counter()
                 found = evaluate_all(models, images, corruption, batch=cfg.eval.batch,
@@ -5591,7 +5611,7 @@ def net_for(cfg: Config, name: str, images: ImageSet, weights: str | None) -> Ne
         return build(name, len(images.classes), weights)
     cache = cfg.dir / "text"
     if weights and "prompts" in read_meta(weights) and "both towers" not in read_meta(weights):
-        return zero_shot(load(weights), images, cache)
+        return zero_shot(load(weights), images, cfg.model.templates, cache)
     return zero_shot_net(name, prompts_of(images, cfg.model.templates), weights, cache)
 
 
@@ -5743,8 +5763,12 @@ def preflight(cfg: Config, training: bool) -> None:
     for base in (base_name(name)[0] for name in default_sets(cfg) if name != "all"):
         if not base.startswith("folder:"):
             set_row(base)
+    for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates),
+                      ("model.vocabulary", cfg.model.vocabulary)):
+        if file:
+            read_lines(file, key)
     if training and cfg.model.head == "text" and not has_text(cfg.model.student):
-        two_towers(cfg.model.student)
+        two_towers(cfg.model.student)                                            # says what has
     if training:
         for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
             read_meta(path)
@@ -5752,7 +5776,8 @@ def preflight(cfg: Config, training: bool) -> None:
             tag_classes(name)
         cut(named(cfg.model.student, 2, "random"), cfg.distill.tune)
         teacher, weights = named(cfg.model.teacher, 2, "random"), cfg.model.teacher_weights
-        if weights and lacks_head(teacher, weights):
+        text = cfg.model.head == "text" and has_text(cfg.model.teacher)
+        if weights and not text and lacks_head(teacher, weights):
             raise UserError(f"{weights} has no classifier: model.teacher_weights wants those of a "
                             "whole network, or leave it empty and let robustify make them")
         d = cfg.distill
@@ -5798,8 +5823,9 @@ def entries_of(cfg: Config) -> list[Entry]:
                                  ("teacher", m.teacher, m.teacher_weights)):
         if models and label not in labels and (weights or label == "original" and has_tag(name)):
             own = getattr(models[-1].model, "prompts", None)
-            net = zero_shot_net(name, own, weights or None, run / "text") if own and has_text(name) \
-                else named(name, models[-1].model.n_classes, weights or None)
+            net = zero_shot_net(name, own, weights or None, run / "text") \
+                if own and has_text(name) else \
+                named(name, models[-1].model.n_classes, weights or None)
             entries.append(entry(label, freeze(net), {}, home))
     return [*entries, *models]
 
@@ -5825,20 +5851,25 @@ def split_model(token: str) -> tuple[str, str]:
     return name, path
 
 
-def model_entry(token: str) -> Entry:
+def model_entry(token: str, cfg: Config) -> Entry:
     """A network of eval.models.  Its classes are those of the set that it was trained on, where it
-    is ours, and ImageNet's, where it is a public one with 1000 outputs; else it has none."""
+    is ours, and ImageNet's, where it is a public one with 1000 outputs; else it has none.  With
+    model.head=text one with a text tower is zero-shot: it takes the classes of each set."""
     name, path = split_model(token)
     meta = read_meta(path) if path else {}
     if name.startswith("run:"):
         at = Path(name[4:])
         meta = read_meta(at / "model.safetensors" if at.is_dir() else at)
     headless = not path and has_tag(name) and tag_classes(name) == 0     # MAE, DINOv2: for a probe
-    net = freeze(build(name, 1 if headless else meta.get("classes"), path or None))
+    if cfg.model.head == "text" and has_text(name):
+        first = next((n for n in default_sets(cfg) if n != "all"), "imagenet")
+        net = net_for(cfg, name, open_set(first, cfg.data), path or None)
+    else:
+        net = build(name, 1 if headless else meta.get("classes"), path or None)
     home = meta.get("key", {}).get("data", {}).get("name", "")
     if not home and name.startswith(("timm:", "torchvision:")) and net.n_classes == len(synsets()):
         home = "imagenet"
-    return entry(token, net, meta, home)
+    return entry(token, freeze(net), meta, home)
 
 
 def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
@@ -5854,7 +5885,7 @@ def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
         split_model(token)
     for token in tokens:
         try:
-            e = model_entry(token)
+            e = model_entry(token, cfg)
         except UserError as error:
             others = ",".join(t for t in tokens if t != token)
             raise UserError(f"{token}: {error}" + (
@@ -5868,7 +5899,7 @@ def _job(name: str, entries: list[Entry], view: View, cfg: Config,
     """A set ready to be scored; trains: the training splits that are open already."""
     images, home = open_set(name, cfg.data, view=view), family(name)
     able = [e for e in entries if getattr(e.model, "prompts", None)] \
-        if class_side(name)[1] == "unseen" else entries      # other heads know the seen classes only
+        if class_side(name)[1] == "unseen" else entries      # other heads know seen classes only
     heads = {e.label: head_for(e, name, images, cfg) for e in able}
     strange = [label for label, head in heads.items() if head.startswith("linear probe")]
     if not strange:
