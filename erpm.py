@@ -2908,6 +2908,16 @@ def _build_open_clip(name: str, classes: int | None, pretrained: bool,
                view=View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash"))
 
 
+TAGS = {"timm": ".", "torchvision": "/", "open_clip": "/"}       # what stands before a weights tag
+
+
+def has_tag(name: str) -> bool:
+    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k,
+    torchvision:resnet50/IMAGENET1K_V1 and open_clip:ViT-B-32-quickgelu/openai do."""
+    family, _, rest = name.partition(":")
+    return family in TAGS and TAGS[family] in rest
+
+
 # ---- two towers: images and text in one space ----------------------------------------------------
 
 N_WORDS = 4096
@@ -3105,14 +3115,6 @@ def zero_shot_net(name: str, prompts: Prompts, weights: str | None = None,
 
 FAMILIES = {"timm": _build_timm, "torchvision": _build_torchvision, "open_clip": _build_open_clip,
             "cifar": _build_cifar, "clip-tiny": _build_clip_tiny}
-TAGS = {"timm": ".", "torchvision": "/", "open_clip": "/"}       # what stands before a weights tag
-
-
-def has_tag(name: str) -> bool:
-    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k,
-    torchvision:resnet50/IMAGENET1K_V1 and open_clip:ViT-B-32-quickgelu/openai do."""
-    family, _, rest = name.partition(":")
-    return family in TAGS and TAGS[family] in rest
 
 
 def tag_classes(name: str) -> int | None:
