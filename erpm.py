@@ -174,6 +174,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     os.replace(part, path)
 
 
+def read_lines(path: Path | str, key: str) -> list[str]:
+    """The lines of a text file that are not empty.  Raises: UserError that names the key."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{key}: cannot read {path} ({e}): expected a text file, a line each") \
+            from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def file_sha(path: Path | str) -> str:
     """First 12 hex digits of the file's SHA-256."""
     with open(path, "rb") as f:
@@ -205,6 +215,11 @@ class Data:
     name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
     root: str = opt("data", "folder that holds the data sets")
     size_px: int = opt(0, "side of the square images in pixels; 0 = the set's or network's own")
+    classes: str = opt("", "classes to tune on: names joined by commas, or how many of the first; "
+                           "empty = all.  SET@seen and SET@unseen are the images of these and of "
+                           "the other classes")
+    names: str = opt("", "file of the classes' names for text prompts, a line each in label order; "
+                         "empty = the set's own (synsets: OpenAI's names for ImageNet)")
     n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all")
     n_test: int = opt(0, "images used at most of each evaluated set (likewise); 0 = all")
     allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
@@ -215,6 +230,12 @@ class Data:
 class Model:
     """The two networks.  A name with a pretrained tag (timm:resnet50.tv_in1k) loads its weights."""
     student: str = opt("cifar:resnet14-w2-s2", "the large network M of [A]")
+    head: str = opt("linear", "linear, or text = zero-shot, the embeddings of prompts classify: "
+                              "for networks with a text tower (open_clip:, clip-tiny:)")
+    vocabulary: str = opt("", "file of texts that distill.anchor compares images with; empty = the "
+                              "captions of the training images")
+    templates: str = opt("", "file of prompt templates, a line each with {} for the class; empty = "
+                             "OpenAI's 80 for ImageNet, else 'a photo of a {}.'")
     student_weights: str = opt("", "its weights file; empty = by tag, or made by pretrain")
     teacher: str = opt("cifar:resnet14-s2", "the small network M_t of [A]")
     teacher_weights: str = opt("", "weights of a ready robust teacher; empty = made by robustify")
@@ -266,6 +287,8 @@ class Distill(Train):
     dropout_in: str = opt("tail", "tail = tuned stages and classifiers as [A]; head = classifiers")
     alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation")
     temperature: float = opt(2.0, "softmax temperature of the distillation")
+    anchor: float = opt(0.0, "zero-shot: weight of the distillation of the initial network's view "
+                             "of the vocabulary (model.vocabulary) into every head; 0 = [A]")
 
 
 @dataclass(frozen=True)
@@ -427,6 +450,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"data.size_px: expected 0 or 32 to 512, got {cfg.data.size_px}")
     for key, value, known in (("distill.dropout_in", d.dropout_in, ("tail", "head")),
                               ("distill.method", d.method, METHODS),
+                              ("model.head", cfg.model.head, ("linear", "text")),
                               ("eval.probe", cfg.eval.probe,
                                ("clean", "combined", "robust", "original")),
                               ("runtime.amp", cfg.runtime.amp, ("auto", "bf16", "fp16", "none"))):
@@ -1604,16 +1628,18 @@ class ImageSet(torch.utils.data.Dataset):
 
     y: labels (n,).  project: the network's outputs that this set scores; None = all.
     view: how files become squares.  border_px: cut off on each side before (ObjectNet's frame).
+    captions: a sentence about each image, where there are some.  names: of the classes, in prompts.
     train: crops and flips at random instead of the view.
     made: "disk" or "regenerated" of a -c set, else "".  cells_dir: its archive, for open_cell.
     partial: the number of images is not the published one."""
 
     def __init__(self, name: str, y, classes: Sequence[str], view: View = View(), *, images=None,
                  paths=None, project: Project | None = None, border_px: int = 0,
-                 expected: int = 0, source: str = ""):
+                 expected: int = 0, source: str = "", captions: Sequence[str] = ()):
         self.name, self.classes, self.view, self.border_px = name, list(classes), view, border_px
         self.y, self.images, self.paths = np.asarray(y, np.int64), images, paths
         self.project, self.expected, self.source = project, expected, source
+        self.captions, self.names = list(captions), list(classes)
         self.index = np.arange(len(self.y))           # which of the set's images are in use
         self.train, self.seed = False, 0
         self.made, self.cells_dir, self.partial, self.allow_partial = "", None, False, False
@@ -1634,6 +1660,25 @@ class ImageSet(torch.utils.data.Dataset):
         if 0 < n < len(self):
             order = np.random.default_rng(fold("subset", self.name)).permutation(len(self))
             out.index = np.sort(self.index[order[:n]])
+        return out
+
+    def only(self, keep: Sequence[int]) -> ImageSet:
+        """The images of some classes, labelled by their places in keep."""
+        out, place = copy.copy(self), np.full(len(self.classes), -1)
+        place[list(keep)] = np.arange(len(keep))
+        out.y = place[self.y]
+        out.index = self.index[out.y[self.index] >= 0]
+        out.classes, out.names = ([words[k] for k in keep] for words in (self.classes, self.names))
+        out.expected = len(out.index)
+        return out
+
+    def captioned(self) -> ImageSet:
+        """The same images, with their distinct captions as classes; without captions the prompts
+        of their classes."""
+        lines = self.captions or [f"a photo of a {self.names[k]}." for k in self.y]
+        out = copy.copy(self)
+        out.classes, out.y = (a.tolist() if i == 0 else a for i, a in enumerate(
+            np.unique(lines, return_inverse=True)))
         return out
 
     def training(self, seed: int) -> ImageSet:
@@ -1846,6 +1891,13 @@ def _texture(u: Tensor, blot: Tensor, gx: Tensor, gy: Tensor) -> Tensor:
     return torch.where(kind == 3, torch.zeros(()), pattern) * 0.5 + 0.5
 
 
+def _shape_colours(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours (B,3) of shape and ground from u (B,128)."""
+    fore, back = u[:, 5:8], u[:, 8:11]
+    near = (fore - back).norm(dim=1, keepdim=True) < 0.5  # else shape and ground look alike
+    return torch.where(near, (back + 0.5) % 1.0, fore), back
+
+
 def _render_shapes(u: Tensor, k: int, size: int, style: str) -> Tensor:
     """uint8 images (B,3,size,size) of shape k from u (B,128): the nuisances are colour, texture,
     background, light, scale, rotation, place and occlusion."""
@@ -1856,9 +1908,7 @@ def _render_shapes(u: Tensor, k: int, size: int, style: str) -> Tensor:
     dx, dy = gx - (col(2) - 0.5) * 0.5, gy - (col(3) - 0.5) * 0.5
     x, y = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
     d = _shape_distance(k, x / scale, y / (scale * (0.8 + 0.4 * col(4))))
-    fore, back = u[:, 5:8], u[:, 8:11]
-    near = (fore - back).norm(dim=1, keepdim=True) < 0.5  # else shape and ground look alike
-    fore = torch.where(near, (back + 0.5) % 1.0, fore)
+    fore, back = _shape_colours(u)
     blot = _blotches(u[:, 64:128], s)[:, 0]
     inside = (d < 0).float()
     if style == "r":                                     # drawings: lines and hatching on paper
@@ -1897,11 +1947,34 @@ def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor,
     return x, y
 
 
+NAMED_COLOURS = {"black": (0, 0, 0), "white": (1, 1, 1), "grey": (.5, .5, .5),
+                 "red": (.9, .1, .1), "green": (.1, .8, .1), "blue": (.1, .1, .9),
+                 "yellow": (.9, .9, .1), "cyan": (.1, .9, .9), "purple": (.6, .1, .8),
+                 "pink": (.95, .5, .75), "orange": (1, .55, .1), "brown": (.5, .3, .1)}
+TEXTURES = ("striped", "checked", "blotchy", "plain")          # in the order of _texture's kinds
+CAPTIONS = (*["a photo of a {shape}."] * 2, "a photo of a {texture} {shape}.",
+            "a photo of a {colour} {texture} {shape}.")
+
+
+def caption_shapes(n: int, split: str) -> list[str]:
+    """What one would write under image i of make_shapes(n, ..., split): its shape, in some of them
+    the nearest name of its colour and its texture; a function of (split, i) alone."""
+    u = torch.from_numpy(uniforms(fold("shapes", split, ""), np.arange(n), 128))
+    colour = 0.8 * _shape_colours(u)[0] + 0.2 * u[:, 41:44]        # the texture's mean
+    near = torch.cdist(colour, torch.tensor(list(NAMED_COLOURS.values()), dtype=u.dtype)).argmin(1)
+    kind, form = (u[:, 39] * 4).long(), (u[:, 63] * len(CAPTIONS)).long()
+    return [CAPTIONS[f].format(shape=SHAPES[i % len(SHAPES)], colour=list(NAMED_COLOURS)[c],
+                               texture=TEXTURES[t])
+            for i, (f, c, t) in enumerate(zip(form.tolist(), near.tolist(), kind.tolist()))]
+
+
 def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     size, n = data.size_px or 32, row.n_train if split == "train" else row.n_test
     n = min(n, (data.n_train if split == "train" else data.n_test) or n)
     x, y = make_shapes(n, size, split, "r" if row.name == "shapes-r" else "")
-    return ImageSet(row.name, y, SHAPES, View(size), images=x, expected=n, source="procedural")
+    captions = caption_shapes(n, split) if split == "train" else ()
+    return ImageSet(row.name, y, SHAPES, View(size), images=x, expected=n, source="procedural",
+                    captions=captions)
 
 
 # ---- sets from disk ------------------------------------------------------------------------------
@@ -2365,8 +2438,39 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
 )}
 
 
+SIDES = ("seen", "unseen")
+
+
+def class_side(name: str) -> tuple[str, str]:
+    """(SET, SIDE) of SET@SIDE, the images of the classes of data.classes or of the others."""
+    whole, _, side = name.rpartition("@")
+    return (whole, side) if side in SIDES else (name, "")
+
+
+def one_side(images: ImageSet, side: str, classes: str) -> ImageSet:
+    """The images of the seen or the unseen classes.  classes: as data.classes.
+
+    Raises: UserError."""
+    words = [w.strip() for w in classes.split(",") if w.strip()]
+    if len(words) == 1 and words[0].isdigit():
+        words = images.classes[:int(words[0])]
+    for w in words:
+        choose(dict.fromkeys(images.classes), w, f"class of {images.name} (data.classes)")
+    keep = [k for k, c in enumerate(images.classes) if (c in words) == (side == "seen")]
+    if images.project is not None or images.cells_dir is not None or len(keep) < 2:
+        raise UserError(f"{images.name}@{side}: {len(keep)} classes; data.classes={classes!r} has "
+                        "to leave two or more, of a set with classes of its own, no -c archive")
+    out = images.only(keep)
+    out.name = f"{images.name}@{side}"
+    return out
+
+
 def base_name(name: str) -> tuple[str, bool]:
     """(the set that is read, whether it is corrupted): cifar10-c -> (cifar10, True)."""
+    whole, side = class_side(name)
+    if side:
+        base, is_corrupted = base_name(whole)
+        return f"{base}@{side}", is_corrupted
     if name.startswith(("folder:", "folder-c:")):
         return name.replace("folder-c:", "folder:", 1), name.startswith("folder-c:")
     if name not in SETS and name.endswith("-c") and name[:-2] in SETS:
@@ -2377,7 +2481,7 @@ def base_name(name: str) -> tuple[str, bool]:
 def set_row(base: str) -> SetRow:
     """The row of a set that is no folder; of SET@PART that of SET.  Raises: UserError with the
     nearest name, -c included."""
-    base, at, part = base.partition("@")
+    base, at, part = class_side(base)[0].partition("@")
     if not at:
         return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
     row = choose({n: r for n, r in SETS.items() if r.n_classes == 1000 and r.n_test % 1000 == 0},
@@ -2393,6 +2497,9 @@ def open_set(name: str, data: Data, split: str = "test", view: View = View()) ->
     then pictures are cut as the benchmark's were, whatever the network's view.  SET@PART: the
     images of a part's classes, scored over these.  Raises: UserError when it is unknown, absent
     (Absent) or incomplete."""
+    whole, side = class_side(name)
+    if side:
+        return one_side(open_set(whole, data, split, view), side, data.classes)
     base, corrupted = base_name(name)
     row = None if base.startswith("folder:") else set_row(base)
     view = row.view if row and row.view else View() if corrupted else view
@@ -2409,6 +2516,9 @@ def open_set(name: str, data: Data, split: str = "test", view: View = View()) ->
         images = complete(images, data.allow_partial)
         images.made = "regenerated" * corrupted
     images = of_part(images, part) if part else images
+    if data.names:
+        names = read_lines(data.names, "data.names")
+        images.names = names if len(names) == len(images.classes) else images.names
     return images.subset(data.n_train if split == "train" else data.n_test)
 
 
@@ -2421,13 +2531,14 @@ class Net(nn.Module):
     """A network that takes images and normalises and resizes them for itself.
 
     view: how it wants picture files to be cut for scoring.
+    prompts, towers: of a zero-shot network, see `zero_shot_net`.
     Shapes: x (B,3,H,W), uint8 or in [0, 1] -> logits (B, n_classes)."""
 
     def __init__(self, net: nn.Module, *, name: str, n_classes: int, mean=(0.5,) * 3,
                  std=(0.25,) * 3, size_px: int = 0, view: View = View()):
         super().__init__()
         self.net, self.name, self.n_classes, self.size_px = net, name, n_classes, size_px
-        self.view = view
+        self.view, self.prompts, self.towers = view, None, {}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -2450,6 +2561,34 @@ class Embedding(nn.Identity):
     def __init__(self, out_features: int):
         super().__init__()
         self.out_features = out_features
+
+
+class TextHead(nn.Module):
+    """Zero-shot classifier: exp(logit_scale) cos(h, class embedding) + logit_bias, in float32.
+
+    weight (C,D): the classes' embeddings; nothing here is trained.
+    Shapes: image embeddings h (B,D) -> logits (B,C).  Paper: [A] section 4.4."""
+
+    def __init__(self, weight: Tensor, logit_scale: float, logit_bias: float = 0.0):
+        super().__init__()
+        self.register_buffer("weight", F.normalize(weight.float(), dim=-1))
+        self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
+        self.register_buffer("logit_bias", torch.tensor(float(logit_bias)))
+
+    @property
+    def out_features(self) -> int:
+        return len(self.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            cosine = F.normalize(h.float(), dim=-1) @ self.weight.T
+            return self.logit_scale.exp() * cosine + self.logit_bias
+
+    def pull(self, h: Tensor, v: Tensor) -> Tensor:
+        """sum_j c_j dz_j/dh at h, for v = sum_j c_j weight_j; (B,D) each.  The part of v along h
+        drops out: a cosine does not change with the length of h."""
+        n = h.norm(dim=-1, keepdim=True)
+        return self.logit_scale.exp() * (v - (v * h).sum(-1, keepdim=True) * h / n.square()) / n
 
 
 class Tower(nn.Module):
@@ -2572,18 +2711,22 @@ def _head_keys(net: nn.Module) -> dict[str, Tensor]:
 
 def lacks_head(net: Net, path: str | Path) -> bool:
     """Whether the file has no classifier for net: an encoder's weights (CLIP, DINOv2, MAE)."""
-    return not read_meta(path) and not _head_keys(net.net).keys() & read_state(path).keys()
+    meta = read_meta(path)
+    return "both towers" in meta or (
+        not meta and not _head_keys(net.net).keys() & read_state(path).keys())
 
 
 def load_weights(module: nn.Module, path: str | Path, new_head: bool = False) -> dict:
     """Loads the file into the module, strictly, and returns its meta.
 
-    A file without our meta is taken for the inner network's, that of a whole CLIP model for its
-    visual tower's.  new_head: a file of an encoder alone leaves the classifier as it is.
+    A file without our meta is taken for the inner network's, that of two towers for its visual
+    tower's.  new_head: a file of an encoder alone leaves the classifier as it is.
     Raises: UserError that lists missing and unexpected keys."""
     meta, state = read_meta(path), read_state(path)
     target = module
-    if isinstance(module, Net) and not meta:
+    if isinstance(module, Net) and "both towers" in meta:
+        state = {k.removeprefix("visual.net."): v for k, v in state.items()}
+    if isinstance(module, Net) and (not meta or "both towers" in meta):
         target = module.net
         if isinstance(target, Tower) and "logit_scale" in state:
             state = {k: v for k, v in state.items() if k.startswith("visual.")}
@@ -2744,11 +2887,12 @@ def open_clip_model(name: str, weights: str | None = None) -> nn.Module:
     return net.eval()
 
 
-def _build_open_clip(name: str, classes: int | None, pretrained: bool) -> Net:
+def _build_open_clip(name: str, classes: int | None, pretrained: bool,
+                     clip: nn.Module | None = None) -> Net:
     """The visual tower of a CLIP model with a new linear head; without classes its embeddings."""
     import open_clip
     model, tag = _open_clip_tag(name)
-    clip = open_clip_model(name, None if pretrained else "random")
+    clip = clip or open_clip_model(name, None if pretrained else "random")
     clip.visual.output_tokens = False                     # CoCa's tower gives a pair otherwise
     width = open_clip.get_model_config(model)["embed_dim"]
     cfg = open_clip.get_model_preprocess_cfg(clip)
@@ -2764,8 +2908,6 @@ def _build_open_clip(name: str, classes: int | None, pretrained: bool) -> Net:
                view=View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash"))
 
 
-FAMILIES = {"timm": _build_timm, "torchvision": _build_torchvision, "open_clip": _build_open_clip,
-            "cifar": _build_cifar}
 TAGS = {"timm": ".", "torchvision": "/", "open_clip": "/"}       # what stands before a weights tag
 
 
@@ -2774,6 +2916,205 @@ def has_tag(name: str) -> bool:
     torchvision:resnet50/IMAGENET1K_V1 and open_clip:ViT-B-32-quickgelu/openai do."""
     family, _, rest = name.partition(":")
     return family in TAGS and TAGS[family] in rest
+
+
+# ---- two towers: images and text in one space ----------------------------------------------------
+
+N_WORDS = 4096
+
+
+def word_ids(texts: Sequence[str], length: int = 16) -> Tensor:
+    """Numbers 1..N_WORDS-1 of the texts' first words by hashing, 0 behind the last: (N,length)."""
+    out = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, text in zip(out, texts):
+        ids = [1 + fold(w) % (N_WORDS - 1) for w in re.findall(r"\w+", text.lower())[:length]]
+        row[:len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return out
+
+
+def entailment(words: Tensor) -> Tensor:
+    """Whether text i has every word of text j, (N,N), from word_ids (N,L)."""
+    bags = words.new_zeros(len(words), N_WORDS, dtype=torch.float32).scatter_(1, words, 1.0)
+    bags[:, 0] = 0                                        # what stands behind the last word
+    return bags @ bags.T == bags.sum(1)
+
+
+class TinyClip(nn.Module):
+    """A small image tower and a bag of words, trained together: the two towers of the demo.
+
+    Shapes: images (B,3,H,W), word_ids (N,L) -> scaled cosines (B,N)."""
+
+    def __init__(self, visual: Net):
+        super().__init__()
+        self.visual, width = visual, visual.net.fc.out_features
+        self.text = nn.Sequential(nn.EmbeddingBag(N_WORDS, 64, mode="mean", padding_idx=0),
+                                  nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, width))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        h, w = self.visual(x), self.text(words)
+        with torch.autocast(h.device.type, enabled=False):
+            h, w = F.normalize(h.float(), dim=-1), F.normalize(w.float(), dim=-1)
+            return self.logit_scale.exp().clamp(max=100) * h @ w.T
+
+
+def _build_clip_tiny(name: str, classes: int | None, pretrained: bool) -> Net:
+    """A cifar: network with an embedding of 64 dimensions, and a linear head if there are
+    classes."""
+    tower = _build_cifar(name, 64, False).net
+    fc = nn.Linear(64, classes) if classes else Embedding(64)
+    return Net(Tower(tower, fc), name=f"clip-tiny:{name}", n_classes=classes or 0)
+
+
+class Towers(NamedTuple):
+    """What a two-tower network is made of.  visual: images -> embeddings (B,D); encode: list of N
+    texts -> (N,D); neither is normalised."""
+    visual: Net
+    encode: Callable
+    logit_scale: float
+    logit_bias: float
+
+
+def _tiny_towers(name: str, weights: str | None) -> Towers:
+    model = TinyClip(_build_clip_tiny(name, None, False)).eval()
+    if weights not in (None, "", "random"):
+        load_strictly(model, read_state(weights), weights, f"clip-tiny:{name}")
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return model.text.to(pick_device())(word_ids(texts).to(pick_device()))
+    scale = min(float(model.logit_scale.detach()), math.log(100))
+    return Towers(model.visual, encode, scale, 0.0)
+
+
+def _open_clip_towers(name: str, weights: str | None) -> Towers:
+    import open_clip
+    clip = open_clip_model(name, weights)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        try:
+            tokenizer = open_clip.get_tokenizer(name.partition("/")[0])
+        except Exception as e:                            # the hub's errors are of many kinds
+            raise UserError(f"the tokenizer of open_clip:{name} could not be had "
+                            f"({type(e).__name__}): it may want `pip install transformers` and, "
+                            "the first time, a network") from None
+        return clip.to(pick_device()).encode_text(tokenizer(list(texts)).to(pick_device()))
+    scale, bias = (0.0 if v is None else float(v.detach())
+                   for v in (clip.logit_scale, clip.logit_bias))
+    return Towers(_build_open_clip(name, None, False, clip), encode, scale, bias)
+
+
+TWO_TOWERS = {"clip-tiny": _tiny_towers, "open_clip": _open_clip_towers}
+
+
+def has_text(name: str) -> bool:
+    """Whether the network comes with a text tower, so that prompts can name its classes."""
+    return name.partition(":")[0] in TWO_TOWERS
+
+
+def two_towers(name: str, weights: str | None = None) -> Towers:
+    """Both towers of clip-tiny:NAME or open_clip:NAME[/TAG], in eval mode.
+
+    weights: None = those of the tag, a file of both towers, or "random".  Raises: UserError."""
+    family, _, rest = name.partition(":")
+    if not has_text(name):
+        raise UserError(f"{name} has no text tower: prompts as classes want one of "
+                        f"{', '.join(f'{k}:NAME' for k in TWO_TOWERS)}")
+    return TWO_TOWERS[family](rest, weights)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Names of the classes, and templates whose {} stands for the name."""
+    classes: Sequence[str]
+    templates: Sequence[str] = ("a photo of a {}.",)
+
+    def __post_init__(self):
+        for field in ("classes", "templates"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        bad = [t for t in self.templates if t.count("{}") != 1]
+        if bad or not self.templates or len(self.classes) < 2:
+            raise UserError("prompts: expected two classes or more, and templates with one {} for "
+                            f"the class each; got {len(self.classes)}, {bad or self.templates}")
+
+
+def prompts_of(images: ImageSet, templates: str = "") -> Prompts:
+    """The prompts of a set's classes.  Names: of data.names; OpenAI's where the classes are synsets
+    (all 1000 where the set scores a part of them); else the classes' own, _ and - as spaces.
+    templates: a file; "" = OpenAI's 80 for ImageNet, else a photo of a {}."""
+    names, given = images.names, images.names != images.classes
+    lines = read_lines(templates, "model.templates") if templates else None
+    if images.project is not None or all(re.fullmatch(r"n\d{8}", c) for c in images.classes):
+        import open_clip
+        known, of = open_clip.IMAGENET_CLASSNAMES, {s: i for i, s in enumerate(synsets())}
+        if images.project is not None or not given:
+            names = known if images.project is not None else [
+                known[of[c]] if c in of else c for c in images.classes]
+        lines = lines or [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    elif not given:
+        names = [re.sub("[_-]+", " ", n) for n in names]
+    return Prompts(names, lines or Prompts.templates)
+
+
+@torch.no_grad()
+def text_weights(encode: Callable, prompts: Prompts, chunk: int = 512) -> Tensor:
+    """Class embeddings (C,D) of norm 1: of each class the mean over the templates of its normalised
+    prompt embeddings, normalised again.  encode: list of texts -> (N,D)."""
+    texts = [t.replace("{}", c) for c in prompts.classes for t in prompts.templates]
+    rows, bar = [], progress(len(texts), "prompts")
+    for i in range(0, len(texts), chunk):
+        rows.append(F.normalize(encode(texts[i:i + chunk]).float(), dim=-1))
+        bar.update(len(rows[-1]))
+    bar.close()
+    each = torch.cat(rows).unflatten(0, (len(prompts.classes), -1))                     # (C,T,D)
+    return F.normalize(each.mean(1), dim=-1).cpu()
+
+
+def class_embeddings(name: str, towers: dict, prompts: Prompts, cache: Path | None = None,
+                     encode: Callable | None = None) -> Tensor:
+    """text_weights of a network's own text tower, kept in the folder cache: it runs once.
+
+    name, towers: of the zero-shot network; encode: its text tower where it is at hand.
+    Raises: UserError when the towers' file is not what it was."""
+    key = fold(name, towers["sha"], list(prompts.classes), list(prompts.templates))
+    file = cache and cache / f"text-{key:016x}.safetensors"
+    if file and file.is_file():
+        with safe_open(file, "pt") as f:
+            return f.get_tensor("weight")
+    if encode is None:
+        if towers["sha"] == "random" or towers["file"] and (
+                not Path(towers["file"]).is_file() or file_sha(towers["file"]) != towers["sha"]):
+            raise UserError(f"{name}: its text tower is not in {towers['file'] or 'any file'}, so "
+                            "new classes cannot be named: put back the file that the student was "
+                            "made from")
+        encode = two_towers(name, towers["file"] or None).encode
+    weight = text_weights(encode, prompts)
+    if file and world()[0] == 0:
+        write_atomically(file, lambda p: save_file({"weight": weight}, p))
+    return weight
+
+
+def _text_headed(net: Net, head: TextHead, prompts: Prompts, towers: dict) -> Net:
+    """The visual tower with a text head in the place of its classifier."""
+    net.net.fc, net.n_classes, net.prompts, net.towers = head, len(head.weight), prompts, towers
+    return net.eval()
+
+
+def zero_shot_net(name: str, prompts: Prompts, weights: str | None = None,
+                  cache: Path | None = None) -> Net:
+    """The zero-shot network: a visual tower whose classifier are the embeddings of prompts.
+
+    weights: as two_towers takes them.  cache: folder that keeps the embeddings.
+    The network knows its prompts and where its text tower is: towers {"file", "sha"}."""
+    t = two_towers(name, weights)
+    random_ = weights == "random" or not weights and not has_tag(name)
+    file = "" if weights in (None, "", "random") else str(weights)
+    towers = {"file": file, "sha": "random" if random_ else file and file_sha(file)}
+    weight = class_embeddings(name, towers, prompts, None if random_ else cache, t.encode)
+    return _text_headed(t.visual, TextHead(weight, t.logit_scale, t.logit_bias), prompts, towers)
+
+
+FAMILIES = {"timm": _build_timm, "torchvision": _build_torchvision, "open_clip": _build_open_clip,
+            "cifar": _build_cifar, "clip-tiny": _build_clip_tiny}
 
 
 def tag_classes(name: str) -> int | None:
@@ -3248,16 +3589,23 @@ class Student(nn.Module):
     net: the pretrained network; its modules become the frozen backbone and clean head's teacher.
     tune: stages tuned; head: of these the last ones that each head has for itself.
     dropout_in: "tail" as [A] (tuned stages and classifiers), "head" = before the classifiers only.
+    text: a text head in the place of the net's classifier, for a visual tower of your own.
     forward(x) -> Heads; x (B,3,H,W) as net takes it."""
 
     def __init__(self, net: nn.Module, tune: int = 2, head: int = 2, dropout: float = 0.1,
-                 classes: int | None = None, *, dropout_in: str = "tail"):
+                 classes: int | None = None, text: TextHead | None = None, *,
+                 dropout_in: str = "tail"):
         super().__init__()
         if not 0 <= head <= tune:
             raise UserError(f"head = {head}: expected 0 to tune = {tune}")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout = {dropout}: expected 0 or more and less than 1")
         self.backbone, tail = cut(net, tune)
+        if text is not None:
+            tail[-1].fc = text
+        if isinstance(tail[-1].fc, Embedding):
+            raise UserError(f"{getattr(net, 'name', type(net).__name__)} gives embeddings: build "
+                            "it with classes, or pass text=TextHead(...)")
         self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
         self.original = freeze(tail)
         self.n_classes, self.dropout, self.name = (
@@ -3267,6 +3615,7 @@ class Student(nn.Module):
             raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: "
                             "train a head of that size first (pretrain with tune=0)")
         self.meta = {"tune": tune, "head": head, "dropout": dropout, "dropout_in": dropout_in}
+        self.prompts, self.towers = getattr(net, "prompts", None), getattr(net, "towers", {})
 
     def train(self, mode: bool = True):
         self.training = mode
@@ -3342,6 +3691,7 @@ class Student(nn.Module):
             p_top, top = p.max(-1, keepdim=True)
             mean_w = torch.zeros_like(whole).scatter(-1, at, p) @ w
             grad = p_top * (w[at.gather(-1, top)[:, 0]] - mean_w)                    # (B,D)
+            grad = last.fc.pull(h, grad) if isinstance(last.fc, TextHead) else grad
             q = self.dropout / (1 - self.dropout)
             return z, (q * (grad * h).square().sum(-1)).sqrt()
 
@@ -3360,16 +3710,19 @@ class Student(nn.Module):
 
 # ---- losses --------------------------------------------------------------------------------------
 
+def distillation(z: Tensor, teacher: Tensor, t: float) -> Tensor:
+    """t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean."""
+    log_p, log_q = (F.log_softmax(v.float() / t, -1) for v in (teacher, z))
+    return t * t * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
 def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float,
               smoothing: float = 0.0) -> Tensor:
     """(1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean.
 
     Paper: [A] eq. 3-4, "weighted sum of classification and distillation loss"; the form is ours."""
-    z, teacher = z.float(), teacher.float()
-    kl = F.kl_div(F.log_softmax(z / t, -1), F.log_softmax(teacher / t, -1), reduction="batchmean",
-                  log_target=True)
-    ce = F.cross_entropy(z, y, label_smoothing=smoothing)
-    return (1 - alpha) * ce + alpha * t * t * kl
+    ce = F.cross_entropy(z.float(), y, label_smoothing=smoothing)
+    return (1 - alpha) * ce + alpha * distillation(z, teacher, t)
 
 
 def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: float,
@@ -3388,12 +3741,35 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
     return clean | robust
 
 
+def anchor_loss(z: Heads, z0: Tensor, t: float) -> Tensor:
+    """Distillation into every head of what the initial model says of the clean images over a wide
+    vocabulary of texts: it keeps the space in which classes are named that tuning never shows.
+
+    Shapes: as erpm_loss, with one column a text.  Not in [A]."""
+    return (distillation(z.clean, z0, t) + distillation(z.robust, z0, t)
+            + distillation(z.combined, z0.repeat(2, 1), t))
+
+
+def contrastive_loss(z: Tensor, pair: Tensor, entails: Tensor) -> Tensor:
+    """Symmetric cross-entropy of images and captions, each true pair against the false ones.
+
+    Shapes: z (B,K) scaled cosines; pair (B,) each image's caption; entails (K,K): caption i says
+    all that caption j says.  A caption that an image's own entails is true of it too, one that
+    entails its own may be, and counts neither way; without such captions this is CLIP's loss."""
+    true = entails[pair]                                                             # (B,K)
+    false = z.masked_fill(true | entails.T[pair], torch.finfo(z.dtype).min)
+    loss = F.softplus(false.logsumexp(1, True) - z) + F.softplus(false.logsumexp(0, True) - z)
+    return loss[true].mean() / 2
+
+
 # ---- files of trained networks -------------------------------------------------------------------
 
 def describe(module: nn.Module, **more) -> dict:
     """The meta from which `load` builds the module again."""
     student = {"student": module.meta} if isinstance(module, Student) else {}
-    return {"name": module.name, "classes": module.n_classes, **student, **more}
+    text = {"prompts": dataclasses.asdict(module.prompts), "towers": module.towers} \
+        if module.prompts else {}
+    return {"name": module.name, "classes": module.n_classes, **student, **text, **more}
 
 
 def load(run: str | Path) -> nn.Module:
@@ -3410,13 +3786,32 @@ def load(run: str | Path) -> nn.Module:
     if not {"name", "classes"} <= set(meta):
         raise UserError(f"{path} was not written by erpm.py: use "
                         f"build(NAME, weights={str(path)!r})")
-    net = named(meta["name"], meta["classes"], "random")
+    prompts = Prompts(**meta["prompts"]) if "prompts" in meta else None
+    if "both towers" in meta:
+        return freeze(zero_shot_net(meta["name"], prompts, str(path)))
+    net = named(meta["name"], None if prompts else meta["classes"], "random")
+    if prompts:
+        towers, width = dict(meta["towers"]), net.net.fc.out_features
+        moved = path.with_name(Path(towers["file"]).name)            # a run's folder may be moved
+        if towers["file"] and not Path(towers["file"]).is_file() and moved.is_file():
+            towers["file"] = str(moved)
+        net = _text_headed(net, TextHead(torch.zeros(meta["classes"], width), 0), prompts, towers)
     module = Student(net, **meta["student"]) if "student" in meta else net
     load_weights(module, path)
     return freeze(module)
 
 
-def build(name: str | nn.Module, classes: int | None = None,
+def with_text(model: nn.Module, weight: Tensor, prompts: Prompts | None = None) -> nn.Module:
+    """The same zero-shot network or Student for other classes: all weights are shared, the class
+    embeddings (C,D) are new."""
+    out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    for head in (m for m in out.modules() if isinstance(m, TextHead)):
+        head.weight = F.normalize(weight.float(), dim=-1).to(head.weight.device)
+    out.n_classes, out.prompts = len(weight), prompts
+    return out
+
+
+def build(name: str | nn.Module, classes: int | Sequence[str] | Prompts | None = None,
           weights: str | None = None) -> nn.Module:
     """The network of that name, in eval mode.
 
@@ -3424,13 +3819,19 @@ def build(name: str | nn.Module, classes: int | None = None,
     "open_clip:ViT-B-32-quickgelu/openai" (a tag loads its pretrained weights), "cifar:resnet20-w2",
     "run:runs/x" (what that run made), or your own module, which is returned as it is.
     classes: number of outputs; None = the network's own.  A tag of other classes, or a file of an
-    encoder alone, comes with a new classifier.
+    encoder alone, comes with a new classifier.  Names of classes, or Prompts (names and templates),
+    make a zero-shot network of one with a text tower.
     weights: a file of ours, .safetensors or a plain state dict of torch.save, of the network or
     for open_clip of the whole CLIP model (OpenAI's archives too), loaded strictly; "random" = none.
     Raises: UserError on an unknown name and on weights that do not fit."""
     if isinstance(name, nn.Module):
         return name
-    return load(name[4:]) if name.startswith("run:") else named(name, classes, weights)
+    if name.startswith("run:"):
+        return load(name[4:])
+    if classes is None or isinstance(classes, int):
+        return named(name, classes, weights)
+    prompts = classes if isinstance(classes, Prompts) else Prompts(tuple(classes))
+    return zero_shot_net(name, prompts, weights)
 
 
 # ==== 8. TRAINING ====
@@ -3665,8 +4066,10 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     data = iter(loader(images.training(seed), batches, workers))
     meter = Meter(out / "log.jsonl", name, state, total, cfg)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies = 2 + {"adamw": 2, "sgd": 1}[cfg.optimizer] + bool(cfg.ema)
     say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, {n_trained:,} trained "
-        "parameters" + (f"; goes on at step {state.step:,}" if state.step else ""))
+        f"parameters ({4e-6 * copies * n_trained:.1f} MB with gradients and optimizer state)"
+        + (f"; goes on at step {state.step:,}" if state.step else ""))
     bar = progress(total * cfg.batch, name, state.step * cfg.batch)
     with Signals() as signals, bar:
         while state.step < total:
@@ -3710,6 +4113,17 @@ def clean_step(smoothing: float) -> Callable:
     return step
 
 
+def contrastive_step(captions: Sequence[str]) -> Callable:
+    """Contrastive training of a TinyClip; the labels of the images are places in captions."""
+    every = word_ids(captions)
+
+    def step(model, batch):
+        used, pair = batch.y.unique(return_inverse=True)
+        words = every[used.cpu()].to(batch.x.device)
+        return contrastive_loss(model(batch.x, words), pair, entailment(words)), {}
+    return step
+
+
 def robust_step(cfg: Robustify, n_classes: int) -> Callable:
     """AugMix training: cross-entropy on the clean view and JSD over three views; jsd = 0: cross-
     entropy on clean and augmented views.  mixup and cutmix mix images and labels before that."""
@@ -3738,8 +4152,12 @@ def erpm_step(student: Student, teacher: nn.Module, cfg: Distill, aug: Robustify
         f = student.features(torch.cat([x, xa]))
         with torch.no_grad():
             z0, zt = student.original(f[:b]), teacher(xa)
-        parts = erpm_loss(model(f, b), z0, zt, y, alpha=cfg.alpha, t=cfg.temperature,
-                          smoothing=cfg.smoothing)
+        z, c = model(f, b), zt.shape[-1]      # behind the classes: texts of the vocabulary, if any
+        parts = erpm_loss(Heads(*(h[:, :c] for h in z)), z0[:, :c], zt, y, alpha=cfg.alpha,
+                          t=cfg.temperature, smoothing=cfg.smoothing)
+        if z0.shape[-1] > c:
+            parts["anchor"] = cfg.anchor * anchor_loss(Heads(*(h[:, c:] for h in z)), z0[:, c:],
+                                                       cfg.temperature)
         return sum(parts.values()), parts
     return step
 
@@ -3902,6 +4320,22 @@ def evaluate(predict: Callable, images: ImageSet | str, cell: tuple[str, int] | 
     Raises: UserError, on outputs that are not finite too."""
     images = open_set(images, Data()) if isinstance(images, str) else images
     return evaluate_all({"": predict}, images, cell, **options)[""]
+
+
+def zero_shot(model: nn.Module, images: ImageSet, templates: str = "",
+              cache: Path | None = None) -> nn.Module:
+    """A network with a text head for the classes of that set; itself where these are its classes,
+    and where it has no text head.
+
+    templates: as prompts_of.  cache: folder that keeps class embeddings.
+    Raises: UserError without the text tower's file."""
+    if getattr(model, "prompts", None) is None:
+        return model
+    prompts = prompts_of(images, templates)
+    if prompts == model.prompts:
+        return model
+    weight = class_embeddings(model.name, model.towers, prompts, cache)
+    return with_text(model, weight, prompts)
 
 
 # ---- linear probes -------------------------------------------------------------------------------
@@ -4106,13 +4540,16 @@ def _class_names(name: str, data: Data) -> tuple[str, ...]:
 
 
 def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
-    """How a network answers on a set: "own" where its outputs are the set's classes, that is on
-    sets of the family that it was trained on and on folders of the same class names; otherwise
+    """How a network answers on a set: "zero-shot" with a text head, made for the set's classes;
+    "own" where its outputs are the set's classes, that is on sets of the family that it was
+    trained on and on folders of the same class names; otherwise
     "linear probe (HEAD)", HEAD being eval.probe of a Student and clean of a plain network.
 
     Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
     Raises: UserError where the number of outputs contradicts the network's own training set, and
     where a network that needs a probe cannot be cut."""
+    if getattr(entry.model, "prompts", None):
+        return "zero-shot"
     own = bool(entry.home) and (family(name) == family(entry.home) or name.startswith(
         "folder") and tuple(images.classes) == _class_names(entry.home, cfg.data))
     if own:
@@ -4121,7 +4558,6 @@ def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
             raise UserError(f"{entry.label} has {entry.model.n_classes} classes and {name} needs "
                             f"{n}: {entry.home} is not what it was when the network was trained")
         return "own"
-    # zero-shot heads belong here: a network with a text tower needs no training images
     head = cfg.eval.probe if isinstance(entry.model, Student) else "clean"
     frozen_features(entry.model, head)         # what cannot be cut says so before any work
     return f"linear probe ({head})"
@@ -4178,7 +4614,7 @@ def _identity(e: Entry, name: str, job: Job, images: ImageSet, corruption: tuple
     if corruption:
         transform += f", corrupted on the fly{', jpeg 85' * ev.jpeg}"
         transform += f", {frost_source(ev.frost_dir)} frost" * (corruption[0] == "frost")
-    if job.heads[e.label] != "own":
+    if job.heads[e.label].startswith("linear probe"):
         probe = f"{job.train.name}, {len(job.train):,} images, {job.train.transform}"
     student = isinstance(e.model, Student) and not probe
     return {"label": e.label, "weights": e.weights, "set": name, "n": len(images),
@@ -4211,13 +4647,20 @@ def _probe(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
     return net
 
 
+def _headed(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
+    """The network of a row with the head that the row names."""
+    if row["probe"]:
+        return _probe(e, row, job, cfg, out)
+    return zero_shot(e.model, job.images, cfg.model.templates, out / "text")
+
+
 def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> None:
     """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known.  A probe
     is fitted when the first row that needs it is missing."""
     file, done = out / "results.jsonl", from_first(lambda: _done(out))
     todo = [(name, cell) for name in jobs for cell in cells(name)]
     n_of = {name: len(job.images) for name, job in jobs.items()}
-    probes: dict[tuple, nn.Module] = {}
+    headed: dict[tuple, nn.Module] = {}
     with progress(sum(min(n_of[n], cfg.eval.n_cell or n_of[n]) if cell else n_of[n]
                       for n, cell in todo), "eval") as bar:
         for i, (name, cell) in enumerate(todo):
@@ -4225,16 +4668,18 @@ def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path
             images = images.subset(cfg.eval.n_cell) if corruption else images
             place = {"corruption": cell[0] if cell else "", "severity": cell[1] if cell else 0}
             rows = {e.label: _identity(e, name, jobs[name], images, corruption, cfg) | place
-                    for e in entries}
-            pending = [e for e in entries if row_key(rows[e.label]) not in done]
+                    for e in entries if e.label in jobs[name].heads}
+            pending = [e for e in entries
+                       if e.label in rows and row_key(rows[e.label]) not in done]
             if not pending:
                 bar.update(len(images))
                 continue
-            models = {e.label: e.model for e in pending}
-            for e in (e for e in pending if rows[e.label]["probe"]):
-                key = (e.label, rows[e.label]["probe"])
-                probes[key] = models[e.label] = probes.get(key) or _probe(
-                    e, rows[e.label], jobs[name], cfg, out)
+            models = {}
+            for e in pending:
+                key = (e.label, rows[e.label]["probe"] or name)
+                if key not in headed:
+                    headed[key] = _headed(e, rows[e.label], jobs[name], cfg, out)
+                models[e.label] = headed[key]
             with Signals() as signals:
                 since = time.perf_counter()
                 found = evaluate_all(models, images, corruption, batch=cfg.eval.batch,
@@ -5121,14 +5566,19 @@ def _made(path: Path, key: dict) -> bool:
 def _stage_key(cfg: Config, stage: str, **more) -> dict:
     """The settings that a stage's result depends on."""
     data = {k: getattr(cfg.data, k) for k in ("name", "size_px", "n_train")}
+    if cfg.data.classes and not (stage == "pretrain" and cfg.model.head == "text"):
+        data["classes"] = cfg.data.classes
+    if cfg.model.head == "text":
+        more["prompts"] = [f and file_sha(f) for f in (
+            cfg.data.names, cfg.model.templates, cfg.model.vocabulary)]
     return {"seed": cfg.seed, "data": data, "stage": stage,
             stage: dataclasses.asdict(getattr(cfg, stage)), **more}
 
 
-def _finish(path: Path, module: nn.Module, stats: dict, key: dict) -> Path:
+def _finish(path: Path, module: nn.Module, stats: dict, key: dict, **more) -> Path:
     """Writes a stage's weights and drops its checkpoint."""
     if world()[0] == 0:
-        save_weights(path, module, describe(module, key=key, train=stats))
+        save_weights(path, module, describe(module, key=key, train=stats, **more))
         ckpt = path.parent / f"{key['stage']}.ckpt"
         ckpt.unlink(missing_ok=True)
     barrier()
@@ -5142,9 +5592,14 @@ def own_view(name: str) -> View:
     return named(name, 2, "random").view
 
 
-def training_images(cfg: Config) -> ImageSet:
-    """The training images of all stages, in the student's own view."""
-    return open_set(cfg.data.name, cfg.data, "train", own_view(cfg.model.student))
+def training_images(cfg: Config, part: str = "") -> ImageSet:
+    """The training images of all classes or of a part, in the student's own view."""
+    return open_set(cfg.data.name + part, cfg.data, "train", own_view(cfg.model.student))
+
+
+def tuning_set(cfg: Config) -> ImageSet:
+    """The training images of the classes to tune on."""
+    return training_images(cfg, "@seen" if cfg.data.classes else "")
 
 
 def _train(cfg: Config, key: dict, module: nn.Module, step: Callable, images: ImageSet) -> dict:
@@ -5175,6 +5630,32 @@ def _fit_probe(cfg: Config, net: Net, images: ImageSet) -> dict:
     return {"images": len(images), "seconds": round(time.perf_counter() - since, 2)}
 
 
+def net_for(cfg: Config, name: str, images: ImageSet, weights: str | None) -> Net:
+    """The network for the classes of a set: with a text head if model.head asks for it and the
+    network has a text tower, else with a linear one."""
+    if cfg.model.head != "text" or not has_text(name):
+        return build(name, len(images.classes), weights)
+    cache = cfg.dir / "text"
+    if weights and "prompts" in read_meta(weights) and "both towers" not in read_meta(weights):
+        return zero_shot(load(weights), images, cfg.model.templates, cache)
+    return zero_shot_net(name, prompts_of(images, cfg.model.templates), weights, cache)
+
+
+def _pretrain_towers(cfg: Config, path: Path, key: dict) -> Path:
+    """Trains both towers of a clip-tiny: network on captions, those of all classes."""
+    family, _, rest = cfg.model.student.partition(":")
+    if family != "clip-tiny":
+        raise UserError(f"{cfg.model.student} cannot be pretrained with a text head: name a tag "
+                        "(open_clip:ViT-B-32-quickgelu/openai) or give model.student_weights")
+    images = training_images(cfg)
+    captioned = images.captioned().subset(cfg.pretrain.n_images)
+    towers = TinyClip(build(cfg.model.student))
+    towers.name, towers.n_classes, towers.towers = cfg.model.student, len(images.classes), {}
+    towers.prompts = prompts_of(images, cfg.model.templates)
+    stats = _train(cfg, key, towers, contrastive_step(captioned.classes), captioned)
+    return _finish(path, towers, stats, key, **{"both towers": True})
+
+
 def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
     """Trains the student on clean data -> student.safetensors (kept if it is there)."""
     path = cfg.dir / "student.safetensors"
@@ -5184,8 +5665,10 @@ def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
     if _made(path, key):
         return path
     write_config(cfg)
-    images = images or training_images(cfg)
     torch.manual_seed(fold(cfg.seed, "init student"))
+    if cfg.model.head == "text":
+        return _pretrain_towers(cfg, path, key)
+    images = images or tuning_set(cfg)
     net = build(cfg.model.student, len(images.classes), weights or None)
     stage, images = cfg.pretrain, images.subset(cfg.pretrain.n_images)
     if stage.tune == 0:
@@ -5200,6 +5683,8 @@ def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
 def student_path(cfg: Config, images: ImageSet) -> str | None:
     """The student's weights file, made by pretrain when there is none; None = by the name's tag."""
     weights, name = cfg.model.student_weights, cfg.model.student
+    if cfg.model.head == "text":
+        return weights or (None if has_tag(name) else str(pretrain(cfg)))
     if weights and (read_meta(weights) or not lacks_head(named(name, 2, "random"), weights)):
         return weights
     if not weights and tag_classes(name) == len(images.classes):
@@ -5217,17 +5702,29 @@ def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
     if _made(path, key):
         return path
     write_config(cfg)
-    images = images or training_images(cfg)
+    images = images or tuning_set(cfg)
     torch.manual_seed(fold(cfg.seed, "init teacher"))
-    net = build(cfg.model.teacher, len(images.classes))
+    net = net_for(cfg, cfg.model.teacher, images, None)
     stats = _train(cfg, key, net, robust_step(cfg.robustify, len(images.classes)),
                    extended(images.subset(cfg.robustify.n_images), cfg.robustify.extra))
     return _finish(path, net, stats, key)
 
 
+def vocabulary(cfg: Config, images: ImageSet) -> list[str]:
+    """The texts that anchor a zero-shot student (distill.anchor), none for other students."""
+    if cfg.model.head != "text" or cfg.distill.method != "erpm" or not cfg.distill.anchor:
+        return []
+    if cfg.model.vocabulary:
+        return read_lines(cfg.model.vocabulary, "model.vocabulary")
+    if not images.captions:
+        raise UserError(f"distill.anchor: {images.name} has no captions: give model.vocabulary, a "
+                        "file of texts, a line each, or distill.anchor=0")
+    return sorted({images.captions[i] for i in images.index})
+
+
 def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     """Tunes the large network -> model.safetensors; a missing student or teacher is made first."""
-    images = images or training_images(cfg)
+    images = images or tuning_set(cfg)
     d, path = cfg.distill, cfg.dir / "model.safetensors"
     student_file = student_path(cfg, images)
     teacher_file = cfg.model.teacher_weights
@@ -5241,7 +5738,8 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
     if _made(path, key):
         return path
     write_config(cfg)
-    net = build(cfg.model.student, len(images.classes), student_file)
+    net = net_for(cfg, cfg.model.student, images, student_file)
+    texts = vocabulary(cfg, images)
     images = images.subset(d.n_images)
     if d.method != "erpm":
         stats = _train_tail(cfg, key, net, d.tune if d.method == "apt" else 0, images,
@@ -5249,9 +5747,12 @@ def distill(cfg: Config, images: ImageSet | None = None) -> Path:
         return _finish(path, net, stats, key)
     device = pick_device()
     student = Student(net, d.tune, d.head, d.dropout, len(images.classes), dropout_in=d.dropout_in)
-    teacher = freeze(build(cfg.model.teacher, len(images.classes), teacher_file)).to(device)
-    stats = _train(cfg, key, student.to(device).tuned,
-                   erpm_step(student, teacher, d, cfg.robustify), images)
+    teacher = freeze(net_for(cfg, cfg.model.teacher, images, teacher_file)).to(device)
+    wide = student.to(device)
+    if texts:                    # the same weights, with the vocabulary behind the classes
+        more = class_embeddings(net.name, net.towers, Prompts(texts, ("{}",)), cfg.dir / "text")
+        wide = with_text(student, torch.cat([student.original[-1].fc.weight.cpu(), more]))
+    stats = _train(cfg, key, wide.tuned, erpm_step(wide, teacher, d, cfg.robustify), images)
     return _finish(path, student, stats, key)
 
 
@@ -5264,8 +5765,9 @@ def default_sets(cfg: Config) -> list[str]:
     """eval.sets, or the training set, its corrupted copy and its renditions."""
     if cfg.eval.sets:
         return [s.strip() for s in cfg.eval.sets.split(",") if s.strip()]
-    name = cfg.data.name
-    return [name, corrupted(name), *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+    name, side = cfg.data.name, "@seen" * bool(cfg.data.classes)
+    names = [name, corrupted(name), *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+    return [n + side for n in names]
 
 
 def all_sets(home: str) -> list[str]:
@@ -5289,6 +5791,12 @@ def preflight(cfg: Config, training: bool) -> None:
     for base in (base_name(name)[0] for name in default_sets(cfg) if name != "all"):
         if not base.startswith("folder:"):
             set_row(base)
+    for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates),
+                      ("model.vocabulary", cfg.model.vocabulary)):
+        if file:
+            read_lines(file, key)
+    if training and cfg.model.head == "text" and not has_text(cfg.model.student):
+        two_towers(cfg.model.student)                                            # says what has
     if training:
         for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
             read_meta(path)
@@ -5296,7 +5804,8 @@ def preflight(cfg: Config, training: bool) -> None:
             tag_classes(name)
         cut(named(cfg.model.student, 2, "random"), cfg.distill.tune)
         teacher, weights = named(cfg.model.teacher, 2, "random"), cfg.model.teacher_weights
-        if weights and lacks_head(teacher, weights):
+        text = cfg.model.head == "text" and has_text(cfg.model.teacher)
+        if weights and not text and lacks_head(teacher, weights):
             raise UserError(f"{weights} has no classifier: model.teacher_weights wants those of a "
                             "whole network, or leave it empty and let robustify make them")
         d = cfg.distill
@@ -5341,7 +5850,10 @@ def entries_of(cfg: Config) -> list[Entry]:
     for label, name, weights in (("original", m.student, m.student_weights),
                                  ("teacher", m.teacher, m.teacher_weights)):
         if models and label not in labels and (weights or label == "original" and has_tag(name)):
-            net = named(name, models[-1].model.n_classes, weights or None)
+            own = getattr(models[-1].model, "prompts", None)
+            net = zero_shot_net(name, own, weights or None, run / "text") \
+                if own and has_text(name) else \
+                named(name, models[-1].model.n_classes, weights or None)
             entries.append(entry(label, freeze(net), {}, home))
     return [*entries, *models]
 
@@ -5367,20 +5879,25 @@ def split_model(token: str) -> tuple[str, str]:
     return name, path
 
 
-def model_entry(token: str) -> Entry:
+def model_entry(token: str, cfg: Config) -> Entry:
     """A network of eval.models.  Its classes are those of the set that it was trained on, where it
-    is ours, and ImageNet's, where it is a public one with 1000 outputs; else it has none."""
+    is ours, and ImageNet's, where it is a public one with 1000 outputs; else it has none.  With
+    model.head=text one with a text tower is zero-shot: it takes the classes of each set."""
     name, path = split_model(token)
     meta = read_meta(path) if path else {}
     if name.startswith("run:"):
         at = Path(name[4:])
         meta = read_meta(at / "model.safetensors" if at.is_dir() else at)
     headless = not path and has_tag(name) and tag_classes(name) == 0     # MAE, DINOv2: for a probe
-    net = freeze(build(name, 1 if headless else meta.get("classes"), path or None))
+    if cfg.model.head == "text" and has_text(name):
+        first = next((n for n in default_sets(cfg) if n != "all"), "imagenet")
+        net = net_for(cfg, name, open_set(first, cfg.data), path or None)
+    else:
+        net = build(name, 1 if headless else meta.get("classes"), path or None)
     home = meta.get("key", {}).get("data", {}).get("name", "")
     if not home and name.startswith(("timm:", "torchvision:")) and net.n_classes == len(synsets()):
         home = "imagenet"
-    return entry(token, net, meta, home)
+    return entry(token, freeze(net), meta, home)
 
 
 def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
@@ -5394,7 +5911,7 @@ def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
         split_model(token)
     for token in tokens:
         try:
-            e = model_entry(token)
+            e = model_entry(token, cfg)
         except UserError as error:
             others = ",".join(t for t in tokens if t != token)
             raise UserError(f"{token}: {error}" + (
@@ -5407,8 +5924,10 @@ def _job(name: str, entries: list[Entry], view: View, cfg: Config,
          trains: dict[str, ImageSet]) -> Job:
     """A set ready to be scored; trains: the training splits that are open already."""
     images, home = open_set(name, cfg.data, view=view), family(name)
-    heads = {e.label: head_for(e, name, images, cfg) for e in entries}
-    strange = [label for label, head in heads.items() if head != "own"]
+    able = [e for e in entries if getattr(e.model, "prompts", None)] \
+        if class_side(name)[1] == "unseen" else entries      # other heads know seen classes only
+    heads = {e.label: head_for(e, name, images, cfg) for e in able}
+    strange = [label for label, head in heads.items() if head.startswith("linear probe")]
     if not strange:
         return Job(images, heads, None)
     why = (f"{name}: its classes are not the outputs of {', '.join(strange)}, and there are no "
@@ -5541,10 +6060,10 @@ def run_report(cfg: Config, args) -> None:
 def run_demo(cfg: Config, args) -> None:
     """Everything: the three stages, the baselines lp and apt, eval and report."""
     since = time.perf_counter()
-    images = training_images(cfg)
+    images = tuning_set(cfg)
     student = student_path(cfg, images)
     teacher = cfg.model.teacher_weights or str(robustify(cfg, images))
-    for method in ("lp", "apt"):
+    for method in ("lp", "apt") if cfg.model.head == "linear" else ():
         sub = dataclasses.replace(
             cfg, run=f"{cfg.run}/{method}", distill=dataclasses.replace(cfg.distill, method=method),
             model=dataclasses.replace(cfg.model, student_weights=student or "",

@@ -1,10 +1,12 @@
 """Tests of erpm.py: CPU, no network, tiny synthetic data.  A test's name is the law it checks."""
 import ast
+import contextlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -2678,3 +2680,312 @@ def test_weights_that_cannot_be_had_stop_the_loop_and_lose_nothing(
                  "out=lost", "data.n_test=10")
     assert "timm:resnet18.tv_in1k: the weights of" in line and "--model run:p,run:s" in line
     assert [r["label"] for r in result_rows("lost/models")] == ["run:p"]
+
+
+# ---- ZERO-SHOT ----
+
+def text_head(c=4, d=64, seed=0, bias=0.0):
+    return erpm.TextHead(torch.randn(c, d, generator=erpm.rng("text", seed)), math.log(8.0), bias)
+
+
+def two_small_towers(c=4):
+    """A visual tower of three stages and a projection to 64 dimensions, with a text head."""
+    net = tiny_net(64)
+    for p in net[-1].parameters():
+        p.requires_grad_(False).mul_(4)                      # embeddings that differ between images
+    return erpm.Tower(net, text_head(c)).eval()
+
+
+def floats(n=6, size=16):
+    return torch.randn(n, 3, size, size, generator=erpm.rng("floats"))
+
+
+def test_a_text_head_is_the_scaled_cosine_and_trains_nothing():
+    head, h = text_head(bias=-2.0), torch.randn(3, 64)
+    want = [[8 * float(F.cosine_similarity(a, w, 0)) - 2 for w in head.weight] for a in h]
+    assert torch.allclose(head(h), torch.tensor(want), atol=1e-5)
+    assert not list(head.parameters()) and head.out_features == 4
+    c = torch.randn(3, 4)                                    # sum_j c_j dz_j/dh by autograd
+    slow = torch.stack([torch.autograd.functional.vjp(head, a[None], k[None])[1][0]
+                        for a, k in zip(h, c)])
+    assert torch.allclose(head.pull(h, c @ head.weight), slow, atol=1e-5)
+
+
+def test_the_closed_form_of_a_text_head_is_the_limit_of_many_passes():
+    s, x = erpm.Student(two_small_towers(), 2, 1, 0.02, dropout_in="head").eval(), floats()
+    f = s.features(x)
+    mean, sigma, z = s.moments(f, 20000)
+    mean0, sigma0, z0 = s.moments(f, 0)
+    assert torch.allclose(sigma, sigma0, rtol=0.05) and torch.allclose(mean, mean0, atol=5e-3)
+    assert torch.allclose(z, z0, atol=0.05) and sigma.min() > 0
+    part = erpm.Project([2, [0, 3]])                         # a set that scores some of the classes
+    assert torch.allclose(s.moments(f, 20000, part)[1], s.moments(f, 0, part)[1], rtol=0.05)
+
+
+def test_the_three_heads_tune_a_projection_each_and_share_the_text():
+    net = two_small_towers()
+    s, x = erpm.Student(net, 2, 1, 0.1).eval(), floats()
+    assert all(torch.equal(z, net(x)) for z in s(x))
+    classifiers = [s.tuned.heads[h][-1] for h in erpm.HEADS]
+    assert all(torch.equal(c.fc.weight, net.fc.weight) for c in classifiers)
+    assert len({id(p) for c in classifiers for p in c.features.parameters()}) == 6
+    own = erpm.Student(erpm.Tower(net.visual, erpm.Embedding(64)), 2, 1, text=net.fc).eval()
+    assert torch.equal(own(x).robust, net(x))
+    with pytest.raises(erpm.UserError, match="embeddings"):
+        erpm.Student(erpm.Tower(net.visual, erpm.Embedding(64)), 2, 1)
+
+
+def test_new_classes_share_every_weight():
+    s, x = erpm.Student(two_small_towers(), 2, 1, 0.1).eval(), floats()
+    new = torch.cat([s.original[-1].fc.weight[[2, 0]], torch.randn(3, 64)])
+    other = erpm.with_text(s, new)
+    assert other.n_classes == 5 and s.n_classes == 4
+    assert {id(p) for p in other.parameters()} == {id(p) for p in s.parameters()}
+    for a, b in zip(other(x), s(x)):
+        assert a.shape == (6, 5) and torch.allclose(a[:, :2], b[:, [2, 0]], atol=1e-6)
+
+
+WORDED_CLIPS = {                                # with OpenAI's whole vocabulary, for its tokenizer
+    "vit": {"embed_dim": 16, "quick_gelu": True, "vision_cfg": TINY_VIT},
+    "rn": {"embed_dim": 16, "vision_cfg": TINY_CLIPS["tiny-rn"]["vision_cfg"]},
+    "custom": {"custom_text": True, "init_logit_bias": -10, **TINY_CLIPS["tiny-timm"]},
+}
+
+
+@pytest.mark.parametrize("kind", WORDED_CLIPS)
+def test_zero_shot_logits_equal_open_clips_own_path(kind, tmp_path):
+    import open_clip
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    (tmp_path / f"worded-{kind}.json").write_text(json.dumps(WORDED_CLIPS[kind] | {
+        "text_cfg": text}))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    clip = open_clip.create_model(f"worded-{kind}").eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    names, templates = ["star", "half disc", "ring"], open_clip.OPENAI_IMAGENET_TEMPLATES[:5]
+    weight = open_clip.build_zero_shot_classifier(
+        clip, open_clip.get_tokenizer(f"worded-{kind}"), names, templates)
+    net = erpm.build(f"open_clip:worded-{kind}", erpm.Prompts(
+        names, [t("{}") for t in templates]), str(tmp_path / "clip.pt"))
+    x = images(3, WORDED_CLIPS[kind]["vision_cfg"]["image_size"])
+    with torch.no_grad():
+        want = clip.logit_scale.exp() * clip.encode_image(net.prepare(x), normalize=True) @ weight
+        want = want if clip.logit_bias is None else want + clip.logit_bias
+        assert torch.allclose(net(x), want, rtol=0, atol=2e-6) and want.std() > 1e-3
+        assert torch.equal(erpm.Student(net, 1, 1).eval()(x).clean, net(x))
+
+
+def test_prompts_are_normalised_averaged_and_normalised_again():
+    def encode(texts):
+        return torch.stack([torch.randn(5, generator=erpm.rng(t)) * len(t) for t in texts])
+
+    prompts = erpm.Prompts(["cat", "dog{}", "owl"], ["a {}.", "my {} here"])
+    for name, row in zip(prompts.classes, erpm.text_weights(encode, prompts, chunk=2)):
+        each = [encode([t])[0] for t in (f"a {name}.", f"my {name} here")]
+        mean = sum(e / e.norm() for e in each) / 2
+        assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
+
+
+def test_prompts_come_from_imagenet_the_folder_names_or_a_file(tmp_path):
+    import open_clip
+    some = erpm.ImageSet("x", [0, 1], ["n01443537", "n01440764"], images=images(2))
+    p = erpm.prompts_of(some)
+    assert p.classes == ("goldfish", "tench") and len(p.templates) == 80
+    assert p.templates[3] == open_clip.OPENAI_IMAGENET_TEMPLATES[3]("{}")
+    part = erpm.ImageSet("y", [0, 1], some.classes, images=images(2), project=erpm.Project([1, 0]))
+    assert list(erpm.prompts_of(part).classes) == list(open_clip.IMAGENET_CLASSNAMES)
+    own = erpm.ImageSet("z", [0, 1], ["polar_bear", "half-disc"], images=images(2))
+    assert erpm.prompts_of(own) == erpm.Prompts(("polar bear", "half disc"))
+    (tmp_path / "names.txt").write_text("\n".join(f"thing_{i}" for i in range(10)) + "\n")
+    (tmp_path / "templates.txt").write_text("one {}\n\ntwo {}\n")
+    named = erpm.open_set("shapes@unseen", erpm.Data(
+        n_test=8, classes="circle, star", names=str(tmp_path / "names.txt")))
+    p = erpm.prompts_of(named, str(tmp_path / "templates.txt"))
+    assert p.templates == ("one {}", "two {}") and p.classes[:2] == ("thing_1", "thing_2")
+    with pytest.raises(erpm.UserError, match="one {}"):
+        erpm.Prompts(["a", "b"], ["no place"])
+
+
+def test_captions_name_what_the_picture_shows_and_change_no_pixel():
+    n, u = 40, erpm.uniforms(erpm.fold("shapes", "train", ""), np.arange(40), 128)
+    lines = erpm.caption_shapes(n, "train")
+    assert lines[:7] == erpm.caption_shapes(7, "train") != erpm.caption_shapes(7, "test")
+    colours, textures = list(erpm.NAMED_COLOURS), list(erpm.TEXTURES)
+    for i, line in enumerate(lines):
+        words = line.rstrip(".").removeprefix("a photo of a ")
+        assert words.endswith(erpm.SHAPES[i % 10])
+        named = words.removesuffix(erpm.SHAPES[i % 10]).split()
+        assert named[-1:] in ([], [textures[int(u[i, 39] * 4)]]) and len(named) <= 2
+        if len(named) == 2:
+            fore, back = u[i, 5:8], u[i, 8:11]
+            fore = (back + 0.5) % 1 if np.linalg.norm(fore - back) < 0.5 else fore
+            shown = 0.8 * fore + 0.2 * u[i, 41:44]
+            assert named[0] == min(colours, key=lambda c: float(np.linalg.norm(
+                shown - np.array(erpm.NAMED_COLOURS[c]))))
+    assert {len(w.split()) for w in lines} >= {5, 6, 7}
+    vocabulary = {w for line in lines for w in re.findall(r"\w+", line)}
+    assert len({int(erpm.word_ids([w])[0, 0]) for w in vocabulary}) == len(vocabulary)
+
+
+def test_seen_and_unseen_classes_part_the_set():
+    data = erpm.Data(classes="6", n_test=50)
+    seen, rest = (erpm.open_set(f"shapes-c@{side}", data) for side in ("seen", "unseen"))
+    assert seen.classes + rest.classes == list(erpm.SHAPES)
+    whole = erpm.open_set("shapes", erpm.Data(n_test=50))
+    assert sorted([*seen.index, *rest.index]) == whole.index.tolist()
+    for part in (seen, rest):
+        x, y, index = part.__getitems__([(0, p) for p in range(len(part))])
+        assert torch.equal(x, whole.images[index])
+        assert [part.classes[k] for k in y] == [whole.classes[k] for k in whole.y[index]]
+    assert erpm.base_name("shapes-c@unseen") == ("shapes@unseen", True)
+    for classes, says in (("9", "leave two"), ("cirle,star", "did you mean 'circle'")):
+        with pytest.raises(erpm.UserError, match=says):
+            erpm.open_set("shapes@unseen", erpm.Data(classes=classes, n_test=50))
+
+
+def test_contrastive_loss_is_clips_where_captions_are_distinct():
+    z, distinct = torch.randn(5, 5), torch.eye(5, dtype=torch.bool)
+    pair = torch.tensor([3, 0, 1, 4, 2])
+    want = (F.cross_entropy(z, pair) + F.cross_entropy(z.T, pair.argsort())) / 2
+    assert torch.allclose(erpm.contrastive_loss(z, pair, distinct), want)
+
+
+def test_a_caption_that_says_less_is_true_and_one_that_says_more_may_be():
+    entails = erpm.entailment(erpm.word_ids(["a star", "a red star", "a ring"]))
+    assert entails.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    z = torch.randn(2, 3, dtype=torch.double)                # images of "a red star" and "a ring"
+    lse = lambda *v: torch.stack(v).logsumexp(0)                               # noqa: E731
+    both = [(0, 0, [z[0, 2]], [z[1, 0]]), (0, 1, [z[0, 2]], [z[1, 1]]),
+            (1, 2, [z[1, 0], z[1, 1]], [z[0, 2]])]
+    want = sum(lse(z[i, k], *row) - z[i, k] + lse(z[i, k], *col) - z[i, k]
+               for i, k, row, col in both) / 6
+    assert torch.allclose(erpm.contrastive_loss(z, torch.tensor([1, 2]), entails), want)
+    alone = z[:, :1].clone().requires_grad_()                # nothing to tell apart: no loss or NaN
+    loss = erpm.contrastive_loss(alone, torch.zeros(2, dtype=torch.long), entails[:1, :1])
+    loss.backward()
+    assert loss == 0 and not alone.grad.any()
+
+
+def test_student_and_teacher_see_the_same_augmented_pixels():
+    seen = {}
+
+    class Eye(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x):
+            seen[self.name] = x
+            return x
+
+    def net(name, size, mean):
+        body = nn.Sequential(Eye(name), *tiny_net())
+        return erpm.Net(body, name=name, n_classes=5, size_px=size, mean=(mean,) * 3).eval()
+
+    s, teacher = erpm.Student(net("student", 32, 0.5), 1, 1), net("teacher", 48, 0.2)
+    raw = {}
+    for m in (s.backbone, teacher):
+        m.register_forward_pre_hook(lambda m, a: raw.setdefault(m, a[0]))
+    x, y = images(6), torch.arange(6) % 5
+    step = erpm.erpm_step(s, teacher, erpm.Distill(), erpm.Robustify(augment="augmix"))
+    step(s.tuned, erpm.Batch(x, y, erpm.rng(0)))
+    assert torch.equal(raw[s.backbone][6:], raw[teacher]) and raw[teacher].dtype == torch.uint8
+    assert not torch.equal(raw[teacher], x) and torch.equal(raw[s.backbone][:6], x)
+    grown = F.interpolate(raw[teacher] / 255, (48, 48), mode="bicubic", antialias=True)
+    assert torch.allclose(seen["teacher"], (grown - 0.2) / 0.25, atol=1e-5)
+    assert torch.allclose(seen["student"][6:], (raw[teacher] / 255 - 0.5) / 0.25, atol=1e-5)
+
+
+def test_the_anchor_is_nothing_where_nothing_moved():
+    z0 = torch.randn(3, 7)
+    same = erpm.Heads(z0, torch.cat([z0, z0]), z0)
+    assert abs(float(erpm.anchor_loss(same, z0, 2.0))) < 1e-6
+    moved = same._replace(robust=z0 + torch.randn(3, 7))
+    p, q = ((v / 2).softmax(-1) for v in (z0, moved.robust))
+    want = 4 * (p * (p / q).log()).sum() / 3
+    assert torch.allclose(erpm.anchor_loss(moved, z0, 2.0), want, atol=1e-5)
+
+
+CLIP = """\
+--recipe demo-clip run=z model.student=clip-tiny:resnet8-s2 model.teacher=cifar:resnet8-s2
+distill.tune=1 distill.head=1 data.n_train=300 data.n_test=40 pretrain.batch=50 robustify.batch=50
+distill.batch=50 pretrain.epochs=1 robustify.epochs=1 distill.epochs=1 eval.batch=40 eval.passes=2
+eval.sets=shapes@seen,shapes@unseen""".split()
+
+
+@pytest.fixture(scope="module")
+def clip_run(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("clip")
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()) as out:
+        assert erpm.main(["demo", *CLIP]) == 0
+    return cwd, out.getvalue()
+
+
+def test_demo_clip_scores_original_and_student_on_seen_and_unseen_classes(clip_run, monkeypatch):
+    cwd, out = clip_run
+    rows = {(r["label"], r["set"]): r for r in result_rows(cwd / "runs/z")}
+    assert set(rows) == {("teacher", "shapes@seen")} | {
+        (label, s) for label in ("original", "ERPM") for s in ("shapes@seen", "shapes@unseen")}
+    assert {r["head"] for k, r in rows.items() if k[0] != "teacher"} == {"zero-shot"}
+    n = sum(p.numel() for p in erpm.load(cwd / "runs/z").tuned.parameters())
+    assert re.search(rf"^distill: .* {n:,} trained parameters \({16e-6 * n:.1f} MB with gradients "
+                     "and optimizer state", out, re.M)
+    monkeypatch.chdir(cwd)
+    assert erpm.main(["eval", "--run", "runs/z"]) == 0
+    assert len(result_rows("runs/z")) == len(rows)
+
+
+def test_the_frozen_towers_are_equal_bit_for_bit_after_training(clip_run):
+    run = clip_run[0] / "runs/z"
+    first, s = erpm.load(run / "student.safetensors"), erpm.load(run)
+    before, _ = erpm.cut(first, 1)
+    after = s.backbone.state_dict()
+    assert len(after) > 20 and all(torch.equal(v, after[k]) for k, v in before.state_dict().items())
+    x = images(4)
+    seen = erpm.zero_shot(first, erpm.open_set("shapes@seen", erpm.Data(classes="6", n_test=4)))
+    assert torch.equal(s.original(s.features(x)), seen(x))
+    assert torch.equal(s.original[-1].fc.weight, s.tuned.heads["robust"][-1].fc.weight)
+    assert not torch.equal(s(x).clean, seen(x))              # and the tuned part has moved
+
+
+def test_a_student_names_new_classes_with_its_own_text_tower(clip_run, tmp_path, monkeypatch):
+    run = clip_run[0] / "runs/z"
+    for name in ("model", "student"):                        # a run's folder may be moved
+        shutil.copy(run / f"{name}.safetensors", tmp_path)
+    s, towers = erpm.load(tmp_path), erpm.two_towers(
+        "clip-tiny:resnet8-s2", str(run / "student.safetensors"))
+    new = erpm.ImageSet("new", [0, 1], ["red_ring", "blue-arrow"], images=images(2))
+    monkeypatch.setattr(erpm, "pick_device", lambda: torch.device("cpu"))
+    there = erpm.zero_shot(s, new, cache=tmp_path / "text")
+    texts = ["a photo of a red ring.", "a photo of a blue arrow."]
+    want = F.normalize(towers.encode(texts), dim=-1)
+    assert torch.allclose(there.original[-1].fc.weight, want, atol=1e-6)
+    (tmp_path / "student.safetensors").unlink()              # the text tower runs once
+    again = erpm.zero_shot(s, new, cache=tmp_path / "text")
+    assert torch.equal(again(images(2)).robust, there(images(2)).robust)
+    with pytest.raises(erpm.UserError, match="text tower"):
+        erpm.zero_shot(s, new)
+
+
+def test_the_visual_tower_alone_takes_a_linear_head(clip_run):
+    file = str(clip_run[0] / "runs/z/student.safetensors")
+    net = erpm.build("clip-tiny:resnet8-s2", 3, file)
+    tower = erpm.build("clip-tiny:resnet8-s2", None, file)
+    h, x = tower(images(4)), images(4)
+    assert torch.equal(net(x), net.net.fc(h)) and h.shape == (4, 64)
+    assert torch.equal(h, erpm.two_towers("clip-tiny:resnet8-s2", file).visual(x))
+
+
+@pytest.mark.parametrize("words, says", [
+    (["distill", "model.head=text"], "has no text tower"),
+    (["distill", "model.head=prompt"], "known: linear, text"),
+    (["pretrain", "--recipe", "demo-clip", "model.student=open_clip:ViT-B-32-quickgelu"],
+     "cannot be pretrained"),
+    (["distill", "--recipe", "demo-clip", "data.classes=1"], "leave two"),
+    (["distill", "--recipe", "demo-clip", "model.templates=absent.txt"], "cannot read absent.txt"),
+])
+def test_a_mistake_with_prompts_is_one_line(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert says in fails(capsys, *words, "data.n_train=200", "pretrain.epochs=0.1",
+                         "pretrain.batch=20", "robustify.batch=20", "robustify.epochs=0.1",
+                         *([] if "open_clip" in words[-1] else ["model.teacher=cifar:resnet8-s2"]))
