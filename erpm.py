@@ -90,7 +90,13 @@ class UserError(ValueError):
 
 
 class Absent(UserError):
-    """Images that are not there at all; half a set is a plain UserError."""
+    """A set, or what scoring it takes, is not there at all; half a set is a plain UserError.
+
+    reason: in a few words, for the sets that `all` passes over."""
+
+    def __init__(self, message: str, reason: str = "not found (see `python erpm.py sets`)"):
+        super().__init__(message)
+        self.reason = reason
 
 
 class Interrupted(Exception):
@@ -297,7 +303,8 @@ class Eval:
     sets: str = opt("", "sets, joined by commas, or all (that are found); empty = the training "
                         "set, its -c and its -r")
     models: str = opt("", "networks to score instead of a run, joined by commas (--model): names "
-                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER")
+                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER; probe: before it "
+                          "= by linear probes only, LABEL@ = its name in the tables")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
     probe: str = opt("clean", "head whose features a linear probe is trained on, for sets of other "
                               "classes: clean, combined, robust or original")
@@ -1655,11 +1662,12 @@ class ImageSet(torch.utils.data.Dataset):
         return (f"cut {self.border_px} px, " if self.border_px else "") + str(self.view)
 
     def subset(self, n: int) -> ImageSet:
-        """The same set with at most n of its images (0 = all), drawn once by a fixed seed."""
+        """The same set with at most n of its images (0 = all), drawn by a fixed seed: of fewer the
+        same ones."""
         out = copy.copy(self)
         if 0 < n < len(self):
-            order = np.random.default_rng(fold("subset", self.name)).permutation(len(self))
-            out.index = np.sort(self.index[order[:n]])
+            order = np.random.default_rng(fold("subset", self.name)).permutation(len(self.y))
+            out.index = np.sort(order[np.isin(order, self.index)][:n])
         return out
 
     def only(self, keep: Sequence[int]) -> ImageSet:
@@ -2206,6 +2214,8 @@ def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     """A set of the ImageNet family."""
     names, project = part_classes(row.part)
     top, n = split_folders(row, data, split)[0], row.n_train if split == "train" else row.n_test
+    if top.is_dir() and all(f.lower().startswith("imagenetv2") for f in subfolders(top) or [""]):
+        raise absent(row, data)                        # a folder that holds other variants of V2
     if row.name == "imagenet" and split == "test" and not subfolders(top):
         paths, y = _flat_val(top, Path(data.root))
     else:
@@ -2327,7 +2337,7 @@ def _cell_arrays(file: Path, severity: int) -> tuple[Tensor, np.ndarray]:
     if len(x) != len(y):
         raise UserError(f"{file} holds {len(x):,} images, labels.npy {len(y):,}: unpack it again")
     at = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
-    return torch.tensor(x[at]).permute(0, 3, 1, 2).contiguous(), y[at]
+    return torch.tensor(x[at]).permute(0, 3, 1, 2).contiguous(), y[at].astype(np.int64)
 
 
 def open_cell(images: ImageSet, cell: tuple[str, int] | None
@@ -2383,8 +2393,8 @@ _V2 = "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-{}.tar.gz"
 
 def _v2_row(name: str, variant: str) -> SetRow:
     inner = f"imagenetv2-{variant}-format-val"
-    return SetRow(name, _open_imagenet, 0, 10000, 1000, _V2.format(variant),
-                  (inner, f"imagenet-v2/{inner}", f"{name}/{inner}", f"imagenetv2-{variant}", name))
+    return SetRow(name, _open_imagenet, 0, 10000, 1000, _V2.format(variant), (
+        inner, f"imagenet-v2/{inner}", f"{name}/{inner}", f"imagenetv2-{variant}", name))
 
 
 SETS: dict[str, SetRow] = {row.name: row for row in (
@@ -4512,12 +4522,13 @@ def probed(model: nn.Module, images: ImageSet, head: str = "clean", *, seed: int
 @dataclass(frozen=True)
 class Entry:
     """A network to score: label in the tables, its weights' hash, what its training cost (meta),
-    and the set whose classes its outputs are ("" = none)."""
+    and the set whose classes its outputs are ("" = none).  probe: only its features count."""
     label: str
     model: nn.Module
     weights: str
     meta: dict
     home: str = ""
+    probe: bool = False
 
 
 def family(name: str) -> str:
@@ -4548,10 +4559,11 @@ def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
     Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
     Raises: UserError where the number of outputs contradicts the network's own training set, and
     where a network that needs a probe cannot be cut."""
-    if getattr(entry.model, "prompts", None):
+    if getattr(entry.model, "prompts", None) and not entry.probe:
         return "zero-shot"
-    own = bool(entry.home) and (family(name) == family(entry.home) or name.startswith(
-        "folder") and tuple(images.classes) == _class_names(entry.home, cfg.data))
+    own = bool(entry.home) and not entry.probe and (
+        family(name) == family(entry.home) or name.startswith("folder")
+        and tuple(images.classes) == _class_names(entry.home, cfg.data))
     if own:
         n = len(synsets()) if images.project is not None else len(images.classes)
         if entry.model.n_classes != n:
@@ -4559,7 +4571,11 @@ def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
                             f"{n}: {entry.home} is not what it was when the network was trained")
         return "own"
     head = cfg.eval.probe if isinstance(entry.model, Student) else "clean"
-    frozen_features(entry.model, head)         # what cannot be cut says so before any work
+    try:                                       # what cannot be cut says so before any work
+        frozen_features(entry.model, head)
+    except UserError as e:
+        raise Absent(f"{name}: {entry.label} needs a linear probe there: {e}",
+                     f"{entry.label} cannot be cut for a linear probe") from None
     return f"linear probe ({head})"
 
 
@@ -4573,14 +4589,16 @@ def cells(name: str) -> list[tuple[str, int] | None]:
 
 
 class Job(NamedTuple):
-    """A set to score: its images, how each label answers, and the images that teach the probes."""
+    """A set to score: its images, how each label answers, the images that teach the probes, and a
+    hash of the prompts of zero-shot heads."""
     images: ImageSet
     heads: dict[str, str]
-    train: ImageSet | None
+    train: ImageSet | None = None
+    prompts: str = ""
 
 
-ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "transform", "head", "probe",
-           "made", "passes", "amp", "versions")
+ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "limit", "transform", "head",
+           "probe", "prompts", "made", "passes", "amp", "versions")
 
 
 def row_key(row: dict) -> tuple:
@@ -4594,7 +4612,7 @@ def read_rows(run: Path) -> list[dict]:
     if any(not {*ROW_KEY, "run", "seed", "trained_on"} <= set(r) for r in rows):
         raise UserError(f"{run / 'results.jsonl'} holds rows of another version of erpm.py: "
                         "move it away and run eval again")
-    return rows
+    return [r | {"run": str(run)} for r in rows]           # a folder may be moved and renamed
 
 
 def _done(out: Path) -> set[tuple]:
@@ -4614,11 +4632,14 @@ def _identity(e: Entry, name: str, job: Job, images: ImageSet, corruption: tuple
     if corruption:
         transform += f", corrupted on the fly{', jpeg 85' * ev.jpeg}"
         transform += f", {frost_source(ev.frost_dir)} frost" * (corruption[0] == "frost")
-    if job.heads[e.label].startswith("linear probe"):
-        probe = f"{job.train.name}, {len(job.train):,} images, {job.train.transform}"
+    head = job.heads[e.label]
+    if head.startswith("linear probe"):
+        probe = (f"{job.train.name}, {len(job.train):,} images, {job.train.transform}, seed "
+                 f"{cfg.seed}")
     student = isinstance(e.model, Student) and not probe
     return {"label": e.label, "weights": e.weights, "set": name, "n": len(images),
-            "transform": transform, "head": job.heads[e.label], "probe": probe,
+            "limit": corruption and ev.n_cell or cfg.data.n_test, "transform": transform,
+            "head": head, "probe": probe, "prompts": job.prompts * (head == "zero-shot"),
             "made": "regenerated" if corruption else images.made, "partial": images.partial,
             "passes": ev.passes if student else None, "versions": versions()["erpm"],
             "amp": str(amp_type(cfg.runtime.amp, pick_device()))}
@@ -4637,7 +4658,7 @@ def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> 
 def _probe(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
     """The network of a row whose head is a probe: from out/probes, or fitted now and kept there."""
     key = [row[k] for k in ("weights", "head", "probe", "amp", "versions")]
-    cache = out / f"probes/{fold(*key, cfg.seed):016x}.safetensors"
+    cache = out / f"probes/{fold(*key):016x}.safetensors"
     kept = cache.is_file()
     head = row["head"].removeprefix("linear probe (").rstrip(")")
     net = probed(e.model, job.train, head, seed=cfg.seed, cache=cache, batch=cfg.eval.batch,
@@ -4774,11 +4795,11 @@ def latest(rows: list[dict]) -> list[dict]:
     UserError on two runs that are no two seeds."""
     probed = lambda r: r["set"] if r["head"] != "own" else ""   # such a head is made for each set
     for group, same in (
-            (lambda r: (r["run"], r["label"], r["head"], probed(r)),
-             lambda r: (r["weights"], r["versions"])),
+            (lambda r: (r["run"], r["seed"], r["label"], r["head"], probed(r)),
+             lambda r: (r["weights"], r["versions"], r["prompts"])),
             (lambda r: r["set"], lambda r: r["made"]),
             (lambda r: (r["label"], r["head"], r["set"]),
-             lambda r: (r["n"], r["passes"], r["amp"], _transform(r))),
+             lambda r: (r["limit"], r["passes"], r["amp"], _transform(r))),
             (lambda r: (r["label"], r["head"], r["set"], r["corruption"]),
              lambda r: r["transform"])):
         newest = {group(r): same(r) for r in rows}
@@ -4789,8 +4810,8 @@ def latest(rows: list[dict]) -> list[dict]:
         if other != r["run"]:
             raise UserError(f"{other} and {r['run']} both hold {r['label']} of seed {r['seed']}: a "
                             "report averages over seeds; give it runs that differ in nothing else")
-    return list({(r["run"], r["label"], r["head"], r["set"], r["corruption"], r["severity"]): r
-                 for r in rows}.values())
+    return list({(r["run"], r["seed"], r["label"], r["head"], r["set"], r["corruption"],
+                  r["severity"]): r for r in rows}.values())
 
 
 def labelled(rows: list[dict]) -> list[dict]:
@@ -4929,8 +4950,9 @@ class Groups(NamedTuple):
 def groups(rows: list[dict]) -> Groups:
     """The sets that are in the rows.  Sets of some classes only (imagenet@a) are in no group."""
     sets = list(dict.fromkeys(r["set"] for r in rows if "@" not in r["set"]))
-    is_imagenet = any(re.match("imagenet[-@]|imagenet$|objectnet", r["set"]) for r in rows)
-    home = "imagenet" if is_imagenet else rows[0]["trained_on"]
+    is_imagenet = any(re.match("imagenet[-@]|imagenet$|objectnet", s) for s in sets)
+    home = next((r["trained_on"] for r in rows if r["trained_on"]),
+                "imagenet" if is_imagenet else "")
     shifts = [s for s in PAPER_SHIFTS if s in sets] + [
         s for s in sets if s not in (home, *PAPER_SHIFTS)
         and (s.startswith(f"{home}-") or base_name(s)[0] == home)]
@@ -5820,8 +5842,11 @@ def preflight(cfg: Config, training: bool) -> None:
 
 def weights_sha(net: nn.Module) -> str:
     """First 12 hex digits of a hash of the network's tensors."""
-    h = hashlib.sha256()
+    h, texts = hashlib.sha256(), {f"{n}.weight" for n, m in net.named_modules()
+                                  if isinstance(m, TextHead)}
     for k, v in net.state_dict().items():
+        if k in texts:                                   # they change with the set: see "prompts"
+            continue
         h.update(k.encode())
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:12]
@@ -5858,11 +5883,20 @@ def entries_of(cfg: Config) -> list[Entry]:
     return [*entries, *models]
 
 
-def split_model(token: str) -> tuple[str, str]:
-    """(name, weights file or "") of an entry of eval.models: NAME or NAME=WEIGHTS_FILE.
+class Token(NamedTuple):
+    """A network of eval.models: [LABEL@][probe:]NAME[=WEIGHTS_FILE]."""
+    label: str
+    probe: bool
+    name: str
+    path: str
 
-    Raises: UserError on an unknown name, on one without weights and on an absent file."""
-    name, _, path = token.partition("=")
+
+def read_token(token: str) -> Token:
+    """The parts of a token.  Raises: UserError on an unknown name, on one without weights and on an
+    absent file."""
+    front, _, path = token.partition("=")
+    label, _, front = front.rpartition("@")
+    name = front.removeprefix("probe:")
     if path:
         named(name, None, "random")
         read_meta(path)
@@ -5876,28 +5910,29 @@ def split_model(token: str) -> tuple[str, str]:
         raise UserError(f"--model {name} has no weights: add a pretrained tag "
                         "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a "
                         "run made (run:runs/x)")
-    return name, path
+    return Token(label or token, name != front, name, path)
 
 
-def model_entry(token: str, cfg: Config) -> Entry:
-    """A network of eval.models.  Its classes are those of the set that it was trained on, where it
-    is ours, and ImageNet's, where it is a public one with 1000 outputs; else it has none.  With
-    model.head=text one with a text tower is zero-shot: it takes the classes of each set."""
-    name, path = split_model(token)
+def model_entry(token: str) -> Entry:
+    """A network of eval.models.  With a text tower it is zero-shot: it takes the classes of each
+    set.  Else its classes are those of the set that it was trained on, where it is ours, and
+    ImageNet's, where it is a public one with 1000 outputs.  probe: only its features count."""
+    label, probe, name, path = read_token(token)
     meta = read_meta(path) if path else {}
     if name.startswith("run:"):
         at = Path(name[4:])
         meta = read_meta(at / "model.safetensors" if at.is_dir() else at)
     headless = not path and has_tag(name) and tag_classes(name) == 0     # MAE, DINOv2: for a probe
-    if cfg.model.head == "text" and has_text(name):
-        first = next((n for n in default_sets(cfg) if n != "all"), "imagenet")
-        net = net_for(cfg, name, open_set(first, cfg.data), path or None)
-    else:
+    if not has_text(name) or probe:
         net = build(name, 1 if headless else meta.get("classes"), path or None)
+    elif "prompts" in meta and "both towers" not in meta:
+        net = load(path)
+    else:
+        net = zero_shot_net(name, Prompts(("object", "place"), ("{}",)), path or None)
     home = meta.get("key", {}).get("data", {}).get("name", "")
     if not home and name.startswith(("timm:", "torchvision:")) and net.n_classes == len(synsets()):
         home = "imagenet"
-    return entry(token, freeze(net), meta, home)
+    return dataclasses.replace(entry(label, freeze(net), meta, home), probe=probe)
 
 
 def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
@@ -5908,10 +5943,10 @@ def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
         return
     tokens = list(dict.fromkeys(t.strip() for t in cfg.eval.models.split(",") if t.strip()))
     for token in tokens:
-        split_model(token)
+        read_token(token)
     for token in tokens:
         try:
-            e = model_entry(token, cfg)
+            e = model_entry(token)
         except UserError as error:
             others = ",".join(t for t in tokens if t != token)
             raise UserError(f"{token}: {error}" + (
@@ -5927,26 +5962,30 @@ def _job(name: str, entries: list[Entry], view: View, cfg: Config,
     able = [e for e in entries if getattr(e.model, "prompts", None)] \
         if class_side(name)[1] == "unseen" else entries      # other heads know seen classes only
     heads = {e.label: head_for(e, name, images, cfg) for e in able}
+    prompts = f"{fold(prompts_of(images, cfg.model.templates)):016x}" \
+        if "zero-shot" in heads.values() else ""
     strange = [label for label, head in heads.items() if head.startswith("linear probe")]
     if not strange:
-        return Job(images, heads, None)
-    why = (f"{name}: its classes are not the outputs of {', '.join(strange)}, and there are no "
-           f"training images for a linear probe")
+        return Job(images, heads, None, prompts)
+    why, few = (f"{name}: its classes are not the outputs of {', '.join(strange)}, and there are "
+                "no training images for a linear probe"), "no training images for a linear probe"
     if home in SETS and not SETS[home].n_train:
-        raise Absent(f"{why}: {home} has no training split")
+        raise Absent(f"{why}: {home} has no training split", few)
     try:
         trains[home] = trains.get(home) or open_set(home, cfg.data, "train", view)
+    except Absent as e:
+        raise Absent(f"{why}: {e}", few) from None
     except UserError as e:
-        raise type(e)(f"{why}: {e}") from None
-    return Job(images, heads, trains[home])
+        raise UserError(f"{why}: {e}") from None
+    return Job(images, heads, trains[home], prompts)
 
 
-def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job], list[str]]:
-    """(the sets to score, the names of those that `all` asks for and that are not there).
+def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job], dict[str, str]]:
+    """(the sets to score, {name: reason} of those that nobody named and that cannot be).
 
     Raises: UserError on a set that was asked for by name and is absent, on one that is half
     unpacked, and on one that needs a linear probe and has no training images."""
-    asked, jobs, lost = default_sets(cfg), {}, []
+    asked, jobs, lost = default_sets(cfg), {}, {}
     home = next((e.home for e in entries if e.home), "imagenet")
     names = [n for name in asked for n in (all_sets(home) if name == "all" else [name])]
     trains: dict[str, ImageSet] = {}
@@ -5956,10 +5995,10 @@ def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job],
             continue
         try:
             jobs[name] = _job(name, entries, view, cfg, trains)
-        except Absent:
-            if name in asked:
+        except UserError as e:
+            if name in asked or not isinstance(e, Absent) and name not in companion_of:
                 raise
-            lost.append(name)
+            lost[name] = e.reason if isinstance(e, Absent) else str(e)
     return jobs, lost
 
 
@@ -5972,14 +6011,14 @@ def summary(rows: list[dict]) -> str:
     """The figures of every network on every set, means over the cells, in percent but NLL."""
     groups: dict[tuple, list[dict]] = {}
     for r in latest(rows):
-        groups.setdefault((r["label"], r["set"], r["head"]), []).append(
-            r | r.get("rules", {}).get(r["rule"], {}))
+        groups.setdefault((r["label"], r["set"], r["head"]), []).append(r)
     body = []
     for (label, name, head), some in groups.items():
         mean = lambda f: float(np.mean([f(r) for r in some]))                          # noqa: E731
-        figures = [f"{100 * mean(lambda r: r['correct'] / r['n']):.2f}",
-                   f"{100 * mean(lambda r: r['correct5'] / r['n']):.2f}",
-                   f"{mean(lambda r: r['nll']):.4f}", f"{100 * mean(lambda r: r['ece']):.2f}"]
+        figures = [f"{100 * mean(accuracy):.2f}",
+                   f"{100 * mean(lambda r: metric(r, 'correct5') / r['n']):.2f}",
+                   f"{mean(lambda r: metric(r, 'nll')):.4f}",
+                   f"{100 * mean(lambda r: metric(r, 'ece')):.2f}"]
         whole = len(some) == len(cells(name))
         body.append([label, name, head, some[0]["n"], *(figures if whole else ["missing"] * 4)])
     return table(["model", "set", "head", "images", "top-1", "top-5", "NLL", "ECE"], body)
@@ -5993,7 +6032,8 @@ def run_eval(cfg: Config, args) -> None:
             open_set(name, cfg.data)          # told before a network is read: what is not there
     for entries, view in networks(cfg):
         jobs, lost = plan(entries, view, cfg)
-        line = f"not there, left out (see `python erpm.py sets`): {', '.join(lost)}"
+        line = "\n".join(f"left out, {reason}: {', '.join(n for n in lost if lost[n] == reason)}"
+                         for reason in dict.fromkeys(lost.values()))
         if lost and line != said:
             say(line)
         said = line
@@ -6088,27 +6128,42 @@ class _Opener(torch.utils.data.Dataset):
         return len(paths), broken
 
 
-def check_images(sets: Sequence[ImageSet], workers: int) -> list[str]:
-    """What is wrong with the sets' image files, a line each; of -c archives, those of all cells."""
-    sets = [s for s in sets if s.paths is not None or s.cells_dir]
-    todo = [(s, c) for s in sets for c in (cells("folder-c:") if s.cells_dir else [None])]
-    jobs = (paths[i:i + 64] for s, c in todo if (paths := open_cell(s, c)[0].paths)
-            for i in range(0, len(paths), 64))
-    broken = []
-    with progress(sum(len(s.y) for s, _ in todo), "check") as bar, Signals() as signals:
-        for n, lines in forked(_Opener(), workers, batch_size=None, sampler=jobs):
-            bar.update(n)
-            broken += lines
+def _paths_of(sets: Sequence[ImageSet], faults: list[str]) -> Iterator[list[str]]:
+    """The image files of the sets, of -c archives those of all cells, in lists of up to 64; what is
+    wrong with their numbers goes to faults."""
+    for images in sets:
+        for cell in cells("folder-c:") if images.cells_dir else [None]:
+            try:
+                found = open_cell(images, cell)[0]
+            except UserError as e:
+                faults.append(str(e))
+                continue
+            if found.partial:
+                faults.append(f"{found.name}: {len(found.y):,} images in {found.source}, expected "
+                              f"{found.expected:,}")
+            for i in range(0, len(found.paths or ()), 64):
+                yield found.paths[i:i + 64]
+
+
+def check_images(sets: Sequence[ImageSet], workers: int) -> tuple[int, list[str]]:
+    """(how many image files were opened, what is wrong with them or their numbers, a line each)."""
+    n, faults = 0, []
+    with progress(0, "check") as bar, Signals() as signals:
+        for opened, broken in forked(_Opener(), workers, batch_size=None,
+                                     sampler=_paths_of(sets, faults)):
+            bar.update(opened)
+            n += opened
+            faults += broken
             if signals.hit:
                 raise Interrupted("sets --check stopped")
-    return broken
+    return n, faults
 
 
 def run_sets(cfg: Config, args) -> None:
     """The table of sets: what is there, what is expected, how to get it; --check: opens all."""
     if world()[0]:
         return
-    data = dataclasses.replace(cfg.data, allow_partial=True, n_test=0)
+    data = dataclasses.replace(cfg.data, allow_partial=True, n_train=0, n_test=0)
     body, found, faults = [], [], []
     for name in (*SETS, *(f"{n}-c" for n, r in SETS.items() if r.archive or n == "objectnet")):
         row, corrupted = set_row(name), base_name(name)[1]
@@ -6121,6 +6176,8 @@ def run_sets(cfg: Config, args) -> None:
                 where = f"made from {row.name}"
             else:
                 found.append(images)
+            if args.check and row.n_train and row.folders and not corrupted:
+                found.append(open_set(name, data, "train"))
         except Absent:
             pass
         except UserError as e:
@@ -6135,8 +6192,9 @@ ImageNet-C was, where no archive of it is there.  imagenet@a, imagenet@r and ima
 images of these sets' classes.  folder:PATH and folder-c:PATH take any PATH/CLASS/IMAGE tree, with
 PATH/train and PATH/val to train on it.""")
     if args.check:
-        faults += check_images(found, cfg.data.workers or os.cpu_count())
-        say(f"{sum(len(s.y) * (75 if s.cells_dir else 1) for s in found):,} images opened")
+        n, more = check_images(found, cfg.data.workers or os.cpu_count())
+        faults += more
+        say(f"{n:,} image files opened")
     for line in faults:
         say(line)
     if args.check and faults:
@@ -6299,6 +6357,8 @@ def configure(args: argparse.Namespace) -> Config:
         return cfg
     if cfg.eval.models and not args.run and not any(w.startswith("run=") for w in words):
         return dataclasses.replace(cfg, run="models")
+    if "," in args.run and args.command != "report":
+        raise UserError(f"--run {args.run}: {args.command} takes one run, report takes several")
     run = Path(args.run.split(",")[0]) if args.run else cfg.dir
     if (run / "config.yaml").is_file():
         cfg = resolve("", words, run=run)
