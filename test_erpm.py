@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -156,7 +157,7 @@ def test_every_command_of_the_readme_parses():
                        (HERE / "README.md").read_text(), re.M)
     assert len(lines) >= 8
     for line in lines:
-        args = erpm.parse(line.split())
+        args = erpm.parse(shlex.split(line))
         erpm.resolve(args.recipe, [w.replace("...", "x") for w in args.words])
 
 
