@@ -177,6 +177,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     write(part)
+    os.umask(mask := os.umask(0))
+    part.chmod(0o666 & ~mask)                        # safetensors lets nobody else read its files
     os.replace(part, path)
 
 
@@ -1658,7 +1660,8 @@ class ImageSet(torch.utils.data.Dataset):
     def transform(self) -> str:
         """What happens to an image before it is scored, as recorded in the results."""
         if self.images is not None:
-            return f"as stored, {self.view.size_px} px"
+            stored, size = self.images.shape[-1], self.view.size_px
+            return f"as stored, {stored} px" + f", resized to {size} px" * (size != stored)
         return (f"cut {self.border_px} px, " if self.border_px else "") + str(self.view)
 
     def subset(self, n: int) -> ImageSet:
@@ -1703,6 +1706,8 @@ class ImageSet(torch.utils.data.Dataset):
             x = torch.stack([self._read(int(e), int(i)) for e, i in zip(epochs, index)])
         else:
             x = self.images[torch.from_numpy(index)]
+            if x.shape[-1] != self.view.size_px:
+                x = v2.functional.resize(x, [self.view.size_px] * 2, antialias=True)
             if self.train:
                 x = shift_and_flip(x, uniforms(fold(self.seed, "crop", int(epochs[0])), index, 3))
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
@@ -1987,10 +1992,12 @@ def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
 
 # ---- sets from disk ------------------------------------------------------------------------------
 
-def absent(row: SetRow, data: Data) -> Absent:
+def absent(row: SetRow, data: Data, split: str = "test") -> Absent:
     """The error of a set that is not there: where it was looked for, what to put there."""
     where = " or ".join(str(Path(data.root) / f) for f in row.folders)
-    return Absent(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test "
+    n, half = (row.n_train, "training") if split == "train" else (row.n_test, "test")
+    what = f"the training half of {row.name} ({', '.join(row.train)})" * (split == "train")
+    return Absent(f"{what or row.name} is not there: looked for {where}; expected {n:,} {half} "
                   f"images of {row.n_classes} classes; get it: "
                   f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
 
@@ -2019,7 +2026,7 @@ def split_folders(row: SetRow, data: Data, split: str) -> list[Path]:
             tops = [locate(data.root, [n]) for n in names]
             if all(tops):
                 return tops
-    raise absent(row, data)
+    raise absent(row, data, split)
 
 
 def class_folders(top: Path, names: Sequence[str], numbers: bool = False,
@@ -2054,14 +2061,6 @@ def complete(images: ImageSet, allow_partial: bool) -> ImageSet:
     return images
 
 
-def _resized(x: Tensor, size_px: int) -> Tensor:
-    """Images of this size; 0 = as they are."""
-    if size_px in (0, x.shape[-1]):
-        return x.contiguous()
-    return torch.cat([v2.functional.resize(c, [size_px] * 2, antialias=True)
-                      for c in x.split(512)])
-
-
 def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     """Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
     cls = {"fashion-mnist": torchvision.datasets.FashionMNIST,
@@ -2078,10 +2077,9 @@ def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageS
     x = torch.as_tensor(raw.data)
     x = (F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1) if x.ndim == 3
          else x.permute(0, 3, 1, 2))
-    x = _resized(x, data.size_px)
     n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, raw.targets, raw.classes, View(x.shape[-1]), images=x, expected=n,
-                    source=str(root))
+    return ImageSet(row.name, raw.targets, raw.classes, View(data.size_px or x.shape[-1]), images=x,
+                    expected=n, source=str(root))
 
 
 def _open_folder(name: str, split: str, view: View) -> ImageSet:
@@ -2351,7 +2349,7 @@ def open_cell(images: ImageSet, cell: tuple[str, int] | None
         raise UserError(f"{images.cells_dir} lacks the cell {cell[0]}/{cell[1]}")
     if place.suffix == ".npy":
         x, out.y = _cell_arrays(place, cell[1])
-        out.images = _resized(x, images.view.size_px)
+        out.images = x
     else:
         out.paths, y = class_folders(place, images.classes)
         out.y = np.asarray(y, np.int64)
@@ -3153,7 +3151,8 @@ def named(name: str, classes: int | None = None, weights: str | None = None) -> 
     maker = choose(FAMILIES, family, "network family")
     net = maker(rest, classes, has_tag(name) and weights is None)
     if weights not in (None, "", "random"):
-        load_weights(net, weights, new_head=bool(classes))
+        meta = load_weights(net, weights, new_head=bool(classes))
+        net.size_px = meta.get("size_px", 0) if meta else net.view.size_px * (family != "cifar")
     return net.eval()
 
 
@@ -3620,7 +3619,7 @@ class Student(nn.Module):
         self.original = freeze(tail)
         self.n_classes, self.dropout, self.name = (
             tail[-1].fc.out_features, dropout, getattr(net, "name", ""))
-        self.view = getattr(net, "view", View())
+        self.view, self.size_px = getattr(net, "view", View()), getattr(net, "size_px", 0)
         if classes not in (None, self.n_classes):
             raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: "
                             "train a head of that size first (pretrain with tune=0)")
@@ -3779,7 +3778,19 @@ def describe(module: nn.Module, **more) -> dict:
     student = {"student": module.meta} if isinstance(module, Student) else {}
     text = {"prompts": dataclasses.asdict(module.prompts), "towers": module.towers} \
         if module.prompts else {}
-    return {"name": module.name, "classes": module.n_classes, **student, **text, **more}
+    return {"name": module.name, "classes": module.n_classes, "size_px": module.size_px, **student,
+            **text, **more}
+
+
+def run_file(run: str | Path) -> Path:
+    """The weights file of a run's folder, or the file itself.  Raises: UserError."""
+    path = Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        others = sorted(str(p.parent) for p in Path("runs").glob("*/model.safetensors"))
+        raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
+                        "run's folder that holds model.safetensors"
+                        + f" ({', '.join(others)})" * bool(others))
+    return path
 
 
 def load(run: str | Path) -> nn.Module:
@@ -3787,11 +3798,7 @@ def load(run: str | Path) -> nn.Module:
 
     run: a run's folder (its model.safetensors) or a weights file.  Nothing is downloaded.
     Raises: UserError."""
-    path = Path(run)
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
-                        "run's folder that holds model.safetensors")
+    path = run_file(run)
     meta = read_meta(path)
     if not {"name", "classes"} <= set(meta):
         raise UserError(f"{path} was not written by erpm.py: use "
@@ -3800,6 +3807,7 @@ def load(run: str | Path) -> nn.Module:
     if "both towers" in meta:
         return freeze(zero_shot_net(meta["name"], prompts, str(path)))
     net = named(meta["name"], None if prompts else meta["classes"], "random")
+    net.size_px = meta["size_px"]
     if prompts:
         towers, width = dict(meta["towers"]), net.net.fc.out_features
         moved = path.with_name(Path(towers["file"]).name)            # a run's folder may be moved
@@ -4629,9 +4637,11 @@ def _identity(e: Entry, name: str, job: Job, images: ImageSet, corruption: tuple
               cfg: Config) -> dict:
     """The columns of a row that are known before it is computed, corruption and severity apart."""
     transform, probe, ev = images.transform, "", cfg.eval
+    size = getattr(e.model, "size_px", 0)
     if corruption:
         transform += f", corrupted on the fly{', jpeg 85' * ev.jpeg}"
         transform += f", {frost_source(ev.frost_dir)} frost" * (corruption[0] == "frost")
+    transform += f", network {size} px" * (size not in (0, images.view.size_px))
     head = job.heads[e.label]
     if head.startswith("linear probe"):
         probe = (f"{job.train.name}, {len(job.train):,} images, {job.train.transform}, seed "
@@ -4675,10 +4685,10 @@ def _headed(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
     return zero_shot(e.model, job.images, cfg.model.templates, out / "text")
 
 
-def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> None:
+def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> set[tuple]:
     """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known.  A probe
-    is fitted when the first row that needs it is missing."""
-    file, done = out / "results.jsonl", from_first(lambda: _done(out))
+    is fitted when the first row that needs it is missing.  Returns the keys of what was asked."""
+    file, done, asked = out / "results.jsonl", from_first(lambda: _done(out)), set()
     todo = [(name, cell) for name in jobs for cell in cells(name)]
     n_of = {name: len(job.images) for name, job in jobs.items()}
     headed: dict[tuple, nn.Module] = {}
@@ -4690,6 +4700,7 @@ def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path
             place = {"corruption": cell[0] if cell else "", "severity": cell[1] if cell else 0}
             rows = {e.label: _identity(e, name, jobs[name], images, corruption, cfg) | place
                     for e in entries if e.label in jobs[name].heads}
+            asked |= set(map(row_key, rows.values()))
             pending = [e for e in entries
                        if e.label in rows and row_key(rows[e.label]) not in done]
             if not pending:
@@ -4718,6 +4729,7 @@ def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path
                                       "from here")
             if bar.disable and (i % 15 == 14 or i + 1 == len(todo)):
                 say(f"eval: {i + 1} of {len(todo)} cells ({name})")
+    return asked
 
 
 # ==== 10. REPORT ====
@@ -4785,24 +4797,25 @@ PARTIAL = "\\* of a part of the set's images (data.allow_partial)"
 
 def _transform(row: dict) -> str:
     """The transform without the source of frost's textures, which is frost's alone."""
-    return re.sub(", [a-z]+ frost$", "", row["transform"])
+    return re.sub(", [a-z]+ frost", "", row["transform"])
 
 
 def latest(rows: list[dict]) -> list[dict]:
     """One row a cell.  Kept are, in this order: of each (run, label, head) the newest weights and
     code; of each set the newest way it was made (from disk or on the fly: never both in a
-    column); of each (label, head, set) the newest number of images and transform.  Raises:
+    column); of each (label, head, set) the most images, then the newest transform.  Raises:
     UserError on two runs that are no two seeds."""
     probed = lambda r: r["set"] if r["head"] != "own" else ""   # such a head is made for each set
+    by_set, size = lambda r: (r["label"], r["head"], r["set"]), lambda r: r["limit"] or math.inf
     for group, same in (
             (lambda r: (r["run"], r["seed"], r["label"], r["head"], probed(r)),
              lambda r: (r["weights"], r["versions"], r["prompts"])),
             (lambda r: r["set"], lambda r: r["made"]),
-            (lambda r: (r["label"], r["head"], r["set"]),
-             lambda r: (r["limit"], r["passes"], r["amp"], _transform(r))),
+            (by_set, size),
+            (by_set, lambda r: (r["passes"], r["amp"], _transform(r))),
             (lambda r: (r["label"], r["head"], r["set"], r["corruption"]),
              lambda r: r["transform"])):
-        newest = {group(r): same(r) for r in rows}
+        newest = {group(r): same(r) for r in (sorted(rows, key=size) if same is size else rows)}
         rows = [r for r in rows if newest[group(r)] == same(r)]
     runs: dict[tuple, str] = {}
     for r in rows:
@@ -5056,13 +5069,12 @@ def transfer_parts(rows: list[dict], g: Groups) -> list[str]:
 
 def dad_parts(rows: list[dict], g: Groups) -> list[str]:
     """[B]'s table of the plain networks: clean, the shifts, and mCE for -c."""
-    sets = DAD_SETS if g.home == "imagenet" else (g.home, *g.shifts)
     students = students_of(rows)
-    labels = [x for x in models_on(rows, sets) if x not in students]
-    if not labels or not g.shifts:
+    labels = [x for x in models_on(rows, DAD_SETS) if x not in students]
+    if not labels or g.home != "imagenet":
         return []
     return [by_model("Plain networks ([B])", labels, [
-        *set_columns(rows, sets), *(mce_columns(rows, False) if "imagenet-c" in sets else ())])]
+        *set_columns(rows, DAD_SETS), *mce_columns(rows, False)])]
 
 
 def same_class_parts(rows: list[dict]) -> list[str]:
@@ -5213,7 +5225,7 @@ def report_text(rows: list[dict]) -> str:
     wide = [s for s in dict.fromkeys(r["set"] for r in rows) if len(cells(s)) > 1]
     intro = ("Top-1 accuracy in percent; mean over the cells of a -c set; "
              + (f"± = standard deviation over {seeds} seeds." if seeds > 1 else "one seed."))
-    parts = [f"# {g.home}: {', '.join(dict.fromkeys(r['label'] for r in rows))}", intro,
+    parts = [f"# {g.home or ', '.join(g.transfer)}", intro,
              *models_part(rows, g), *shift_parts(rows, g), *transfer_parts(rows, g),
              *dad_parts(rows, g), *same_class_parts(rows), *effective_parts(rows)]
     for x in students_of(rows):
@@ -5673,6 +5685,7 @@ def _pretrain_towers(cfg: Config, path: Path, key: dict) -> Path:
     captioned = images.captioned().subset(cfg.pretrain.n_images)
     towers = TinyClip(build(cfg.model.student))
     towers.name, towers.n_classes, towers.towers = cfg.model.student, len(images.classes), {}
+    towers.size_px = 0
     towers.prompts = prompts_of(images, cfg.model.templates)
     stats = _train(cfg, key, towers, contrastive_step(captioned.classes), captioned)
     return _finish(path, towers, stats, key, **{"both towers": True})
@@ -5862,8 +5875,11 @@ def entries_of(cfg: Config) -> list[Entry]:
     run, m, home, files = cfg.dir, cfg.model, cfg.data.name, []
     for f in filter(Path.is_file, [*sorted(run.glob("*/model.safetensors")),
                                    run / "model.safetensors"]):
-        method = read_meta(f).get("key", {}).get("distill", {}).get("method", "erpm")
-        files.append((LABELS[method], f))
+        key = read_meta(f).get("key", {})
+        if key.get("stage", "distill") != "distill":
+            raise UserError(f"{f} was made by {key['stage']}, not by distill: put it back in its "
+                            "place, and run distill")
+        files.append((LABELS[key.get("distill", {}).get("method", "erpm")], f))
     own = [(label, run / f"{name}.safetensors") for label, name in
            (("original", "student"), ("teacher", "teacher"))]
     entries = [entry(label, load(f), read_meta(f), home) for label, f in own if f.is_file()]
@@ -5901,8 +5917,7 @@ def read_token(token: str) -> Token:
         named(name, None, "random")
         read_meta(path)
     elif name.startswith("run:"):
-        at = Path(name[4:])
-        read_meta(at / "model.safetensors" if at.is_dir() else at)
+        read_meta(run_file(name[4:]))
     elif has_tag(name):
         tag_classes(name)
     else:
@@ -5913,6 +5928,13 @@ def read_token(token: str) -> Token:
     return Token(label or token, name != front, name, path)
 
 
+def file_classes(name: str, path: str) -> int | None:
+    """Number of outputs of the classifier in a weights file; None where it has none."""
+    state = read_state(path)
+    return next((len(state[k]) for k in _head_keys(named(name, None, "random").net)
+                 if k in state), None)
+
+
 def model_entry(token: str) -> Entry:
     """A network of eval.models.  With a text tower it is zero-shot: it takes the classes of each
     set.  Else its classes are those of the set that it was trained on, where it is ours, and
@@ -5920,11 +5942,11 @@ def model_entry(token: str) -> Entry:
     label, probe, name, path = read_token(token)
     meta = read_meta(path) if path else {}
     if name.startswith("run:"):
-        at = Path(name[4:])
-        meta = read_meta(at / "model.safetensors" if at.is_dir() else at)
+        meta = read_meta(run_file(name[4:]))
     headless = not path and has_tag(name) and tag_classes(name) == 0     # MAE, DINOv2: for a probe
     if not has_text(name) or probe:
-        net = build(name, 1 if headless else meta.get("classes"), path or None)
+        n = meta.get("classes") or path and file_classes(name, path) or None
+        net = build(name, 1 if headless else n, path or None)
     elif "prompts" in meta and "both towers" not in meta:
         net = load(path)
     else:
@@ -6020,13 +6042,14 @@ def summary(rows: list[dict]) -> str:
                    f"{mean(lambda r: metric(r, 'nll')):.4f}",
                    f"{100 * mean(lambda r: metric(r, 'ece')):.2f}"]
         whole = len(some) == len(cells(name))
-        body.append([label, name, head, some[0]["n"], *(figures if whole else ["missing"] * 4)])
-    return table(["model", "set", "head", "images", "top-1", "top-5", "NLL", "ECE"], body)
+        how = head + f", rule {some[0]['rule']}" * ("rules" in some[0])
+        body.append([label, name, how, some[0]["n"], *(figures if whole else ["missing"] * 4)])
+    return table(["model", "set", "head", "images a cell", "top-1", "top-5", "NLL", "ECE"], body)
 
 
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
-    said = ""
+    said, asked = "", set()
     for name in default_sets(cfg):
         if name != "all":
             open_set(name, cfg.data)          # told before a network is read: what is not there
@@ -6040,13 +6063,14 @@ def run_eval(cfg: Config, args) -> None:
         cfg.dir.mkdir(parents=True, exist_ok=True)
         if cfg.eval.models and not from_first((cfg.dir / "config.yaml").is_file):
             write_config(cfg)                            # `report --run` looks for it
-        score(entries, jobs, cfg, cfg.dir)
+        asked |= score(entries, jobs, cfg, cfg.dir)
     if world()[0]:
         return
-    rows = headline(read_rows(cfg.dir), cfg.eval.rule)
-    say(summary(rows))
+    rows = headline([r for r in read_rows(cfg.dir) if row_key(r) in asked], cfg.eval.rule)
+    say(summary(rows) if rows else "nothing to score")
     if args.check_known:
         say(check_known(rows))
+    say(f"results: {cfg.dir / 'results.jsonl'}; for tables and figures: report --run {cfg.dir}")
 
 
 def write_figures(rows: list[dict], out: Path) -> list[str]:
@@ -6184,6 +6208,8 @@ def run_sets(cfg: Config, args) -> None:
             count = "spoilt"
             faults.append(str(e))
         body.append([name, count, f"{row.n_test:,}", row.n_classes, where, get])
+    if not Path(cfg.data.root).is_dir():
+        say(f"data.root={cfg.data.root} is no folder: only what is made here is found\n")
     say(table(["set", "found", "expected", "classes", f"where (- : below {cfg.data.root})",
                "how to get it"], body))
     say("""
