@@ -241,7 +241,7 @@ class Model:
     head: str = opt("linear", "linear, or text = zero-shot, the embeddings of prompts classify: "
                               "for networks with a text tower (open_clip:, clip-tiny:)")
     vocabulary: str = opt("", "file of texts that distill.anchor compares images with; empty = the "
-                              "captions of the training images")
+                              "captions of all training images, of every class")
     templates: str = opt("", "file of prompt templates, a line each with {} for the class; empty = "
                              "OpenAI's 80 for ImageNet, else 'a photo of a {}.'")
     student_weights: str = opt("", "its weights file; empty = by tag, or made by pretrain")
@@ -5754,7 +5754,7 @@ def vocabulary(cfg: Config, images: ImageSet) -> list[str]:
     if not images.captions:
         raise UserError(f"distill.anchor: {images.name} has no captions: give model.vocabulary, a "
                         "file of texts, a line each, or distill.anchor=0")
-    return sorted({images.captions[i] for i in images.index})
+    return sorted(set(images.captions))
 
 
 def distill(cfg: Config, images: ImageSet | None = None) -> Path:
