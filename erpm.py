@@ -90,7 +90,13 @@ class UserError(ValueError):
 
 
 class Absent(UserError):
-    """Images that are not there at all; half a set is a plain UserError."""
+    """A set, or what scoring it takes, is not there at all; half a set is a plain UserError.
+
+    reason: in a few words, for the sets that `all` passes over."""
+
+    def __init__(self, message: str, reason: str = "not found (see `python erpm.py sets`)"):
+        super().__init__(message)
+        self.reason = reason
 
 
 class Interrupted(Exception):
@@ -171,6 +177,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     write(part)
+    os.umask(mask := os.umask(0))
+    part.chmod(0o666 & ~mask)                        # safetensors lets nobody else read its files
     os.replace(part, path)
 
 
@@ -233,7 +241,7 @@ class Model:
     head: str = opt("linear", "linear, or text = zero-shot, the embeddings of prompts classify: "
                               "for networks with a text tower (open_clip:, clip-tiny:)")
     vocabulary: str = opt("", "file of texts that distill.anchor compares images with; empty = the "
-                              "captions of the whole training set")
+                              "captions of all training images, of every class")
     templates: str = opt("", "file of prompt templates, a line each with {} for the class; empty = "
                              "OpenAI's 80 for ImageNet, else 'a photo of a {}.'")
     student_weights: str = opt("", "its weights file; empty = by tag, or made by pretrain")
@@ -297,7 +305,8 @@ class Eval:
     sets: str = opt("", "sets, joined by commas, or all (that are found); empty = the training "
                         "set, its -c and its -r")
     models: str = opt("", "networks to score instead of a run, joined by commas (--model): names "
-                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER")
+                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER; probe: before it "
+                          "= by linear probes only, LABEL@ = its name in the tables")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
     probe: str = opt("clean", "head whose features a linear probe is trained on, for sets of other "
                               "classes: clean, combined, robust or original")
@@ -1651,15 +1660,17 @@ class ImageSet(torch.utils.data.Dataset):
     def transform(self) -> str:
         """What happens to an image before it is scored, as recorded in the results."""
         if self.images is not None:
-            return f"as stored, {self.view.size_px} px"
+            stored, size = self.images.shape[-1], self.view.size_px
+            return f"as stored, {stored} px" + f", resized to {size} px" * (size != stored)
         return (f"cut {self.border_px} px, " if self.border_px else "") + str(self.view)
 
     def subset(self, n: int) -> ImageSet:
-        """The same set with at most n of its images (0 = all), drawn once by a fixed seed."""
+        """The same set with at most n of its images (0 = all), drawn by a fixed seed: of fewer the
+        same ones."""
         out = copy.copy(self)
         if 0 < n < len(self):
-            order = np.random.default_rng(fold("subset", self.name)).permutation(len(self))
-            out.index = np.sort(self.index[order[:n]])
+            order = np.random.default_rng(fold("subset", self.name)).permutation(len(self.y))
+            out.index = np.sort(order[np.isin(order, self.index)][:n])
         return out
 
     def only(self, keep: Sequence[int]) -> ImageSet:
@@ -1695,6 +1706,8 @@ class ImageSet(torch.utils.data.Dataset):
             x = torch.stack([self._read(int(e), int(i)) for e, i in zip(epochs, index)])
         else:
             x = self.images[torch.from_numpy(index)]
+            if x.shape[-1] != self.view.size_px:
+                x = v2.functional.resize(x, [self.view.size_px] * 2, antialias=True)
             if self.train:
                 x = shift_and_flip(x, uniforms(fold(self.seed, "crop", int(epochs[0])), index, 3))
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
@@ -1979,10 +1992,12 @@ def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
 
 # ---- sets from disk ------------------------------------------------------------------------------
 
-def absent(row: SetRow, data: Data) -> Absent:
+def absent(row: SetRow, data: Data, split: str = "test") -> Absent:
     """The error of a set that is not there: where it was looked for, what to put there."""
     where = " or ".join(str(Path(data.root) / f) for f in row.folders)
-    return Absent(f"{row.name} is not there: looked for {where}; expected {row.n_test:,} test "
+    n, half = (row.n_train, "training") if split == "train" else (row.n_test, "test")
+    what = f"the training half of {row.name} ({', '.join(row.train)})" * (split == "train")
+    return Absent(f"{what or row.name} is not there: looked for {where}; expected {n:,} {half} "
                   f"images of {row.n_classes} classes; get it: "
                   f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
 
@@ -2011,7 +2026,7 @@ def split_folders(row: SetRow, data: Data, split: str) -> list[Path]:
             tops = [locate(data.root, [n]) for n in names]
             if all(tops):
                 return tops
-    raise absent(row, data)
+    raise absent(row, data, split)
 
 
 def class_folders(top: Path, names: Sequence[str], numbers: bool = False,
@@ -2046,14 +2061,6 @@ def complete(images: ImageSet, allow_partial: bool) -> ImageSet:
     return images
 
 
-def _resized(x: Tensor, size_px: int) -> Tensor:
-    """Images of this size; 0 = as they are."""
-    if size_px in (0, x.shape[-1]):
-        return x.contiguous()
-    return torch.cat([v2.functional.resize(c, [size_px] * 2, antialias=True)
-                      for c in x.split(512)])
-
-
 def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     """Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
     cls = {"fashion-mnist": torchvision.datasets.FashionMNIST,
@@ -2070,10 +2077,9 @@ def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageS
     x = torch.as_tensor(raw.data)
     x = (F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1) if x.ndim == 3
          else x.permute(0, 3, 1, 2))
-    x = _resized(x, data.size_px)
     n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, raw.targets, raw.classes, View(x.shape[-1]), images=x, expected=n,
-                    source=str(root))
+    return ImageSet(row.name, raw.targets, raw.classes, View(data.size_px or x.shape[-1]), images=x,
+                    expected=n, source=str(root))
 
 
 def _open_folder(name: str, split: str, view: View) -> ImageSet:
@@ -2206,6 +2212,8 @@ def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
     """A set of the ImageNet family."""
     names, project = part_classes(row.part)
     top, n = split_folders(row, data, split)[0], row.n_train if split == "train" else row.n_test
+    if top.is_dir() and all(f.lower().startswith("imagenetv2") for f in subfolders(top) or [""]):
+        raise absent(row, data)                        # a folder that holds other variants of V2
     if row.name == "imagenet" and split == "test" and not subfolders(top):
         paths, y = _flat_val(top, Path(data.root))
     else:
@@ -2327,7 +2335,7 @@ def _cell_arrays(file: Path, severity: int) -> tuple[Tensor, np.ndarray]:
     if len(x) != len(y):
         raise UserError(f"{file} holds {len(x):,} images, labels.npy {len(y):,}: unpack it again")
     at = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
-    return torch.tensor(x[at]).permute(0, 3, 1, 2).contiguous(), y[at]
+    return torch.tensor(x[at]).permute(0, 3, 1, 2).contiguous(), y[at].astype(np.int64)
 
 
 def open_cell(images: ImageSet, cell: tuple[str, int] | None
@@ -2341,7 +2349,7 @@ def open_cell(images: ImageSet, cell: tuple[str, int] | None
         raise UserError(f"{images.cells_dir} lacks the cell {cell[0]}/{cell[1]}")
     if place.suffix == ".npy":
         x, out.y = _cell_arrays(place, cell[1])
-        out.images = _resized(x, images.view.size_px)
+        out.images = x
     else:
         out.paths, y = class_folders(place, images.classes)
         out.y = np.asarray(y, np.int64)
@@ -2383,8 +2391,8 @@ _V2 = "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-{}.tar.gz"
 
 def _v2_row(name: str, variant: str) -> SetRow:
     inner = f"imagenetv2-{variant}-format-val"
-    return SetRow(name, _open_imagenet, 0, 10000, 1000, _V2.format(variant),
-                  (inner, f"imagenet-v2/{inner}", f"{name}/{inner}", f"imagenetv2-{variant}", name))
+    return SetRow(name, _open_imagenet, 0, 10000, 1000, _V2.format(variant), (
+        inner, f"imagenet-v2/{inner}", f"{name}/{inner}", f"imagenetv2-{variant}", name))
 
 
 SETS: dict[str, SetRow] = {row.name: row for row in (
@@ -3143,7 +3151,8 @@ def named(name: str, classes: int | None = None, weights: str | None = None) -> 
     maker = choose(FAMILIES, family, "network family")
     net = maker(rest, classes, has_tag(name) and weights is None)
     if weights not in (None, "", "random"):
-        load_weights(net, weights, new_head=bool(classes))
+        meta = load_weights(net, weights, new_head=bool(classes))
+        net.size_px = meta.get("size_px", 0) if meta else net.view.size_px * (family != "cifar")
     return net.eval()
 
 
@@ -3610,7 +3619,7 @@ class Student(nn.Module):
         self.original = freeze(tail)
         self.n_classes, self.dropout, self.name = (
             tail[-1].fc.out_features, dropout, getattr(net, "name", ""))
-        self.view = getattr(net, "view", View())
+        self.view, self.size_px = getattr(net, "view", View()), getattr(net, "size_px", 0)
         if classes not in (None, self.n_classes):
             raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: "
                             "train a head of that size first (pretrain with tune=0)")
@@ -3769,7 +3778,19 @@ def describe(module: nn.Module, **more) -> dict:
     student = {"student": module.meta} if isinstance(module, Student) else {}
     text = {"prompts": dataclasses.asdict(module.prompts), "towers": module.towers} \
         if module.prompts else {}
-    return {"name": module.name, "classes": module.n_classes, **student, **text, **more}
+    return {"name": module.name, "classes": module.n_classes, "size_px": module.size_px, **student,
+            **text, **more}
+
+
+def run_file(run: str | Path) -> Path:
+    """The weights file of a run's folder, or the file itself.  Raises: UserError."""
+    path = Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        others = sorted(str(p.parent) for p in Path("runs").glob("*/model.safetensors"))
+        raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
+                        "run's folder that holds model.safetensors"
+                        + f" ({', '.join(others)})" * bool(others))
+    return path
 
 
 def load(run: str | Path) -> nn.Module:
@@ -3777,11 +3798,7 @@ def load(run: str | Path) -> nn.Module:
 
     run: a run's folder (its model.safetensors) or a weights file.  Nothing is downloaded.
     Raises: UserError."""
-    path = Path(run)
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
-                        "run's folder that holds model.safetensors")
+    path = run_file(run)
     meta = read_meta(path)
     if not {"name", "classes"} <= set(meta):
         raise UserError(f"{path} was not written by erpm.py: use "
@@ -3790,6 +3807,7 @@ def load(run: str | Path) -> nn.Module:
     if "both towers" in meta:
         return freeze(zero_shot_net(meta["name"], prompts, str(path)))
     net = named(meta["name"], None if prompts else meta["classes"], "random")
+    net.size_px = meta["size_px"]
     if prompts:
         towers, width = dict(meta["towers"]), net.net.fc.out_features
         moved = path.with_name(Path(towers["file"]).name)            # a run's folder may be moved
@@ -4512,12 +4530,13 @@ def probed(model: nn.Module, images: ImageSet, head: str = "clean", *, seed: int
 @dataclass(frozen=True)
 class Entry:
     """A network to score: label in the tables, its weights' hash, what its training cost (meta),
-    and the set whose classes its outputs are ("" = none)."""
+    and the set whose classes its outputs are ("" = none).  probe: only its features count."""
     label: str
     model: nn.Module
     weights: str
     meta: dict
     home: str = ""
+    probe: bool = False
 
 
 def family(name: str) -> str:
@@ -4548,10 +4567,11 @@ def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
     Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
     Raises: UserError where the number of outputs contradicts the network's own training set, and
     where a network that needs a probe cannot be cut."""
-    if getattr(entry.model, "prompts", None):
+    if getattr(entry.model, "prompts", None) and not entry.probe:
         return "zero-shot"
-    own = bool(entry.home) and (family(name) == family(entry.home) or name.startswith(
-        "folder") and tuple(images.classes) == _class_names(entry.home, cfg.data))
+    own = bool(entry.home) and not entry.probe and (
+        family(name) == family(entry.home) or name.startswith("folder")
+        and tuple(images.classes) == _class_names(entry.home, cfg.data))
     if own:
         n = len(synsets()) if images.project is not None else len(images.classes)
         if entry.model.n_classes != n:
@@ -4559,7 +4579,11 @@ def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
                             f"{n}: {entry.home} is not what it was when the network was trained")
         return "own"
     head = cfg.eval.probe if isinstance(entry.model, Student) else "clean"
-    frozen_features(entry.model, head)         # what cannot be cut says so before any work
+    try:                                       # what cannot be cut says so before any work
+        frozen_features(entry.model, head)
+    except UserError as e:
+        raise Absent(f"{name}: {entry.label} needs a linear probe there: {e}",
+                     f"{entry.label} cannot be cut for a linear probe") from None
     return f"linear probe ({head})"
 
 
@@ -4573,14 +4597,16 @@ def cells(name: str) -> list[tuple[str, int] | None]:
 
 
 class Job(NamedTuple):
-    """A set to score: its images, how each label answers, and the images that teach the probes."""
+    """A set to score: its images, how each label answers, the images that teach the probes, and a
+    hash of the prompts of zero-shot heads."""
     images: ImageSet
     heads: dict[str, str]
-    train: ImageSet | None
+    train: ImageSet | None = None
+    prompts: str = ""
 
 
-ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "transform", "head", "probe",
-           "made", "passes", "amp", "versions")
+ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "limit", "transform", "head",
+           "probe", "prompts", "made", "passes", "amp", "versions")
 
 
 def row_key(row: dict) -> tuple:
@@ -4594,7 +4620,7 @@ def read_rows(run: Path) -> list[dict]:
     if any(not {*ROW_KEY, "run", "seed", "trained_on"} <= set(r) for r in rows):
         raise UserError(f"{run / 'results.jsonl'} holds rows of another version of erpm.py: "
                         "move it away and run eval again")
-    return rows
+    return [r | {"run": str(run)} for r in rows]           # a folder may be moved and renamed
 
 
 def _done(out: Path) -> set[tuple]:
@@ -4611,14 +4637,19 @@ def _identity(e: Entry, name: str, job: Job, images: ImageSet, corruption: tuple
               cfg: Config) -> dict:
     """The columns of a row that are known before it is computed, corruption and severity apart."""
     transform, probe, ev = images.transform, "", cfg.eval
+    size = getattr(e.model, "size_px", 0)
     if corruption:
         transform += f", corrupted on the fly{', jpeg 85' * ev.jpeg}"
         transform += f", {frost_source(ev.frost_dir)} frost" * (corruption[0] == "frost")
-    if job.heads[e.label].startswith("linear probe"):
-        probe = f"{job.train.name}, {len(job.train):,} images, {job.train.transform}"
+    transform += f", network {size} px" * (size not in (0, images.view.size_px))
+    head = job.heads[e.label]
+    if head.startswith("linear probe"):
+        probe = (f"{job.train.name}, {len(job.train):,} images, {job.train.transform}, seed "
+                 f"{cfg.seed}")
     student = isinstance(e.model, Student) and not probe
     return {"label": e.label, "weights": e.weights, "set": name, "n": len(images),
-            "transform": transform, "head": job.heads[e.label], "probe": probe,
+            "limit": corruption and ev.n_cell or cfg.data.n_test, "transform": transform,
+            "head": head, "probe": probe, "prompts": job.prompts * (head == "zero-shot"),
             "made": "regenerated" if corruption else images.made, "partial": images.partial,
             "passes": ev.passes if student else None, "versions": versions()["erpm"],
             "amp": str(amp_type(cfg.runtime.amp, pick_device()))}
@@ -4637,7 +4668,7 @@ def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> 
 def _probe(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
     """The network of a row whose head is a probe: from out/probes, or fitted now and kept there."""
     key = [row[k] for k in ("weights", "head", "probe", "amp", "versions")]
-    cache = out / f"probes/{fold(*key, cfg.seed):016x}.safetensors"
+    cache = out / f"probes/{fold(*key):016x}.safetensors"
     kept = cache.is_file()
     head = row["head"].removeprefix("linear probe (").rstrip(")")
     net = probed(e.model, job.train, head, seed=cfg.seed, cache=cache, batch=cfg.eval.batch,
@@ -4654,10 +4685,10 @@ def _headed(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
     return zero_shot(e.model, job.images, cfg.model.templates, out / "text")
 
 
-def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> None:
+def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> set[tuple]:
     """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known.  A probe
-    is fitted when the first row that needs it is missing."""
-    file, done = out / "results.jsonl", from_first(lambda: _done(out))
+    is fitted when the first row that needs it is missing.  Returns the keys of what was asked."""
+    file, done, asked = out / "results.jsonl", from_first(lambda: _done(out)), set()
     todo = [(name, cell) for name in jobs for cell in cells(name)]
     n_of = {name: len(job.images) for name, job in jobs.items()}
     headed: dict[tuple, nn.Module] = {}
@@ -4669,6 +4700,7 @@ def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path
             place = {"corruption": cell[0] if cell else "", "severity": cell[1] if cell else 0}
             rows = {e.label: _identity(e, name, jobs[name], images, corruption, cfg) | place
                     for e in entries if e.label in jobs[name].heads}
+            asked |= set(map(row_key, rows.values()))
             pending = [e for e in entries
                        if e.label in rows and row_key(rows[e.label]) not in done]
             if not pending:
@@ -4697,6 +4729,7 @@ def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path
                                       "from here")
             if bar.disable and (i % 15 == 14 or i + 1 == len(todo)):
                 say(f"eval: {i + 1} of {len(todo)} cells ({name})")
+    return asked
 
 
 # ==== 10. REPORT ====
@@ -4764,24 +4797,25 @@ PARTIAL = "\\* of a part of the set's images (data.allow_partial)"
 
 def _transform(row: dict) -> str:
     """The transform without the source of frost's textures, which is frost's alone."""
-    return re.sub(", [a-z]+ frost$", "", row["transform"])
+    return re.sub(", [a-z]+ frost", "", row["transform"])
 
 
 def latest(rows: list[dict]) -> list[dict]:
     """One row a cell.  Kept are, in this order: of each (run, label, head) the newest weights and
     code; of each set the newest way it was made (from disk or on the fly: never both in a
-    column); of each (label, head, set) the newest number of images and transform.  Raises:
+    column); of each (label, head, set) the most images, then the newest transform.  Raises:
     UserError on two runs that are no two seeds."""
     probed = lambda r: r["set"] if r["head"] != "own" else ""   # such a head is made for each set
+    by_set, size = lambda r: (r["label"], r["head"], r["set"]), lambda r: r["limit"] or math.inf
     for group, same in (
-            (lambda r: (r["run"], r["label"], r["head"], probed(r)),
-             lambda r: (r["weights"], r["versions"])),
+            (lambda r: (r["run"], r["seed"], r["label"], r["head"], probed(r)),
+             lambda r: (r["weights"], r["versions"], r["prompts"])),
             (lambda r: r["set"], lambda r: r["made"]),
-            (lambda r: (r["label"], r["head"], r["set"]),
-             lambda r: (r["n"], r["passes"], r["amp"], _transform(r))),
+            (by_set, size),
+            (by_set, lambda r: (r["passes"], r["amp"], _transform(r))),
             (lambda r: (r["label"], r["head"], r["set"], r["corruption"]),
              lambda r: r["transform"])):
-        newest = {group(r): same(r) for r in rows}
+        newest = {group(r): same(r) for r in (sorted(rows, key=size) if same is size else rows)}
         rows = [r for r in rows if newest[group(r)] == same(r)]
     runs: dict[tuple, str] = {}
     for r in rows:
@@ -4789,8 +4823,8 @@ def latest(rows: list[dict]) -> list[dict]:
         if other != r["run"]:
             raise UserError(f"{other} and {r['run']} both hold {r['label']} of seed {r['seed']}: a "
                             "report averages over seeds; give it runs that differ in nothing else")
-    return list({(r["run"], r["label"], r["head"], r["set"], r["corruption"], r["severity"]): r
-                 for r in rows}.values())
+    return list({(r["run"], r["seed"], r["label"], r["head"], r["set"], r["corruption"],
+                  r["severity"]): r for r in rows}.values())
 
 
 def labelled(rows: list[dict]) -> list[dict]:
@@ -4929,8 +4963,9 @@ class Groups(NamedTuple):
 def groups(rows: list[dict]) -> Groups:
     """The sets that are in the rows.  Sets of some classes only (imagenet@a) are in no group."""
     sets = list(dict.fromkeys(r["set"] for r in rows if "@" not in r["set"]))
-    is_imagenet = any(re.match("imagenet[-@]|imagenet$|objectnet", r["set"]) for r in rows)
-    home = "imagenet" if is_imagenet else rows[0]["trained_on"]
+    is_imagenet = any(re.match("imagenet[-@]|imagenet$|objectnet", s) for s in sets)
+    home = next((r["trained_on"] for r in rows if r["trained_on"]),
+                "imagenet" if is_imagenet else "")
     shifts = [s for s in PAPER_SHIFTS if s in sets] + [
         s for s in sets if s not in (home, *PAPER_SHIFTS)
         and (s.startswith(f"{home}-") or base_name(s)[0] == home)]
@@ -5034,13 +5069,12 @@ def transfer_parts(rows: list[dict], g: Groups) -> list[str]:
 
 def dad_parts(rows: list[dict], g: Groups) -> list[str]:
     """[B]'s table of the plain networks: clean, the shifts, and mCE for -c."""
-    sets = DAD_SETS if g.home == "imagenet" else (g.home, *g.shifts)
     students = students_of(rows)
-    labels = [x for x in models_on(rows, sets) if x not in students]
-    if not labels or not g.shifts:
+    labels = [x for x in models_on(rows, DAD_SETS) if x not in students]
+    if not labels or g.home != "imagenet":
         return []
     return [by_model("Plain networks ([B])", labels, [
-        *set_columns(rows, sets), *(mce_columns(rows, False) if "imagenet-c" in sets else ())])]
+        *set_columns(rows, DAD_SETS), *mce_columns(rows, False)])]
 
 
 def same_class_parts(rows: list[dict]) -> list[str]:
@@ -5191,7 +5225,7 @@ def report_text(rows: list[dict]) -> str:
     wide = [s for s in dict.fromkeys(r["set"] for r in rows) if len(cells(s)) > 1]
     intro = ("Top-1 accuracy in percent; mean over the cells of a -c set; "
              + (f"± = standard deviation over {seeds} seeds." if seeds > 1 else "one seed."))
-    parts = [f"# {g.home}: {', '.join(dict.fromkeys(r['label'] for r in rows))}", intro,
+    parts = [f"# {g.home or ', '.join(g.transfer)}", intro,
              *models_part(rows, g), *shift_parts(rows, g), *transfer_parts(rows, g),
              *dad_parts(rows, g), *same_class_parts(rows), *effective_parts(rows)]
     for x in students_of(rows):
@@ -5651,6 +5685,7 @@ def _pretrain_towers(cfg: Config, path: Path, key: dict) -> Path:
     captioned = images.captioned().subset(cfg.pretrain.n_images)
     towers = TinyClip(build(cfg.model.student))
     towers.name, towers.n_classes, towers.towers = cfg.model.student, len(images.classes), {}
+    towers.size_px = 0
     towers.prompts = prompts_of(images, cfg.model.templates)
     stats = _train(cfg, key, towers, contrastive_step(captioned.classes), captioned)
     return _finish(path, towers, stats, key, **{"both towers": True})
@@ -5719,7 +5754,7 @@ def vocabulary(cfg: Config, images: ImageSet) -> list[str]:
     if not images.captions:
         raise UserError(f"distill.anchor: {images.name} has no captions: give model.vocabulary, a "
                         "file of texts, a line each, or distill.anchor=0")
-    return sorted(set(images.captions))      # those of the classes that tuning does not show too
+    return sorted(set(images.captions))
 
 
 def distill(cfg: Config, images: ImageSet | None = None) -> Path:
@@ -5820,8 +5855,11 @@ def preflight(cfg: Config, training: bool) -> None:
 
 def weights_sha(net: nn.Module) -> str:
     """First 12 hex digits of a hash of the network's tensors."""
-    h = hashlib.sha256()
+    h, texts = hashlib.sha256(), {f"{n}.weight" for n, m in net.named_modules()
+                                  if isinstance(m, TextHead)}
     for k, v in net.state_dict().items():
+        if k in texts:                                   # they change with the set: see "prompts"
+            continue
         h.update(k.encode())
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:12]
@@ -5837,8 +5875,11 @@ def entries_of(cfg: Config) -> list[Entry]:
     run, m, home, files = cfg.dir, cfg.model, cfg.data.name, []
     for f in filter(Path.is_file, [*sorted(run.glob("*/model.safetensors")),
                                    run / "model.safetensors"]):
-        method = read_meta(f).get("key", {}).get("distill", {}).get("method", "erpm")
-        files.append((LABELS[method], f))
+        key = read_meta(f).get("key", {})
+        if key.get("stage", "distill") != "distill":
+            raise UserError(f"{f} was made by {key['stage']}, not by distill: put it back in its "
+                            "place, and run distill")
+        files.append((LABELS[key.get("distill", {}).get("method", "erpm")], f))
     own = [(label, run / f"{name}.safetensors") for label, name in
            (("original", "student"), ("teacher", "teacher"))]
     entries = [entry(label, load(f), read_meta(f), home) for label, f in own if f.is_file()]
@@ -5858,17 +5899,25 @@ def entries_of(cfg: Config) -> list[Entry]:
     return [*entries, *models]
 
 
-def split_model(token: str) -> tuple[str, str]:
-    """(name, weights file or "") of an entry of eval.models: NAME or NAME=WEIGHTS_FILE.
+class Token(NamedTuple):
+    """A network of eval.models: [LABEL@][probe:]NAME[=WEIGHTS_FILE]."""
+    label: str
+    probe: bool
+    name: str
+    path: str
 
-    Raises: UserError on an unknown name, on one without weights and on an absent file."""
-    name, _, path = token.partition("=")
+
+def read_token(token: str) -> Token:
+    """The parts of a token.  Raises: UserError on an unknown name, on one without weights and on an
+    absent file."""
+    front, _, path = token.partition("=")
+    label, _, front = front.rpartition("@")
+    name = front.removeprefix("probe:")
     if path:
         named(name, None, "random")
         read_meta(path)
     elif name.startswith("run:"):
-        at = Path(name[4:])
-        read_meta(at / "model.safetensors" if at.is_dir() else at)
+        read_meta(run_file(name[4:]))
     elif has_tag(name):
         tag_classes(name)
     else:
@@ -5876,28 +5925,36 @@ def split_model(token: str) -> tuple[str, str]:
         raise UserError(f"--model {name} has no weights: add a pretrained tag "
                         "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a "
                         "run made (run:runs/x)")
-    return name, path
+    return Token(label or token, name != front, name, path)
 
 
-def model_entry(token: str, cfg: Config) -> Entry:
-    """A network of eval.models.  Its classes are those of the set that it was trained on, where it
-    is ours, and ImageNet's, where it is a public one with 1000 outputs; else it has none.  With
-    model.head=text one with a text tower is zero-shot: it takes the classes of each set."""
-    name, path = split_model(token)
+def file_classes(name: str, path: str) -> int | None:
+    """Number of outputs of the classifier in a weights file; None where it has none."""
+    state = read_state(path)
+    return next((len(state[k]) for k in _head_keys(named(name, None, "random").net)
+                 if k in state), None)
+
+
+def model_entry(token: str) -> Entry:
+    """A network of eval.models.  With a text tower it is zero-shot: it takes the classes of each
+    set.  Else its classes are those of the set that it was trained on, where it is ours, and
+    ImageNet's, where it is a public one with 1000 outputs.  probe: only its features count."""
+    label, probe, name, path = read_token(token)
     meta = read_meta(path) if path else {}
     if name.startswith("run:"):
-        at = Path(name[4:])
-        meta = read_meta(at / "model.safetensors" if at.is_dir() else at)
+        meta = read_meta(run_file(name[4:]))
     headless = not path and has_tag(name) and tag_classes(name) == 0     # MAE, DINOv2: for a probe
-    if cfg.model.head == "text" and has_text(name):
-        first = next((n for n in default_sets(cfg) if n != "all"), "imagenet")
-        net = net_for(cfg, name, open_set(first, cfg.data), path or None)
+    if not has_text(name) or probe:
+        n = meta.get("classes") or path and file_classes(name, path) or None
+        net = build(name, 1 if headless else n, path or None)
+    elif "prompts" in meta and "both towers" not in meta:
+        net = load(path)
     else:
-        net = build(name, 1 if headless else meta.get("classes"), path or None)
+        net = zero_shot_net(name, Prompts(("object", "place"), ("{}",)), path or None)
     home = meta.get("key", {}).get("data", {}).get("name", "")
     if not home and name.startswith(("timm:", "torchvision:")) and net.n_classes == len(synsets()):
         home = "imagenet"
-    return entry(token, freeze(net), meta, home)
+    return dataclasses.replace(entry(label, freeze(net), meta, home), probe=probe)
 
 
 def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
@@ -5908,10 +5965,10 @@ def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
         return
     tokens = list(dict.fromkeys(t.strip() for t in cfg.eval.models.split(",") if t.strip()))
     for token in tokens:
-        split_model(token)
+        read_token(token)
     for token in tokens:
         try:
-            e = model_entry(token, cfg)
+            e = model_entry(token)
         except UserError as error:
             others = ",".join(t for t in tokens if t != token)
             raise UserError(f"{token}: {error}" + (
@@ -5927,26 +5984,30 @@ def _job(name: str, entries: list[Entry], view: View, cfg: Config,
     able = [e for e in entries if getattr(e.model, "prompts", None)] \
         if class_side(name)[1] == "unseen" else entries      # other heads know seen classes only
     heads = {e.label: head_for(e, name, images, cfg) for e in able}
+    prompts = f"{fold(prompts_of(images, cfg.model.templates)):016x}" \
+        if "zero-shot" in heads.values() else ""
     strange = [label for label, head in heads.items() if head.startswith("linear probe")]
     if not strange:
-        return Job(images, heads, None)
-    why = (f"{name}: its classes are not the outputs of {', '.join(strange)}, and there are no "
-           f"training images for a linear probe")
+        return Job(images, heads, None, prompts)
+    why, few = (f"{name}: its classes are not the outputs of {', '.join(strange)}, and there are "
+                "no training images for a linear probe"), "no training images for a linear probe"
     if home in SETS and not SETS[home].n_train:
-        raise Absent(f"{why}: {home} has no training split")
+        raise Absent(f"{why}: {home} has no training split", few)
     try:
         trains[home] = trains.get(home) or open_set(home, cfg.data, "train", view)
+    except Absent as e:
+        raise Absent(f"{why}: {e}", few) from None
     except UserError as e:
-        raise type(e)(f"{why}: {e}") from None
-    return Job(images, heads, trains[home])
+        raise UserError(f"{why}: {e}") from None
+    return Job(images, heads, trains[home], prompts)
 
 
-def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job], list[str]]:
-    """(the sets to score, the names of those that `all` asks for and that are not there).
+def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job], dict[str, str]]:
+    """(the sets to score, {name: reason} of those that nobody named and that cannot be).
 
     Raises: UserError on a set that was asked for by name and is absent, on one that is half
     unpacked, and on one that needs a linear probe and has no training images."""
-    asked, jobs, lost = default_sets(cfg), {}, []
+    asked, jobs, lost = default_sets(cfg), {}, {}
     home = next((e.home for e in entries if e.home), "imagenet")
     names = [n for name in asked for n in (all_sets(home) if name == "all" else [name])]
     trains: dict[str, ImageSet] = {}
@@ -5956,10 +6017,10 @@ def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job],
             continue
         try:
             jobs[name] = _job(name, entries, view, cfg, trains)
-        except Absent:
-            if name in asked:
+        except UserError as e:
+            if name in asked or not isinstance(e, Absent) and name not in companion_of:
                 raise
-            lost.append(name)
+            lost[name] = e.reason if isinstance(e, Absent) else str(e)
     return jobs, lost
 
 
@@ -5972,41 +6033,44 @@ def summary(rows: list[dict]) -> str:
     """The figures of every network on every set, means over the cells, in percent but NLL."""
     groups: dict[tuple, list[dict]] = {}
     for r in latest(rows):
-        groups.setdefault((r["label"], r["set"], r["head"]), []).append(
-            r | r.get("rules", {}).get(r["rule"], {}))
+        groups.setdefault((r["label"], r["set"], r["head"]), []).append(r)
     body = []
     for (label, name, head), some in groups.items():
         mean = lambda f: float(np.mean([f(r) for r in some]))                          # noqa: E731
-        figures = [f"{100 * mean(lambda r: r['correct'] / r['n']):.2f}",
-                   f"{100 * mean(lambda r: r['correct5'] / r['n']):.2f}",
-                   f"{mean(lambda r: r['nll']):.4f}", f"{100 * mean(lambda r: r['ece']):.2f}"]
+        figures = [f"{100 * mean(accuracy):.2f}",
+                   f"{100 * mean(lambda r: metric(r, 'correct5') / r['n']):.2f}",
+                   f"{mean(lambda r: metric(r, 'nll')):.4f}",
+                   f"{100 * mean(lambda r: metric(r, 'ece')):.2f}"]
         whole = len(some) == len(cells(name))
-        body.append([label, name, head, some[0]["n"], *(figures if whole else ["missing"] * 4)])
-    return table(["model", "set", "head", "images", "top-1", "top-5", "NLL", "ECE"], body)
+        how = head + f", rule {some[0]['rule']}" * ("rules" in some[0])
+        body.append([label, name, how, some[0]["n"], *(figures if whole else ["missing"] * 4)])
+    return table(["model", "set", "head", "images a cell", "top-1", "top-5", "NLL", "ECE"], body)
 
 
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
-    said = ""
+    said, asked = "", set()
     for name in default_sets(cfg):
         if name != "all":
             open_set(name, cfg.data)          # told before a network is read: what is not there
     for entries, view in networks(cfg):
         jobs, lost = plan(entries, view, cfg)
-        line = f"not there, left out (see `python erpm.py sets`): {', '.join(lost)}"
+        line = "\n".join(f"left out, {reason}: {', '.join(n for n in lost if lost[n] == reason)}"
+                         for reason in dict.fromkeys(lost.values()))
         if lost and line != said:
             say(line)
         said = line
         cfg.dir.mkdir(parents=True, exist_ok=True)
         if cfg.eval.models and not from_first((cfg.dir / "config.yaml").is_file):
             write_config(cfg)                            # `report --run` looks for it
-        score(entries, jobs, cfg, cfg.dir)
+        asked |= score(entries, jobs, cfg, cfg.dir)
     if world()[0]:
         return
-    rows = headline(read_rows(cfg.dir), cfg.eval.rule)
-    say(summary(rows))
+    rows = headline([r for r in read_rows(cfg.dir) if row_key(r) in asked], cfg.eval.rule)
+    say(summary(rows) if rows else "nothing to score")
     if args.check_known:
         say(check_known(rows))
+    say(f"results: {cfg.dir / 'results.jsonl'}; for tables and figures: report --run {cfg.dir}")
 
 
 def write_figures(rows: list[dict], out: Path) -> list[str]:
@@ -6088,27 +6152,42 @@ class _Opener(torch.utils.data.Dataset):
         return len(paths), broken
 
 
-def check_images(sets: Sequence[ImageSet], workers: int) -> list[str]:
-    """What is wrong with the sets' image files, a line each; of -c archives, those of all cells."""
-    sets = [s for s in sets if s.paths is not None or s.cells_dir]
-    todo = [(s, c) for s in sets for c in (cells("folder-c:") if s.cells_dir else [None])]
-    jobs = (paths[i:i + 64] for s, c in todo if (paths := open_cell(s, c)[0].paths)
-            for i in range(0, len(paths), 64))
-    broken = []
-    with progress(sum(len(s.y) for s, _ in todo), "check") as bar, Signals() as signals:
-        for n, lines in forked(_Opener(), workers, batch_size=None, sampler=jobs):
-            bar.update(n)
-            broken += lines
+def _paths_of(sets: Sequence[ImageSet], faults: list[str]) -> Iterator[list[str]]:
+    """The image files of the sets, of -c archives those of all cells, in lists of up to 64; what is
+    wrong with their numbers goes to faults."""
+    for images in sets:
+        for cell in cells("folder-c:") if images.cells_dir else [None]:
+            try:
+                found = open_cell(images, cell)[0]
+            except UserError as e:
+                faults.append(str(e))
+                continue
+            if found.partial:
+                faults.append(f"{found.name}: {len(found.y):,} images in {found.source}, expected "
+                              f"{found.expected:,}")
+            for i in range(0, len(found.paths or ()), 64):
+                yield found.paths[i:i + 64]
+
+
+def check_images(sets: Sequence[ImageSet], workers: int) -> tuple[int, list[str]]:
+    """(how many image files were opened, what is wrong with them or their numbers, a line each)."""
+    n, faults = 0, []
+    with progress(0, "check") as bar, Signals() as signals:
+        for opened, broken in forked(_Opener(), workers, batch_size=None,
+                                     sampler=_paths_of(sets, faults)):
+            bar.update(opened)
+            n += opened
+            faults += broken
             if signals.hit:
                 raise Interrupted("sets --check stopped")
-    return broken
+    return n, faults
 
 
 def run_sets(cfg: Config, args) -> None:
     """The table of sets: what is there, what is expected, how to get it; --check: opens all."""
     if world()[0]:
         return
-    data = dataclasses.replace(cfg.data, allow_partial=True, n_test=0)
+    data = dataclasses.replace(cfg.data, allow_partial=True, n_train=0, n_test=0)
     body, found, faults = [], [], []
     for name in (*SETS, *(f"{n}-c" for n, r in SETS.items() if r.archive or n == "objectnet")):
         row, corrupted = set_row(name), base_name(name)[1]
@@ -6121,12 +6200,16 @@ def run_sets(cfg: Config, args) -> None:
                 where = f"made from {row.name}"
             else:
                 found.append(images)
+            if args.check and row.n_train and row.folders and not corrupted:
+                found.append(open_set(name, data, "train"))
         except Absent:
             pass
         except UserError as e:
             count = "spoilt"
             faults.append(str(e))
         body.append([name, count, f"{row.n_test:,}", row.n_classes, where, get])
+    if not Path(cfg.data.root).is_dir():
+        say(f"data.root={cfg.data.root} is no folder: only what is made here is found\n")
     say(table(["set", "found", "expected", "classes", f"where (- : below {cfg.data.root})",
                "how to get it"], body))
     say("""
@@ -6135,8 +6218,9 @@ ImageNet-C was, where no archive of it is there.  imagenet@a, imagenet@r and ima
 images of these sets' classes.  folder:PATH and folder-c:PATH take any PATH/CLASS/IMAGE tree, with
 PATH/train and PATH/val to train on it.""")
     if args.check:
-        faults += check_images(found, cfg.data.workers or os.cpu_count())
-        say(f"{sum(len(s.y) * (75 if s.cells_dir else 1) for s in found):,} images opened")
+        n, more = check_images(found, cfg.data.workers or os.cpu_count())
+        faults += more
+        say(f"{n:,} image files opened")
     for line in faults:
         say(line)
     if args.check and faults:
@@ -6299,6 +6383,8 @@ def configure(args: argparse.Namespace) -> Config:
         return cfg
     if cfg.eval.models and not args.run and not any(w.startswith("run=") for w in words):
         return dataclasses.replace(cfg, run="models")
+    if "," in args.run and args.command != "report":
+        raise UserError(f"--run {args.run}: {args.command} takes one run, report takes several")
     run = Path(args.run.split(",")[0]) if args.run else cfg.dir
     if (run / "config.yaml").is_file():
         cfg = resolve("", words, run=run)

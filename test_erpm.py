@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -156,7 +157,7 @@ def test_every_command_of_the_readme_parses():
                        (HERE / "README.md").read_text(), re.M)
     assert len(lines) >= 8
     for line in lines:
-        args = erpm.parse(line.split())
+        args = erpm.parse(shlex.split(line))
         erpm.resolve(args.recipe, [w.replace("...", "x") for w in args.words])
 
 
@@ -1122,7 +1123,8 @@ def fake_row(name="shapes", cell=None, seed=0, label="ERPM", right=6, n=10, **mo
            "severity": severity, "n": n, "seed": seed, "run": f"r{seed}",
            "trained_on": "shapes", "versions": "v", "rule": "product", "transform": "t",
            "train": {"images": 100, "seconds": 1.0}, "passes": None, "head": "own", "amp": "none",
-           "made": "", "partial": False, "images_per_s": 7.0, "source": "here"}
+           "made": "", "partial": False, "images_per_s": 7.0, "source": "here", "limit": 0,
+           "probe": "", "prompts": ""}
     found = {"correct": right, "correct5": n - 1, "nll": 1.25, "ece": 0.125}
     if label != "ERPM":
         return {**row, **found, **more}
@@ -1200,6 +1202,35 @@ def test_classes_that_do_not_match_the_set_are_refused(demo, tmp_path, monkeypat
     make_tree(tmp_path, n=1, splits=("",))
     line = fails(capsys, "eval", "--run", "runs/demo", "--set", f"folder:{tmp_path}")
     assert "not the outputs of original, teacher, APT, LP, ERPM, and there are no training" in line
+
+
+def test_a_short_cell_of_a_partial_archive_is_scored_and_marked():
+    rows = fake_rows((0,), sets=("shapes-c",))
+    short = rows[7] | {"n": 5, "partial": True}
+    assert "60.00 |" in erpm.report_text(rows)
+    text = erpm.report_text([*rows[:7], short, *rows[8:]])
+    assert "missing" not in text.split("\n## ")[1] and "*" in text.split("\n## ")[1]
+
+
+def test_runs_of_two_seeds_in_folders_of_one_name_are_two(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"{seed}/demo").mkdir(parents=True)
+        (tmp_path / f"{seed}/demo/results.jsonl").write_text("".join(
+            json.dumps(r | {"run": "demo"}) + "\n" for r in fake_rows((seed,))))
+    rows = [r for seed in (0, 1) for r in erpm.read_rows(tmp_path / f"{seed}/demo")]
+    assert "55.00 ± 7.07" in erpm.report_text([r | {"trained_on": "shapes"} for r in rows])
+
+
+def test_a_later_smaller_eval_does_not_replace_a_larger_one():
+    rows = fake_rows((0,), sets=("shapes",))
+    small = [r | {"n": 2, "limit": 2, "weights": r["weights"]} for r in rows]
+    assert erpm.report_text(rows + small) == erpm.report_text(rows)
+
+
+def test_a_smaller_subset_is_part_of_a_larger_one():
+    s = erpm.open_set("shapes", erpm.Data(n_test=300))
+    assert np.array_equal(s.subset(100).subset(20).index, s.subset(20).index)
+    assert set(s.subset(20).index) < set(s.subset(100).index)
 
 
 def test_two_runs_of_one_seed_are_not_averaged():
@@ -1429,7 +1460,8 @@ def lines_of(text, part):
 
 def alexnet(shift=0.0):
     """Rows of a network with AlexNet's errors, `shift` points more of them under corruption."""
-    row = lambda s, c, error: fake_row(s, c, 0, "x", round(1e4 * (100 - error)), 10 ** 6)  # noqa
+    row = lambda s, c, error: fake_row(s, c, 0, "x", round(1e4 * (100 - error)),  # noqa
+                                      10 ** 6, trained_on="imagenet")
     return [row("imagenet-c", c, erpm.ALEXNET[c[0]] + shift) for c in erpm.cells("imagenet-c")], \
         row("imagenet", None, erpm.ALEXNET_CLEAN)
 
@@ -1990,6 +2022,7 @@ def test_tiny_imagenet_c_and_cifar_c_are_read_from_disk(tmp_path, monkeypatch):
         x = cut.__getitems__([(0, p) for p in range(4)])[0]
         assert rest is None and cut.y.tolist() == [3, 8, 8, 0]
         assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), arrays[c][4 * s - 4:4 * s])
+    assert erpm.evaluate(lambda x: F.one_hot(x[:, 0, 0, 0].long(), 256), cut)["n"] == 4
     np.save(folder / "labels.npy", y[:-1])
     with pytest.raises(erpm.UserError, match="holds 20 images, labels.npy 19"):
         erpm.open_cell(images, ("fog", 1))
@@ -2073,7 +2106,7 @@ def test_sets_check_opens_every_image_and_lists_the_broken_ones(tmp_path, capsys
             "n02124075/a.JPEG": encoded(s), "n01443537/b.JPEG": encoded(9)})
     words = ["sets", "--check", "data.workers=1"]
     assert erpm.main(words) == 0
-    assert "156 images opened" in capsys.readouterr().out
+    assert "152 image files opened" in capsys.readouterr().out
     cut = tmp_path / "data/Tiny-ImageNet-C/fog/2/n02124075/a.JPEG"
     cut.write_bytes(encoded(0, size=(90, 90))[:700])               # ends in the middle
     (tmp_path / "data/imagenet-v2/0/a.jpg").write_bytes(b"no picture")
@@ -2291,7 +2324,7 @@ def test_a_tag_says_classes_normalisation_size_and_view():
 
 
 def test_weights_come_from_any_plain_file_and_nothing_else(tmp_path):
-    name, x, file = "torchvision:mobilenet_v3_small", images(2, 32), tmp_path / "w.pth"
+    name, x, file = "torchvision:mobilenet_v3_small", images(1, 224), tmp_path / "w.pth"
     net = erpm.build(name, 7)
     state = {k: v for k, v in net.net.state_dict().items() if "num_batches" not in k}
     again = lambda: erpm.build(name, 7, str(file))(x)                               # noqa: E731
@@ -2300,7 +2333,7 @@ def test_weights_come_from_any_plain_file_and_nothing_else(tmp_path):
         torch.save(tree, file)
         assert torch.equal(again(), net(x))
     torch.save(state, file, _use_new_zipfile_serialization=False)
-    assert torch.equal(again(), net(x))
+    assert torch.equal(again(), net(x)) and erpm.build(name, 7, str(file)).size_px == 224
     for tree, says in (({"args": Path("x"), "model": state}, "nothing is unpickled here"),
                        ({"epoch": 3}, "holds no state dict but epoch"),
                        ({**state, "more": x}, "missing none, unexpected 1 ['more']"),
@@ -2558,7 +2591,7 @@ def test_the_networks_of_the_analysis_exist():
     names = erpm.resolve("analysis", []).eval.models.split(",")
     known = {f"timm:{n}" for n in timm.list_pretrained()} | {
         f"open_clip:{n}/{tag}" for n, tag in open_clip.list_pretrained()}
-    assert len(names) == 13 and set(names) <= known
+    assert len(names) == 18 and {n.removeprefix("probe:") for n in names} <= known
 
 
 TIMING = ("seconds", "images_per_s", "processes")
@@ -2659,9 +2692,33 @@ def test_all_scores_what_is_there_and_refuses_what_is_half_there(
     assert erpm.main(words) == 0
     out = capsys.readouterr().out
     assert [r["set"] for r in result_rows("runs/models")] == ["shapes", "shapes-r"]
-    assert re.search(r"^not there, left out .*fashion-mnist.*imagenet-a.*imagenet-c", out, re.M)
+    assert re.search(r"^left out, not found .*fashion-mnist.*imagenet-a.*imagenet-c", out, re.M)
     make_tree(tmp_path / "data/imagenet-a", erpm.synsets("a")[:2], n=1, splits=("",))
     assert "2 images in data/imagenet-a, expected 7,500" in fails(capsys, *words)
+
+
+def test_all_passes_over_what_a_network_cannot_do_and_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = erpm.build("timm:regnetx_002", 1000)                         # it cannot be cut
+    erpm.save_weights(tmp_path / "w.safetensors", net.net, {})
+    name = "mine@timm:regnetx_002=w.safetensors"
+    assert erpm.main(["eval", "--model", name, "--set", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "left out, mine cannot be cut for a linear probe: shapes, shapes-r" in out
+    assert "left out, not found (see `python erpm.py sets`): fashion-mnist, cifar10" in out
+    assert "regnet.RegNet cannot be cut" in fails(
+        capsys, "eval", "--model", name, "--set", "shapes")
+
+
+def test_a_probe_of_another_seed_is_another_row(three_networks, tmp_path, monkeypatch):
+    cwd, _ = three_networks
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "--model", f"probe:cifar:resnet8-s2={cwd}/foreign.safetensors", "--set",
+             "shapes", "data.n_test=10", "data.n_train=100"]
+    for seed in (0, 1, 1):
+        assert erpm.main([*words, f"seed={seed}"]) == 0
+    assert [(r["seed"], r["head"]) for r in result_rows("runs/models")] == [
+        (0, "linear probe (clean)"), (1, "linear probe (clean)")]
 
 
 def test_weights_that_cannot_be_had_stop_the_loop_and_lose_nothing(
