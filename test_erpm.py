@@ -3024,6 +3024,18 @@ def test_a_student_names_new_classes_with_its_own_text_tower(clip_run, tmp_path,
         erpm.zero_shot(s, new)
 
 
+def test_other_prompts_and_only_they_make_new_rows(clip_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("a drawing of the {}\n")
+    model = f"clip-tiny:resnet8-s2={clip_run[0] / 'runs/z/student.safetensors'}"
+    for sets, words, n in (("shapes,shapes-r", [], 2), ("shapes-r,shapes", [], 2),
+                           ("shapes", ["model.templates=t.txt"], 3), ("shapes", [], 3)):
+        assert erpm.main(["eval", "--model", model, "--set", sets, "data.n_test=10", *words]) == 0
+        rows = result_rows("runs/models")
+        assert len(rows) == n and {r["head"] for r in rows} == {"zero-shot"}
+    assert len({r["weights"] for r in rows}) == 1 and len({r["prompts"] for r in rows}) == 2
+
+
 def test_the_visual_tower_alone_takes_a_linear_head(clip_run):
     file = str(clip_run[0] / "runs/z/student.safetensors")
     net = erpm.build("clip-tiny:resnet8-s2", 3, file)
