@@ -2274,7 +2274,8 @@ def test_a_student_trains_predicts_and_is_loaded_again_on_every_family(label, tm
     if isinstance(net, erpm.Net):
         erpm.save_weights(tmp_path / "model.safetensors", student, erpm.describe(student))
         again = erpm.load(tmp_path).predict(x, passes=3)
-        assert torch.equal(again.probs, p.probs) and torch.equal(again.sigma, p.sigma)
+        assert torch.allclose(again.probs, p.probs, atol=1e-5)     # other memory, other kernels
+        assert torch.allclose(again.sigma, p.sigma, atol=1e-5)
 
 
 @pytest.mark.usefixtures("tiny_clips")
@@ -2829,7 +2830,8 @@ def test_zero_shot_logits_equal_open_clips_own_path(kind, tmp_path):
         want = clip.logit_scale.exp() * clip.encode_image(net.prepare(x), normalize=True) @ weight
         want = want if clip.logit_bias is None else want + clip.logit_bias
         assert torch.allclose(net(x), want, rtol=0, atol=2e-6) and want.std() > 1e-3
-        assert torch.equal(erpm.Student(net, 1, 1).eval()(x).clean, net(x))
+        own = erpm.Student(net, 1, 1).eval()(x).clean    # other memory: kernels may round otherwise
+        assert torch.allclose(own, net(x), rtol=0, atol=2e-6)
 
 
 def test_prompts_are_normalised_averaged_and_normalised_again():
