@@ -4961,14 +4961,18 @@ class Groups(NamedTuple):
 
 
 def groups(rows: list[dict]) -> Groups:
-    """The sets that are in the rows.  Sets of some classes only (imagenet@a) are in no group."""
-    sets = list(dict.fromkeys(r["set"] for r in rows if "@" not in r["set"]))
+    """The sets that are in the rows.  The clean images of a shift's classes (imagenet@a) are in no
+    group; after tuning on a part of the classes these are home, and the unseen ones transfer."""
+    sets = list(dict.fromkeys(
+        r["set"] for r in rows if r["set"].partition("@")[2] not in PARTS))
     is_imagenet = any(re.match("imagenet[-@]|imagenet$|objectnet", s) for s in sets)
     home = next((r["trained_on"] for r in rows if r["trained_on"]),
                 "imagenet" if is_imagenet else "")
+    whole, home = home, f"{home}@seen" if f"{home}@seen" in sets else home
     shifts = [s for s in PAPER_SHIFTS if s in sets] + [
         s for s in sets if s not in (home, *PAPER_SHIFTS)
-        and (s.startswith(f"{home}-") or base_name(s)[0] == home)]
+        and class_side(s)[1] == class_side(home)[1]
+        and (s.startswith(f"{whole}-") or base_name(s)[0] == home)]
     transfer = [s for s in PAPER_TRANSFER if s in sets]
     return Groups(home, tuple(shifts), (*transfer, *(s for s in sets if s not in (
         home, *shifts, *transfer))))
@@ -5035,7 +5039,8 @@ def mce_columns(rows: list[dict], relative: bool = True) -> list[tuple[str, Call
 
 def models_part(rows: list[dict], g: Groups) -> list[str]:
     """The small first table: every model on its own set and the shifts, and its training cost."""
-    sets = [s for s in (g.home, *g.shifts) if models_on(rows, [s])] or g.transfer
+    unseen = [s for s in g.transfer if class_side(s)[1]]
+    sets = [s for s in (g.home, *g.shifts, *unseen) if models_on(rows, [s])] or g.transfer
     sets = sets or list(dict.fromkeys(r["set"] for r in rows))
 
     def cost(label: str) -> str:
@@ -5421,7 +5426,7 @@ def heads_figure(rows: list[dict], wide: Sequence[str]):
             height = np.array([100 * np.mean(v) if v else 0 for v in values])
             ax.bar(range(6), height, 0.8, bottom, color=HEAD_COLOURS[head], label=head)
             bottom += height
-        ax.set_title(f"{x} ({own[0]['rule']}), {heading(rows, name)}", fontsize=10)
+        ax.set_title(f"{x} ({own[0]['rule']})\n{heading(rows, name)}", fontsize=10)
         ax.set_xticks(range(6))
         ax.set_ylim(0, 100)
     for ax in axes[-1]:
@@ -6413,6 +6418,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as e:
         print(f"erpm.py: {e or 'interrupted'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:                          # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

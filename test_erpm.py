@@ -2274,7 +2274,8 @@ def test_a_student_trains_predicts_and_is_loaded_again_on_every_family(label, tm
     if isinstance(net, erpm.Net):
         erpm.save_weights(tmp_path / "model.safetensors", student, erpm.describe(student))
         again = erpm.load(tmp_path).predict(x, passes=3)
-        assert torch.equal(again.probs, p.probs) and torch.equal(again.sigma, p.sigma)
+        assert torch.allclose(again.probs, p.probs, atol=1e-5)     # other memory, other kernels
+        assert torch.allclose(again.sigma, p.sigma, atol=1e-5)
 
 
 @pytest.mark.usefixtures("tiny_clips")
@@ -2829,7 +2830,8 @@ def test_zero_shot_logits_equal_open_clips_own_path(kind, tmp_path):
         want = clip.logit_scale.exp() * clip.encode_image(net.prepare(x), normalize=True) @ weight
         want = want if clip.logit_bias is None else want + clip.logit_bias
         assert torch.allclose(net(x), want, rtol=0, atol=2e-6) and want.std() > 1e-3
-        assert torch.equal(erpm.Student(net, 1, 1).eval()(x).clean, net(x))
+        own = erpm.Student(net, 1, 1).eval()(x).clean    # other memory: kernels may round otherwise
+        assert torch.allclose(own, net(x), rtol=0, atol=2e-6)
 
 
 def test_prompts_are_normalised_averaged_and_normalised_again():
@@ -3022,6 +3024,18 @@ def test_a_student_names_new_classes_with_its_own_text_tower(clip_run, tmp_path,
     assert torch.equal(again(images(2)).robust, there(images(2)).robust)
     with pytest.raises(erpm.UserError, match="text tower"):
         erpm.zero_shot(s, new)
+
+
+def test_other_prompts_and_only_they_make_new_rows(clip_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("a drawing of the {}\n")
+    model = f"clip-tiny:resnet8-s2={clip_run[0] / 'runs/z/student.safetensors'}"
+    for sets, words, n in (("shapes,shapes-r", [], 2), ("shapes-r,shapes", [], 2),
+                           ("shapes", ["model.templates=t.txt"], 3), ("shapes", [], 3)):
+        assert erpm.main(["eval", "--model", model, "--set", sets, "data.n_test=10", *words]) == 0
+        rows = result_rows("runs/models")
+        assert len(rows) == n and {r["head"] for r in rows} == {"zero-shot"}
+    assert len({r["weights"] for r in rows}) == 1 and len({r["prompts"] for r in rows}) == 2
 
 
 def test_the_visual_tower_alone_takes_a_linear_head(clip_run):
