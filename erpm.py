@@ -71,7 +71,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import yaml
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -1628,8 +1628,7 @@ def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
             im = im.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
-    cut = border_px
-    return im.crop((cut, cut, im.width - cut, im.height - cut)) if cut else im
+    return ImageOps.crop(im, border_px) if border_px else im
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -1688,8 +1687,8 @@ class ImageSet(torch.utils.data.Dataset):
         of their classes."""
         lines = self.captions or [f"a photo of a {self.names[k]}." for k in self.y]
         out = copy.copy(self)
-        out.classes, out.y = (a.tolist() if i == 0 else a for i, a in enumerate(
-            np.unique(lines, return_inverse=True)))
+        classes, out.y = np.unique(lines, return_inverse=True)
+        out.classes = classes.tolist()
         return out
 
     def training(self, seed: int) -> ImageSet:
@@ -4495,6 +4494,15 @@ def from_first(make: Callable):
     return box[0]
 
 
+def fit_probe(features: nn.Module, images: ImageSet, *, seed: int = 0, **options) \
+        -> tuple[Tensor, Tensor, float]:
+    """linear_probe on what `features` makes of the set's images, on every process.
+
+    options: batch, amp, workers."""
+    x, y = extract(features, images, **options), torch.from_numpy(images.y[images.index])
+    return from_first(lambda: linear_probe(x, y, len(images.classes), seed=seed))
+
+
 def _kept_probe(cache: Path | None) -> tuple[Tensor, Tensor, float] | None:
     """(weight, bias, l2) from the file that `probed` left, if any."""
     if cache is None or not cache.is_file():
@@ -4510,12 +4518,9 @@ def probed(model: nn.Module, images: ImageSet, head: str = "clean", *, seed: int
 
     head: of a Student, see `frozen_features`.  cache: file that keeps weight and bias.
     options: batch, amp, workers."""
-    features, y = frozen_features(model, head), torch.from_numpy(images.y[images.index])
-    found = from_first(lambda: _kept_probe(cache))
-    if found is None:
-        x = extract(features, images, **options)
-        found = from_first(lambda: linear_probe(x, y, len(images.classes), seed=seed))
-    weight, bias, l2 = found
+    features = frozen_features(model, head)
+    weight, bias, l2 = (from_first(lambda: _kept_probe(cache))
+                        or fit_probe(features, images, seed=seed, **options))
     fc = nn.Linear(weight.shape[1], len(weight))
     fc.load_state_dict({"weight": weight, "bias": bias})
     if cache is not None and world()[0] == 0 and not cache.is_file():
@@ -4864,6 +4869,10 @@ def averaged(pick: Callable[[dict], float]) -> Callable[[list[dict]], float]:
 
 
 TOP1 = averaged(accuracy)
+MEASURES = {"top-1": (TOP1, 100),                         # name: (measure, scale for the tables)
+            "top-5": (averaged(lambda r: metric(r, "correct5") / r["n"]), 100),
+            "NLL": (averaged(lambda r: metric(r, "nll")), 1),
+            "ECE": (averaged(lambda r: metric(r, "ece")), 100)}
 
 
 def corruption_errors(rows: list[dict]) -> dict[str, float]:
@@ -5189,14 +5198,11 @@ def head_parts(rows: list[dict], label: str, g: Groups) -> list[str]:
 
 def every_set_part(rows: list[dict]) -> str:
     """Top-1, top-5, NLL, ECE and speed of every model on every set."""
-    measures = ((averaged(lambda r: metric(r, "correct5") / r["n"]), 100, ".2f"),
-                (averaged(lambda r: metric(r, "nll")), 1, ".3f"),
-                (averaged(lambda r: metric(r, "ece")), 100, ".2f"),
-                (averaged(lambda r: r["images_per_s"]), 1, ".0f"))
-    return part("Every model on every set", ["set", "model", "top-1", "top-5", "NLL", "ECE",
-                                             "images/s"], [
-        [heading(rows, s), x, column(rows, x, s),
-         *[column(rows, x, s, m, scale=scale, form=form) for m, scale, form in measures]]
+    rate = averaged(lambda r: r["images_per_s"])
+    return part("Every model on every set", ["set", "model", *MEASURES, "images/s"], [
+        [heading(rows, s), x,
+         *[column(rows, x, s, m, scale=scale, form=".3f" if scale == 1 else ".2f")
+           for m, scale in MEASURES.values()], column(rows, x, s, rate, scale=1, form=".0f")]
         for s in dict.fromkeys(r["set"] for r in rows) for x in models_on(rows, [s])],
         "NLL in nats; ECE in percent, 15 bins; means over the cells of a -c set.")
 
@@ -5660,10 +5666,9 @@ def _train_tail(cfg: Config, key: dict, net: Net, tune: int, images: ImageSet,
 def _fit_probe(cfg: Config, net: Net, images: ImageSet) -> dict:
     """Puts a linear probe in the place of the network's classifier: features once, then L-BFGS."""
     since, fc = time.perf_counter(), stages(net)[-1].fc
-    x = extract(frozen_features(net.to(pick_device())), images, batch=cfg.eval.batch,
-                amp=cfg.runtime.amp, workers=cfg.data.workers)
-    y = torch.from_numpy(images.y[images.index])
-    weight, bias, l2 = from_first(lambda: linear_probe(x, y, len(images.classes), seed=cfg.seed))
+    weight, bias, l2 = fit_probe(
+        frozen_features(net.to(pick_device())), images, seed=cfg.seed, batch=cfg.eval.batch,
+        amp=cfg.runtime.amp, workers=cfg.data.workers)
     fc.load_state_dict({"weight": weight, "bias": bias})
     say(f"pretrain: linear probe on {len(images):,} images, l2 = {l2:.3g}")
     return {"images": len(images), "seconds": round(time.perf_counter() - since, 2)}
@@ -5682,8 +5687,7 @@ def net_for(cfg: Config, name: str, images: ImageSet, weights: str | None) -> Ne
 
 def _pretrain_towers(cfg: Config, path: Path, key: dict) -> Path:
     """Trains both towers of a clip-tiny: network on captions, those of all classes."""
-    family, _, rest = cfg.model.student.partition(":")
-    if family != "clip-tiny":
+    if not cfg.model.student.startswith("clip-tiny:"):
         raise UserError(f"{cfg.model.student} cannot be pretrained with a text head: name a tag "
                         "(open_clip:ViT-B-32-quickgelu/openai) or give model.student_weights")
     images = training_images(cfg)
@@ -5813,7 +5817,7 @@ def default_sets(cfg: Config) -> list[str]:
 def all_sets(home: str) -> list[str]:
     """Every set, and the corrupted copies of a network's own (ImageNet's: and ObjectNet's): on sets
     of other classes [A] looks at clean images alone."""
-    own = [home, *["objectnet"] * (home == "imagenet" and "objectnet" in SETS)]
+    own = [home, *["objectnet"] * (home == "imagenet")]
     return list(dict.fromkeys([*SETS, home, *map(corrupted, own)]))
 
 
@@ -5966,7 +5970,9 @@ def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
     """The networks to score, in groups that see the same pixels: those of a run, with the student's
     own view of picture files; or one by one eval.models."""
     if not cfg.eval.models:
-        yield entries_of(cfg), own_view(cfg.model.student)
+        entries = entries_of(cfg)
+        views = [e.model.view for e in entries if e.model.name == cfg.model.student]
+        yield entries, views[0] if views else own_view(cfg.model.student)
         return
     tokens = list(dict.fromkeys(t.strip() for t in cfg.eval.models.split(",") if t.strip()))
     for token in tokens:
@@ -6041,15 +6047,12 @@ def summary(rows: list[dict]) -> str:
         groups.setdefault((r["label"], r["set"], r["head"]), []).append(r)
     body = []
     for (label, name, head), some in groups.items():
-        mean = lambda f: float(np.mean([f(r) for r in some]))                          # noqa: E731
-        figures = [f"{100 * mean(accuracy):.2f}",
-                   f"{100 * mean(lambda r: metric(r, 'correct5') / r['n']):.2f}",
-                   f"{mean(lambda r: metric(r, 'nll')):.4f}",
-                   f"{100 * mean(lambda r: metric(r, 'ece')):.2f}"]
+        figures = [f"{scale * measure(some):.{4 if scale == 1 else 2}f}"
+                   for measure, scale in MEASURES.values()]
         whole = len(some) == len(cells(name))
         how = head + f", rule {some[0]['rule']}" * ("rules" in some[0])
         body.append([label, name, how, some[0]["n"], *(figures if whole else ["missing"] * 4)])
-    return table(["model", "set", "head", "images a cell", "top-1", "top-5", "NLL", "ECE"], body)
+    return table(["model", "set", "head", "images a cell", *MEASURES], body)
 
 
 def run_eval(cfg: Config, args) -> None:
