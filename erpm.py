@@ -2,6 +2,7 @@
 without losing what the model already knew.
 
     python erpm.py demo                                       # everything, on data made here, CPU
+    python erpm.py eval --model timm:resnet50.tv_in1k --set folder-c:photos      # a report card
     torchrun --nproc-per-node 8 erpm.py distill --recipe imagenet-rn101 data.root=/data
     python erpm.py eval --run runs/imagenet-rn101 --set imagenet,imagenet-c,imagenet-r
     python erpm.py report --run runs/imagenet-rn101
@@ -42,24 +43,25 @@ import atexit
 import contextlib
 import copy
 import dataclasses
-import datetime
 import difflib
 import functools
 import hashlib
 import importlib
 import importlib.util
+import io
+import itertools
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import re
 import signal
 import sys
+import tempfile
 import time
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -73,16 +75,15 @@ import torchvision
 import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 
 # ==== 1. BASICS ====
 # Errors for people, seeds as functions of keys, and what a process knows of its siblings.
-# Nothing here touches a global generator.
+# Nothing here moves a global generator.
 
 
 class UserError(ValueError):
@@ -90,31 +91,23 @@ class UserError(ValueError):
 
 
 class Absent(UserError):
-    """A set, or what scoring it takes, is not there at all; half a set is a plain UserError.
-
-    reason: in a few words, for the sets that `all` passes over."""
-
-    def __init__(self, message: str, reason: str = "not found (see `python erpm.py sets`)"):
-        super().__init__(message)
-        self.reason = reason
+    """A set, or what scoring it takes, is not there at all."""
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM reached a safe point: the state is saved and the same command goes on."""
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint `; did you mean 'x'?` for a misspelt word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def choose(table, name: str, what: str):
+    """table[name], or the name itself where the table is a tuple of names.
 
-
-def choose(table: dict, name: str, what: str):
-    """table[name].  Raises: UserError that lists the names and the nearest one."""
+    Raises: UserError that lists the names and the nearest one."""
     if name not in table:
-        raise UserError(f"unknown {what} {name!r}{nearest(name, list(table))} "
-                        f"(known: {', '.join(table)})")
-    return table[name]
+        close = difflib.get_close_matches(str(name), list(table), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(table) if len(table) < 50 else f"{len(table):,} names"
+        raise UserError(f"unknown {what} {name!r}{hint} (known: {known})")
+    return table[name] if isinstance(table, dict) else name
 
 
 def fold(*key) -> int:
@@ -128,41 +121,24 @@ def rng(*key, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(fold(*key))
 
 
-def uniforms(seed: int, index: np.ndarray, n: int) -> np.ndarray:
-    """n uniform numbers in [0, 1) for every index, a function of (seed, index) alone (SplitMix64).
+@contextlib.contextmanager
+def seeded(*key):
+    """Context in which the global CPU generator is a function of the key, and is put back after:
+    for what of torchvision draws from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(fold(*key))  # torch.manual_seed moves GPUs' as well
+        yield
 
-    Shapes: index (B,) -> (B, n) float32.  Used where one generator an image would cost too much."""
-    with np.errstate(over="ignore"):
-        z = np.uint64(fold(seed)) + np.asarray(index, np.uint64)[:, None] * np.uint64(n)
-        z = (z + np.arange(1, n + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / 2.0 ** 24
+
+@functools.lru_cache(maxsize=4)
+def uniforms(n: int, k: int, *key) -> np.ndarray:
+    """(n,k) uniform numbers in [0, 1); row i is a function of (key, k, i), whatever n."""
+    return np.random.default_rng(fold(*key)).random((n, k), dtype=np.float32)
 
 
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier() -> None:
-    """Returns when every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def say(text: str) -> None:
-    """Prints a line on the first process only."""
-    if world()[0] == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def progress(total: int, what: str, initial: int = 0) -> tqdm:
-    """Progress bar in images (rate, time left) on the first process's terminal, else silent."""
-    quiet = world()[0] != 0 or not sys.stderr.isatty()
-    return tqdm(total=total, desc=what, initial=initial, unit="img", unit_scale=True, leave=False,
-                disable=quiet)
 
 
 def pick_device() -> torch.device:
@@ -172,14 +148,54 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls write(temporary path) and moves the result to path: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def any_rank(flag: bool) -> bool:
+    """Whether any process raised its flag; returns when every process is here."""
+    t = torch.tensor(float(flag), device=pick_device())
+    if world()[1] > 1:
+        dist.all_reduce(t)
+    return bool(t)
+
+
+def say(text: str) -> None:
+    """Prints a line on the first process only."""
+    if world()[0] == 0:
+        (tqdm.write if sys.stderr.isatty() else print)(text)
+        sys.stdout.flush()
+
+
+class Progress(tqdm):
+    """tqdm in images, on the first process; where there is no terminal, a line each 8 s."""
+
+    def __init__(self, total: int, what: str, start: int = 0):
+        self.terminal = sys.stderr.isatty()
+        super().__init__(total=total, initial=start, desc=what, leave=False, miniters=1,
+                         mininterval=0.2 if self.terminal else 8, disable=world()[0] != 0,
+                         bar_format="{desc}: {n_fmt} of {total_fmt} images, {rate_noinv_fmt}"
+                                    "{postfix}, {remaining} left", unit=" images")
+
+    def display(self, msg=None, pos=None):
+        if self.terminal:
+            return super().display(msg, pos)
+        if self.n > self.initial:
+            print(self, flush=True)
+
+
+def write_atomically(path: Path, content: bytes | str | Callable) -> None:
+    """Writes the file whole or not at all: a reader never sees half of it, and a full disk leaves
+    the old one.  content: what to write, or a function that writes to an open binary file."""
     part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.umask(mask := os.umask(0))
-    part.chmod(0o666 & ~mask)                        # safetensors lets nobody else read its files
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:              # torch.save's way to say: disk full
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"cannot write {path}: {' '.join(str(e).split())}") from None
 
 
 def read_lines(path: Path | str, key: str) -> list[str]:
@@ -187,15 +203,17 @@ def read_lines(path: Path | str, key: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{key}: cannot read {path} ({e}): expected a text file, a line each") \
-            from None
+        raise UserError(f"{key}: cannot read {path} ({e}): expected a text file") from None
     return [line.strip() for line in lines if line.strip()]
 
 
 def file_sha(path: Path | str) -> str:
-    """First 12 hex digits of the file's SHA-256."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:12]
+    """First 12 hex digits of the file's SHA-256.  Raises: UserError."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:12]
+    except OSError as e:
+        raise UserError(f"cannot read the file {path}: {e.strerror}") from None
 
 
 @functools.cache
@@ -208,111 +226,116 @@ def versions() -> dict[str, str]:
 
 
 # ==== 2. CONFIG ====
-# The frozen dataclasses are schema, default, type and help.  config.yaml holds recipes: what
-# differs from the defaults.  Precedence: default < recipe (or the run's own file) < key=value.
+# The frozen dataclasses are schema, default, type, range and help.  config.yaml holds recipes:
+# what differs from the defaults.  Precedence: default < recipe (or the run's file) < key=value.
 
 
-def opt(default, text: str):
-    """Dataclass field with a default and a help text."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def opt(default, text: str, *valid):
+    """Dataclass field: default, help text and what is valid, (least, most) or a choice of words."""
+    return dataclasses.field(default=default, metadata={"help": text, "valid": valid})
+
+
+MANY = 10 ** 9
 
 
 @dataclass(frozen=True)
 class Data:
-    """The training set, and how sets are cut."""
+    """The training set, and how pictures become squares."""
     name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
     root: str = opt("data", "folder that holds the data sets")
-    size_px: int = opt(0, "side of the square images in pixels; 0 = the set's or network's own")
-    classes: str = opt("", "classes to tune on: names joined by commas, or how many of the first; "
-                           "empty = all.  SET@seen and SET@unseen are the images of these and of "
-                           "the other classes")
+    size_px: int = opt(0, "side of the square images that networks see; 0 = their own", 0, 512)
+    fit: str = opt("", "crop = short side to size, centre cut out; squash = both sides to size, "
+                       "nothing cut off; empty = the network's own", "", "crop", "squash")
+    crop: bool = opt(True, "training: random crops (stored images: shifts by up to 1/8)")
+    flip: bool = opt(True, "training: mirror half of the images; wrong for digits and letters")
     names: str = opt("", "file of the classes' names for text prompts, a line each in label order; "
                          "empty = the set's own (synsets: OpenAI's names for ImageNet)")
-    n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all")
-    n_test: int = opt(0, "images used at most of each evaluated set (likewise); 0 = all")
+    n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all", 0, MANY)
+    n_test: int = opt(0, "images used at most of each scored set (likewise); 0 = all", 0, MANY)
     allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
-    workers: int = opt(0, "loader processes; images that are decoded from files want 4 or more")
+    workers: int = opt(0, "loader processes; images decoded from files want 4 or more", 0, 256)
 
 
 @dataclass(frozen=True)
 class Model:
     """The two networks.  A name with a pretrained tag (timm:resnet50.tv_in1k) loads its weights."""
     student: str = opt("cifar:resnet14-w2-s2", "the large network M of [A]")
-    head: str = opt("linear", "linear, or text = zero-shot, the embeddings of prompts classify: "
-                              "for networks with a text tower (open_clip:, clip-tiny:)")
-    vocabulary: str = opt("", "file of texts that distill.anchor compares images with; empty = the "
-                              "captions of all training images, of every class")
+    student_weights: str = opt("", "file that it starts from; empty = by tag, or made by pretrain")
+    teacher: str = opt("cifar:resnet14-s2", "the small network M_t of [A]")
+    teacher_weights: str = opt("", "file that it starts from; empty = by tag, or random")
+    head: str = opt("linear", "text = zero-shot, the embeddings of prompts classify: for a student "
+                              "with a text tower (open_clip:)", "linear", "text")
     templates: str = opt("", "file of prompt templates, a line each with {} for the class; empty = "
                              "OpenAI's 80 for ImageNet, else 'a photo of a {}.'")
-    student_weights: str = opt("", "its weights file; empty = by tag, or made by pretrain")
-    teacher: str = opt("cifar:resnet14-s2", "the small network M_t of [A]")
-    teacher_weights: str = opt("", "weights of a ready robust teacher; empty = made by robustify")
 
 
 @dataclass(frozen=True)
 class Train:
     """One training stage."""
-    epochs: float = opt(8.0, "passes over the stage's images")
-    n_images: int = opt(0, "training images of this stage at most (drawn by seed 0); 0 = all")
-    batch: int = opt(128, "images a step, over all processes")
-    accum: int = opt(1, "micro-batches that a step is made of")
-    optimizer: str = opt("adamw", "adamw or sgd (momentum 0.9, Nesterov)")
-    lr: float = opt(3e-3, "peak learning rate; cosine to zero")
-    weight_decay: float = opt(0.05, "decoupled for adamw; none on biases and norms")
-    warmup: float = opt(0.5, "epochs of linear warm-up")
-    clip: float = opt(1.0, "largest gradient norm; 0 = off")
-    ema: float = opt(0.0, "decay of the averaged weights that are kept; 0 = off")
-    smoothing: float = opt(0.0, "label smoothing")
+    epochs: float = opt(8.0, "passes over the stage's images", 1e-3, 1e5)
+    n_images: int = opt(0, "training images of this stage at most; 0 = all", 0, MANY)
+    batch: int = opt(128, "images a step, over all processes", 1, 10 ** 6)
+    accum: int = opt(1, "micro-batches that a step is made of", 1, 10 ** 4)
+    optimizer: str = opt("adamw", "sgd has momentum 0.9, Nesterov", "adamw", "sgd")
+    lr: float = opt(3e-3, "peak learning rate; cosine to zero", 1e-9, 100)
+    weight_decay: float = opt(0.05, "decoupled for adamw; none on biases and norms", 0, 10)
+    warmup: float = opt(0.5, "epochs of linear warm-up", 0, 1e5)
+    clip: float = opt(1.0, "largest gradient norm; 0 = off", 0, 1e6)
+    ema: float = opt(0.0, "decay of the averaged weights that are kept; 0 = off", 0, 0.999999)
+    smoothing: float = opt(0.0, "label smoothing", 0, 0.9)
 
 
 @dataclass(frozen=True)
 class Pretrain(Train):
     """How the student learns clean data, where its name has no pretrained weights for them."""
     tune: int = opt(-1, "last stages that are trained, the classifier always; -1 = all, "
-                        "0 = linear probe (L-BFGS on features that are computed once)")
+                        "0 = linear probe (L-BFGS on features that are computed once)", -1, 1000)
 
 
 @dataclass(frozen=True)
 class Robustify(Train):
     """How the small teacher is made robust; its augmentation also makes x~ for distill."""
-    augment: str = opt("augmix", "augmentations, joined by +")
-    severity: float = opt(3.0, "strength of augmix; [A]'s sources use 1 on ImageNet, 3 on CIFAR")
-    pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = fractals made here")
-    extra: str = opt("", "trees of the same classes, joined by commas, that join the training "
-                         "images (DeepAugment: its EDSR and CAE copies)")
-    jsd: float = opt(12.0, "weight of AugMix's consistency loss; 0 = cross-entropy on x and x~")
+    method: str = opt("augment", "none = the teacher is robust as it comes", "augment", "none")
+    augment: str = opt("pixmix+augmix", "augmentations, joined by +")
+    severity: float = opt(3.0, "strength of augmix; its authors: 1 on ImageNet, 3 on CIFAR", .1, 10)
+    pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
+    jsd: float = opt(0.0, "weight of AugMix's consistency loss (its paper: 12); 0 = cross-"
+                          "entropy on x and x~", 0, 1000)
 
 
 @dataclass(frozen=True)
 class Distill(Train):
     """How the large network is tuned.  tune = last stages tuned, head = of these, own a head."""
-    method: str = opt("erpm", "erpm, or the baselines apt (same part, one head, no teacher), "
-                              "lp (linear probe on x and x~)")
-    tune: int = opt(3, "last stages that are tuned")
+    method: str = opt("erpm", "erpm, or a baseline: apt (same part, one head, no teacher), "
+                              "lp (linear probe on x and x~), ft (end to end on x and x~)",
+                      "erpm", "apt", "lp", "ft")
+    tune: int = opt(3, "last stages that are tuned", 0, 1000)
     head: int = opt(3, "of the tuned stages the last ones that every head has for itself; "
-                       "0 = linear heads on a shared tail")
-    dropout: float = opt(0.1, "dropout rate in the tuned part and before each classifier")
-    dropout_in: str = opt("tail", "tail = tuned stages and classifiers as [A]; head = classifiers")
-    alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation")
-    temperature: float = opt(2.0, "softmax temperature of the distillation")
-    anchor: float = opt(0.0, "zero-shot: weight of the distillation of the initial network's view "
-                             "of the vocabulary (model.vocabulary) into every head; 0 = [A]")
+                       "0 = linear heads on a shared tail", 0, 1000)
+    dropout: float = opt(0.1, "rate in the tuned part and before each classifier", 0, 0.99)
+    dropout_in: str = opt("tail", "tail = tuned stages and classifiers as [A]; head = classifiers",
+                          "tail", "head")
+    alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation", 0, 1)
+    temperature: float = opt(2.0, "softmax temperature of the distillation", 0.01, 100)
 
 
 @dataclass(frozen=True)
 class Eval:
     """What is scored and how."""
-    sets: str = opt("", "sets, joined by commas, or all (that are found); empty = the training "
-                        "set, its -c and its -r")
+    sets: str = opt("", "sets, joined by commas, or all (that are found); LABEL@folder:PATH gives "
+                        "a folder a name; empty = the training set, its -c and its -r")
     models: str = opt("", "networks to score instead of a run, joined by commas (--model): names "
-                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER; probe: before it "
-                          "= by linear probes only, LABEL@ = its name in the tables")
+                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER; LABEL@ before one "
+                          "= its name in the tables")
+    head: str = opt("auto", "auto = a network's own head on its own classes, prompts where it has "
+                            "a text tower, else a linear probe; probe = always a linear probe",
+                    "auto", "probe")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
-    probe: str = opt("clean", "head whose features a linear probe is trained on, for sets of other "
-                              "classes: clean, combined, robust or original")
-    passes: int = opt(10, "dropout passes; 0 = closed form")
-    n_cell: int = opt(0, "images used at most of each cell of a generated -c set; 0 = all")
-    batch: int = opt(256, "images a forward")
+    probe: str = opt("clean", "the head whose features a linear probe is trained on",
+                     "clean", "combined", "robust", "original")
+    passes: int = opt(10, "dropout passes; 0 = closed form", 0, 1000)
+    n_cell: int = opt(0, "images at most of each cell of a generated -c set; 0 = all", 0, MANY)
+    batch: int = opt(256, "images a forward", 1, 10 ** 6)
     frost_dir: str = opt("", "folder of the original frost textures; empty = those of the package "
                              "imagecorruptions or imagenet-c where installed, else made here")
     jpeg: bool = opt(True, "JPEG round trip (quality 85) of generated -c sets, as in the files")
@@ -321,18 +344,18 @@ class Eval:
 @dataclass(frozen=True)
 class Runtime:
     """What changes speed and safety, not meaning."""
-    amp: str = opt("auto", "auto, bf16, fp16 or none: autocast type of networks")
-    log_every: int = opt(20, "steps between lines of log.jsonl")
-    save_every: int = opt(200, "steps between checkpoints")
+    amp: str = opt("auto", "autocast type of networks", "auto", "bf16", "fp16", "none")
+    log_every: int = opt(20, "steps between lines of log.jsonl", 1, MANY)
+    save_every: int = opt(200, "steps between checkpoints", 1, MANY)
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything.  `python erpm.py COMMAND section.key=value ...` changes it."""
-    recipe: str = opt("demo", "recipe of config.yaml")
-    run: str = opt("", "name of the run; empty = recipe, data set if changed, seed if not 0")
+    recipe: str = opt("", "recipe of config.yaml; empty = the defaults, for demo its own")
+    run: str = opt("", "name of the run; empty = recipe or data set, seed if not 0")
     out: str = opt("runs", "folder of the runs")
-    seed: int = opt(0, "seed of everything but the cuts of the data")
+    seed: int = opt(0, "seed of everything but the cuts of the data", 0, 2 ** 31)
     data: Data = Data()
     model: Model = Model()
     pretrain: Pretrain = Pretrain()
@@ -346,8 +369,10 @@ class Config:
         return Path(self.out) / self.run
 
 
-OPTIMIZERS = ("adamw", "sgd")
-METHODS = ("erpm", "apt", "lp")
+PARTS = {f.name: f.default for f in dataclasses.fields(Config)
+         if dataclasses.is_dataclass(f.default)}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in PARTS} | {
+    f"{name}.{f.name}": f for name, part in PARTS.items() for f in dataclasses.fields(part)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -357,212 +382,125 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         for k in keys:
             if keys.count(k) > 1:
-                raise UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: "
-                                f"the key {k!r} stands twice")
+                raise UserError(f"line {node.start_mark.line + 1}: the key {k!r} stands twice")
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict:
     """The file's mapping.  Raises: UserError on a missing file, bad YAML or a duplicate key."""
-    if not path.is_file():
-        raise UserError(f"no file {path}: give --config PATH")
     try:
-        with open(path) as f:
-            tree = yaml.load(f, _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+        tree = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: give --config PATH") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping at the top")
+        raise UserError(f"{path}: expected a mapping at the top, got {type(tree).__name__}")
     return tree
 
 
-def typed(value, kind: str, path: str):
-    """value as the field's type.  Raises: UserError naming path, expected and got."""
-    text = isinstance(value, str)
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if kind == "bool" and (isinstance(value, bool) or value in ("true", "false")):
-            return value in (True, "true")
-        if kind in ("int", "float") and not isinstance(value, bool):
-            number = {"int": int, "float": float}[kind](value)
-            if text or number == value:
-                return number
-        if kind == "str" and text:
-            return value
-    hint = " (quote it: YAML reads no, on, 12:30 as other types)" if kind == "str" else ""
-    raise UserError(f"{path}: expected {kind}, got {value!r}{hint}")
+def typed(value, path: str, where: str):
+    """value as the type of a field and within its range.  Raises: UserError naming path, expected
+    and got."""
+    field = choose(FIELDS, path, f"setting in {where}:")
+    kind, valid, out = field.type, field.metadata["valid"], None
+    if kind == "bool" and str(value).lower() in ("true", "false"):
+        out = str(value).lower() == "true"
+    elif kind == "str" and isinstance(value, str):
+        out = choose(valid or (value,), value, path)
+    elif kind in ("int", "float") and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            number = int(value) if kind == "int" else float(value)
+            out = number if isinstance(value, str) or number == value else None
+    if out is None:
+        hint = " (quote it: YAML reads no, on, 12:30 as other types)" if kind == "str" else ""
+        raise UserError(f"{where}: {path}: expected {kind}, got {value!r}{hint}")
+    if kind in ("int", "float") and valid and not valid[0] <= out <= valid[1]:
+        raise UserError(f"{where}: {path}: expected {valid[0]:g} to {valid[1]:g}, got {value}")
+    return out
 
 
-def merge(base, tree: dict, where: str, path: str = ""):
-    """base with the values of tree put over it.  Raises: UserError on an unknown key or type."""
-    fields, changed = {f.name: f for f in dataclasses.fields(base)}, {}
+def settings(tree, where: str) -> dict:
+    """{"section.key": value}, typed, of a YAML mapping, or of the words {"section.key": text}.
+
+    Raises: UserError."""
+    flat: dict = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: expected a mapping of settings, got {tree!r}")
     for key, value in tree.items():
-        at = f"{path}{key}"
-        if key not in fields:
-            raise UserError(f"{where}: unknown key {at!r}{nearest(str(key), list(fields))} "
-                            f"(known: {', '.join(fields)})")
-        old = getattr(base, key)
-        if dataclasses.is_dataclass(old):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {at} is a section, got {value!r}; "
-                                f"write {at}.KEY=VALUE")
-            changed[key] = merge(old, value, where, at + ".")
-        else:
-            changed[key] = typed(value, fields[key].type, f"{where}: {at}")
-    return dataclasses.replace(base, **changed)
-
-
-def words_tree(words: Sequence[str]) -> dict:
-    """Nested mapping of `a.b=c` words."""
-    tree: dict = {}
-    for word in words:
-        path, eq, value = word.partition("=")
-        if not eq:
-            raise UserError(f"{word!r} is not of the form key=value (see --help)")
-        *sections, key = path.split(".")
-        node = tree
-        for s in sections:
-            node = node.setdefault(s, {})
-            if not isinstance(node, dict):
-                raise UserError(f"command line: {s} is given a value and used as a section")
-        node[key] = value
-    return tree
+        if key in PARTS and not isinstance(value, dict):
+            raise UserError(f"{where}: {key} is a section, got {value!r}: write {key}.KEY=VALUE")
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if key in PARTS else {str(key): value}
+    return {path: typed(value, path, where) for path, value in flat.items()}
 
 
 def check(cfg: Config) -> None:
-    """Raises: UserError where a value of the right type makes no sense."""
-    d = cfg.distill
-    stages_ = {"pretrain": cfg.pretrain, "robustify": cfg.robustify, "distill": d}
-    positive = {f"{name}.{k}": getattr(stage, k) for name, stage in stages_.items()
-                for k in ("epochs", "batch", "accum", "lr")}
-    positive |= {"eval.batch": cfg.eval.batch, "runtime.log_every": cfg.runtime.log_every,
-                 "runtime.save_every": cfg.runtime.save_every, "distill.temperature": d.temperature}
-    for key, value in positive.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"{key}: expected a value above 0, got {value}")
-    counts = {"data.workers": cfg.data.workers, "data.n_train": cfg.data.n_train,
-              "data.n_test": cfg.data.n_test, "eval.passes": cfg.eval.passes,
-              "eval.n_cell": cfg.eval.n_cell, "distill.tune": d.tune}
-    for key, value in counts.items():
-        if value < 0:
-            raise UserError(f"{key}: expected 0 or more, got {value}")
-    for name, stage in stages_.items():
+    """Raises: UserError where values that are valid by themselves do not go together."""
+    for name in ("pretrain", "robustify", "distill"):
+        stage = getattr(cfg, name)
         if stage.batch % stage.accum:
             raise UserError(f"{name}.accum: {stage.batch} images are not {stage.accum} equal "
                             "micro-batches")
-        choose(dict.fromkeys(OPTIMIZERS), stage.optimizer, f"{name}.optimizer")
-    for key, value in {"distill.dropout": d.dropout, "distill.alpha": d.alpha}.items():
-        if not 0 <= value <= 1 or value == 1 and key == "distill.dropout":
-            raise UserError(f"{key}: expected a value from 0 to 1, got {value}")
-    if not 0 <= d.head <= d.tune:
-        raise UserError(f"distill.head: expected 0 to distill.tune = {d.tune}, got {d.head}")
-    if cfg.data.size_px and not 32 <= cfg.data.size_px <= 512:
+    if cfg.distill.head > cfg.distill.tune:
+        raise UserError(f"distill.head: expected 0 to distill.tune = {cfg.distill.tune}, got "
+                        f"{cfg.distill.head}")
+    if 0 < cfg.data.size_px < 32:
         raise UserError(f"data.size_px: expected 0 or 32 to 512, got {cfg.data.size_px}")
-    for key, value, known in (("distill.dropout_in", d.dropout_in, ("tail", "head")),
-                              ("distill.method", d.method, METHODS),
-                              ("model.head", cfg.model.head, ("linear", "text")),
-                              ("eval.probe", cfg.eval.probe,
-                               ("clean", "combined", "robust", "original")),
-                              ("runtime.amp", cfg.runtime.amp, ("auto", "bf16", "fp16", "none"))):
-        choose(dict.fromkeys(known), value, key)
 
 
-def resolve(recipe: str, words: Sequence[str], file: Path | None = None,
+def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | None = None,
             run: Path | None = None) -> Config:
-    """The frozen Config: default < recipe (or the run's config.yaml) < key=value words."""
-    base, given = Config(), file is not None
+    """The frozen Config: default < recipe of a file (or the run's config.yaml) < words."""
+    values: dict = {}
     if run is not None:
-        base = merge(base, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
-    else:
+        values = settings(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+    elif recipe:
         file = file or Path(__file__).with_name("config.yaml")
-        plain = recipe == "demo" and not given and not file.is_file()
-        recipes = {"demo": {}} if plain else read_yaml(file)
-        base = merge(base, choose(recipes, recipe, f"recipe in {file}") or {}, f"{file}: {recipe}")
-        base = dataclasses.replace(base, recipe=recipe)
-    cfg = merge(base, words_tree(words), "command line")
+        tree = choose(read_yaml(file), recipe, f"recipe in {file}")
+        values = settings(tree, f"{file}: {recipe}") | {"recipe": recipe}
+    bad = [w for w in words if "=" not in w]
+    if bad:
+        raise UserError(f"{bad[0]!r} is not of the form key=value (see --help)")
+    home = values.get("data.name", Data.name)
+    values |= settings(dict(w.split("=", 1) for w in words), "command line")
+    parts = {name: dataclasses.replace(part, **{
+        k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{name}.")})
+        for name, part in PARTS.items()}
+    cfg = Config(**{k: v for k, v in values.items() if "." not in k}, **parts)
     check(cfg)
     if not cfg.run:
-        data = [] if cfg.data.name == base.data.name else [re.sub(r"\W+", "-", cfg.data.name)]
-        seed = [f"s{cfg.seed}"] if cfg.seed else []
-        cfg = dataclasses.replace(cfg, run="-".join([cfg.recipe, *data, *seed]))
+        names = [cfg.recipe or cfg.data.name]
+        names += [cfg.data.name] if cfg.recipe and cfg.data.name != home else []
+        names += [f"s{cfg.seed}"] if cfg.seed else []
+        cfg = dataclasses.replace(cfg, run=re.sub(r"[^\w.-]+", "-", "-".join(names)))
     return cfg
 
 
-def config_help(cfg=None, path: str = "") -> str:
-    """Every key, its default and meaning, a line each."""
+def flat(cfg: Config) -> dict:
+    """{"section.key": value} of everything."""
+    return {path: operator.attrgetter(path)(cfg) for path in FIELDS}
+
+
+def config_help() -> str:
+    """Every key, its default, its meaning and what is valid, a line each."""
     lines = []
-    cfg = cfg or Config()
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if dataclasses.is_dataclass(value):
-            lines += ["", f"{f.name}: {value.__doc__}", config_help(value, f"{f.name}.")]
-        else:
-            lines.append(f"  {path + f.name + '=' + str(value):<42} {f.metadata['help']}")
+    for path, f in FIELDS.items():
+        section, dot, key = path.partition(".")
+        if dot and f is dataclasses.fields(PARTS[section])[0]:
+            lines += ["", f"{section}: {PARTS[section].__doc__}"]
+        valid = (" | " if f.type == "str" else " to ").join(map(str, f.metadata["valid"]))
+        lines.append(f"  {f'{path}={f.default}':<42} {f.metadata['help']}"
+                     + (f"  [{valid.strip(' |')}]" if valid else ""))
     return "\n".join(lines)
 
 
 # ==== 3. CORRUPTIONS ====
-# ImageNet-C's 15 + 4 corruptions as batched tensor code: uint8 (B,3,H,W) in and out, on the device
-# of the images. Randomness is a function of (seed, image index, name, severity), not of the batch.
-
-CONSTANTS = {  # severities 1..5 of make_imagenet_c.py, make_tinyimagenet_c.py, make_cifar_c.py
-    "gaussian_noise": ((.08, .12, .18, .26, .38), (.04, .08, .12, .15, .18),
-                       (.04, .06, .08, .09, .1)),
-    "shot_noise": ((60, 25, 12, 5, 3), (250, 100, 50, 30, 15), (500, 250, 100, 75, 50)),
-    "impulse_noise": ((.03, .06, .09, .17, .27), (.01, .02, .05, .08, .14),
-                      (.01, .02, .03, .05, .07)),
-    "defocus_blur": (((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
-                     ((.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)),
-                     ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
-    "glass_blur": (((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-                   ((.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)),
-                   ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
-    "motion_blur": (((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-                    ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
-                    ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": (((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
-                  ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01)),
-                  ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))),
-    "snow": (((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
-              (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
-             ((.1, .2, 1, .6, 8, 3, .8), (.1, .2, 1, .5, 10, 4, .8),
-              (.15, .3, 1.75, .55, 10, 4, .7), (.25, .3, 2.25, .6, 12, 6, .65),
-              (.3, .3, 1.25, .65, 14, 12, .6)),
-             ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9),
-              (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85),
-              (.3, .3, 1.25, .65, 14, 12, .8))),
-    "frost": (((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
-              ((1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)),
-              ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
-    "fog": (((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-            ((.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
-            ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
-    "brightness": ((.1, .2, .3, .4, .5), (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3)),
-    "contrast": ((.4, .3, .2, .1, .05), (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15)),
-    "elastic_transform": (
-        ((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02)),
-        ((0, 0, .08), (.05, .3, .06), (.1, .08, .06), (.1, .03, .03), (.16, .03, .02)),
-        ((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))),
-    "pixelate": ((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65)),
-    "jpeg_compression": ((25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40)),
-    "speckle_noise": ((.15, .2, .35, .45, .6), (.15, .2, .25, .3, .35), (.06, .1, .12, .16, .2)),
-    "gaussian_blur": ((1, 2, 3, 4, 6), (.5, .75, 1, 1.25, 1.5), (.4, .6, .7, .8, 1)),
-    "spatter": (((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
-                 (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
-                ((.62, .1, .7, .7, .6, 0), (.65, .1, .8, .7, .6, 0), (.65, .3, 1, .69, .6, 0),
-                 (.65, .1, .7, .68, .6, 1), (.65, .1, .5, .67, .6, 1)),
-                ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
-                 (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
-    "saturate": (((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
-                 ((.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)),
-                 ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
-}
-CORRUPTIONS = tuple(CONSTANTS)
-CORRUPTIONS_15 = CORRUPTIONS[:15]  # the benchmark; the last four are for validation
+# ImageNet-C's 15 corruptions as batched tensor code: uint8 (B,3,H,W) in and out, on the device of
+# the images. Randomness is a function of (seed, image index, name, severity), not of the batch.
+# Each takes x, its constants c of one severity, and gens, a generator for each image.
 
 
-def scale_of(h, w):
-    """Column of CONSTANTS: 0 ImageNet, 1 Tiny ImageNet (longer side to 128 px), 2 CIFAR (to 48)."""
-    return (max(h, w) <= 128) + (max(h, w) <= 48)
+SMALL_PX = 64  # images whose longer side is at most this get CIFAR-10-C's constants
 
 
 def draw(gens, shape, fill, *args, dtype=torch.float32):
@@ -580,66 +518,9 @@ def truncate(y):
     return y.add_(1 / 512).clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
-def pad_edge(x, left, right, top, bottom):
-    """(...,H,W) with the edge repeated, float32; on one core several times faster than F.pad."""
-    h, w = x.shape[-2:]
-    out = x.new_empty(*x.shape[:-2], h + top + bottom, w + left + right, dtype=torch.float32)
-    rows = out[..., top:top + h, :]
-    rows[..., left:left + w] = x
-    rows[..., :left], rows[..., left + w:] = x[..., :1], x[..., -1:]
-    out[..., :top, :], out[..., top + h:, :] = rows[..., :1, :], rows[..., -1:, :]
-    return out
-
-
-def slide(x, taps, dim):
-    """Correlation with taps along dim, which shrinks by len(taps) - 1. A sum of shifted views: the
-    image stays in cache, and the rounding does not depend on the batch."""
-    n = x.shape[dim] - len(taps) + 1
-    out = x.narrow(dim, 0, n) * taps[0]
-    for i, t in enumerate(taps[1:], 1):
-        out.add_(x.narrow(dim, i, n), alpha=t)
-    return out
-
-
-def gaussian_taps(sigma, radius):
-    """Gaussian on -radius..radius with sum 1, a list; sigma 0 is the identity."""
-    k = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-9)) ** 2)
-    return (k / k.sum()).tolist()
-
-
-def gaussian(x, sigma):
-    """Gaussian blur of (...,H,W), edge repeated, cut at 4 sigma."""
-    r = int(4 * sigma + 0.5)
-    taps = gaussian_taps(sigma, r)
-    return slide(slide(pad_edge(x, r, r, r, r), taps, -1), taps, -2)
-
-
-def motion(x, radius, sigma, angles):
-    """(B,C,H,W) smeared along one angle (degrees) an image: a one-sided half Gaussian of 2 radius +
-    1 taps at whole-pixel offsets, edge repeated, so the content shifts: as ImageMagick does."""
-    h, w = x.shape[-2:]
-    taps = gaussian_taps(sigma, 2 * radius)[2 * radius:]
-    taps, ways = [t / sum(taps) for t in taps], [math.radians(a) for a in angles]
-    paths = [[(math.ceil(i * math.sin(a) - 0.5), math.ceil(i * math.cos(a) - 0.5))
-              for i in range(len(taps))] for a in ways]
-    dys, dxs = zip(*(step for path in paths for step in path))
-    top, left = -min(dys), -min(dxs)
-    padded = pad_edge(x, left, max(dxs), top, max(dys))
-    out = torch.zeros_like(x, dtype=torch.float32)
-    for p, o, path in zip(padded, out, paths):
-        for (dy, dx), t in zip(path, taps):
-            o.add_(p[:, top + dy:top + dy + h, left + dx:left + dx + w], alpha=t)
-    return out
-
-
 def gaussian_noise(x, c, gens):
     """x + noise of standard deviation c."""
     return truncate(draw(gens, x.shape[1:], torch.Tensor.normal_).mul_(255 * c).add_(x))
-
-
-def speckle_noise(x, c, gens):
-    """x + x * noise of standard deviation c."""
-    return truncate(draw(gens, x.shape[1:], torch.Tensor.normal_).mul_(c).add_(1).mul_(x))
 
 
 @functools.lru_cache(maxsize=8)
@@ -647,14 +528,15 @@ def poisson_table(photons, device, levels=4096):
     """uint8 (256 * levels,): row v holds the noisy values of pixel value v at even quantiles."""
     n = torch.arange(photons + 1, dtype=torch.float64)  # counts above white are clipped anyway
     rate = torch.arange(256, dtype=torch.float64)[:, None] * (photons / 255)
-    q = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    cdf = torch.special.gammaincc(n + 1, rate)  # P(count <= n)
-    counts = torch.searchsorted(cdf, q.expand(256, -1).contiguous()).clamp_(max=photons)
-    return truncate(counts * (255 / photons)).flatten().to(device)
+    quantiles = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    below = torch.special.gammaincc(n + 1, rate)  # P(count <= n)
+    counts = torch.searchsorted(below, quantiles.expand(256, -1).contiguous())
+    return truncate(counts.clamp_(max=photons) * (255 / photons)).flatten().to(device)
 
 
 def shot_noise(x, c, gens):
-    """Poisson counts with c photons at white: a random quantile, looked up in a table."""
+    """Poisson counts with c photons at white: a random quantile, looked up in a table, for
+    torch.poisson takes five times as long."""
     key = draw(gens, x.shape[1:], torch.Tensor.random_, 0, 4096, dtype=torch.int32)
     key = key.add_(x.int(), alpha=4096).flatten()
     return poisson_table(c, x.device).index_select(0, key).view(x.shape)
@@ -666,41 +548,37 @@ def impulse_noise(x, c, gens):
     return x.masked_fill(u < c, 255).masked_fill_(u < c / 2, 0)
 
 
-@functools.lru_cache(maxsize=8)
-def disk_spectrum(radius, sigma, reach, h, w, device):
-    """Transfer function on a torus (h,w) of a disk smoothed by a 3x3 (to radius 8) or 5x5 Gaussian,
-    which mirrors the kernel at its own edge: at radius 8 and 10 that brightens the image by 1 %."""
-    half, g = 1 if radius <= 8 else 2, torch.arange(-reach, reach + 1)
-    k = (g[:, None] ** 2 + g ** 2 <= radius ** 2).double()
-    k = F.pad((k / k.sum())[None], (half,) * 4, mode="reflect")[0]
-    k = slide(slide(k, gaussian_taps(sigma, half), 0), gaussian_taps(sigma, half), 1)
-    k = F.pad(k, (0, w - len(g), 0, h - len(g))).roll((-reach, -reach), (0, 1))
-    return torch.fft.rfft2(k).to(device, torch.complex64)
+def defocus_blur(x, c, gens):
+    """Disk blur, mirrored about the edge pixel; c = radius and sigma of a small Gaussian over the
+    disk, which mirrors the kernel at its own edge: at radius 8 and 10 that brightens by 1 %."""
+    (h, w), (radius, sigma) = x.shape[-2:], c
+    r, size = max(8, radius), 3 if radius <= 8 else 5
+    g = torch.arange(-r, r + 1)
+    disk = (g[:, None] ** 2 + g ** 2 <= radius ** 2).float()
+    disk = v2.functional.gaussian_blur((disk / disk.sum())[None], [size] * 2, [sigma] * 2)
+    y = F.pad(x.float(), (16,) * 4, mode="reflect")  # 224 + 2 * 16 = 256: a quick transform
+    side, r = y.shape[-2:], r + 16
+    spectrum = torch.fft.rfft2(y).mul_(torch.fft.rfft2(disk.to(x.device), s=side))
+    return truncate(torch.fft.irfft2(spectrum, s=side)[..., r:r + h, r:r + w])
 
 
-def defocus_blur(x, c):
-    """Disk blur, c = radius and smoothing, mirrored about the edge pixel; at one cost for all."""
-    (h, w), r = x.shape[-2:], max(8, c[0])
-    size = (h + 2 * r, w + 2 * r)
-    y = torch.fft.rfft2(F.pad(x.float(), (r, r, r, r), mode="reflect"))
-    y = torch.fft.irfft2(y.mul_(disk_spectrum(*c, r, *size, x.device)), s=size)
-    return truncate(y[..., r:r + h, r:r + w])
+def gaussian_taps(sigma, radius):
+    """Gaussian on -radius..radius with sum 1, a list; sigma 0 is the identity."""
+    k = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-9)) ** 2)
+    return (k / k.sum()).tolist()
 
 
-def gaussian_blur(x, c):
-    """Gaussian blur of sigma c."""
-    return truncate(gaussian(x, c))
-
-
-@functools.lru_cache(maxsize=8)
-def shuffle_plan(n, h, w, d, device):
-    """For n images end to end, int32: pixel numbers (n*h*w,); 1 where the shuffle writes (rows and
-    columns d+1 .. size-d), else 0; the offsets -d..d-1 (not d: the reference) in pixel numbers."""
-    active = torch.zeros(n, h, w, dtype=torch.int32)
-    active[:, d + 1:h - d + 1, d + 1:w - d + 1] = 1
-    steps = torch.arange(-d, d, dtype=torch.int32)
-    steps, here = (steps[:, None] * w + steps).flatten(), torch.arange(n * h * w, dtype=torch.int32)
-    return here.to(device), active.flatten().to(device), steps.to(device)
+def gaussian(x, sigma):
+    """Gaussian blur of (B,C,H,W), edge repeated, cut at 4 sigma; a sum of shifted views, which on a
+    CPU is several times faster than a convolution."""
+    r = int(4 * sigma + 0.5)
+    y = F.pad(x.float(), (r, r, r, r), mode="replicate")
+    for dim in (3, 2):
+        out = torch.zeros_like(y.narrow(dim, 0, x.shape[dim]))
+        for i, tap in enumerate(gaussian_taps(sigma, r)):
+            out.add_(y.narrow(dim, i, x.shape[dim]), alpha=tap)
+        y = out
+    return y
 
 
 def glass_blur(x, c, gens):
@@ -710,8 +588,11 @@ def glass_blur(x, c, gens):
     follows such chains, up to 32 links."""
     sigma, d, passes = c
     n, _, h, w = x.shape
-    here, active, steps = shuffle_plan(n, h, w, d, x.device)
-    source = here
+    source = here = torch.arange(n * h * w, dtype=torch.int32, device=x.device)
+    active = torch.zeros(n, h, w, dtype=torch.int32, device=x.device)
+    active[:, d + 1:h - d + 1, d + 1:w - d + 1] = 1  # where the shuffle writes
+    active, steps = active.flatten(), torch.arange(-d, d, dtype=torch.int32, device=x.device)
+    steps = (steps[:, None] * w + steps).flatten()  # offsets in pixel numbers; never d: as there
     for _ in range(passes):
         pick = draw(gens, (h * w,), torch.Tensor.random_, 0, 4 * d * d, dtype=torch.int32)
         step = steps.index_select(0, pick.flatten()).mul_(active)
@@ -725,41 +606,43 @@ def glass_blur(x, c, gens):
     return truncate(gaussian(y.view(3, n, h, w).transpose(0, 1), sigma))
 
 
+def motion(x, radius, sigma, angles):
+    """(B,C,H,W) smeared along one angle (degrees) an image: a one-sided half Gaussian of 2 radius +
+    1 taps at whole-pixel offsets, edge repeated, so the content shifts: as ImageMagick does."""
+    (h, w), reach = x.shape[-2:], 2 * radius
+    taps = gaussian_taps(sigma, reach)[reach:]
+    padded = F.pad(x.float(), (reach,) * 4, mode="replicate")
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for p, o, angle in zip(padded, out, angles):
+        dy, dx = math.sin(math.radians(angle)), math.cos(math.radians(angle))
+        for i, tap in enumerate(taps):
+            top, left = (reach + math.ceil(i * d - 0.5) for d in (dy, dx))
+            o.add_(p[:, top:top + h, left:left + w], alpha=tap / sum(taps))
+    return out
+
+
 def motion_blur(x, c, gens):
     """Smear along an angle within 45 degrees of the horizontal, c = radius and sigma."""
     return truncate(motion(x, *c, draw(gens, (), torch.Tensor.uniform_, -45, 45).tolist()))
 
 
-def zoom_taps(n, zoom):
-    """Source pixels and weights (n,2) of the centre of n pixels enlarged by `zoom`: bilinear with
-    aligned corners to round(ceil(n / zoom) * zoom) pixels, trimmed to n."""
-    crop = math.ceil(n / zoom)
-    size = round(crop * zoom)
-    s = (torch.arange(n, dtype=torch.float64) + (size - n) // 2) * ((crop - 1) / (size - 1))
-    i = s.floor().clamp_(max=crop - 2)
-    f, i = s - i, i.long() + (n - crop) // 2
-    return torch.stack([i, i + 1], 1), torch.stack([1 - f, f], 1)
+def enlarge(x, zoom, h, w):
+    """(...,h,w): the centre of x, enlarged with aligned corners to round(side * zoom), trimmed."""
+    size = [round(n * zoom) for n in x.shape[-2:]]
+    y = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    return y[..., (size[0] - h) // 2:, (size[1] - w) // 2:][..., :h, :w]
 
 
-@functools.lru_cache(maxsize=3)
-def zoom_matrix(h, w, stop, step, device):
-    """Zoom blur as a sparse matrix: source pixels (h*w,N) int32 and weights, 25 MB at 224 px."""
-    factors = [1.0, *np.arange(1, stop, step).tolist()]  # the image itself, and again as factor 1
-    taps = [(zoom_taps(h, z), zoom_taps(w, z)) for z in factors]
-    index = [(a[:, None, :, None] * w + b[None, :, None]).int() for (a, _), (b, _) in taps]
-    value = [(a[:, None, :, None] * b[None, :, None]).float() for (_, a), (_, b) in taps]
-    index, value = (torch.stack(t, 2).view(h * w, -1).to(device) for t in (index, value))
-    return index, value / len(factors)
-
-
-def zoom_blur(x, c):
-    """Mean of the image and of its centre enlarged by each factor, c = end and step of the factors:
-    one sparse matrix, applied to the planes of several images side by side."""
-    b, _, h, w = x.shape
-    index, weights = zoom_matrix(h, w, *c, x.device)
-    planes = x.reshape(3 * b, h * w).t().contiguous().float()  # (HW,3B)
-    y = F.embedding_bag(index, planes, mode="sum", per_sample_weights=weights)
-    return truncate(y).t().reshape(b, 3, h, w)
+def zoom_blur(x, c, gens):
+    """Mean of the image and of its centre enlarged by each factor, c = end and step of the factors
+    (the image itself counts twice: as factor 1 as well)."""
+    (h, w), y, factors = x.shape[-2:], x.float(), np.arange(1, *c)
+    total = y.clone()
+    for zoom in factors:
+        rows, columns = math.ceil(h / zoom), math.ceil(w / zoom)
+        top, left = (h - rows) // 2, (w - columns) // 2
+        total += enlarge(y[..., top:top + rows, left:left + columns], zoom, h, w)
+    return truncate(total / (len(factors) + 1))
 
 
 def snow(x, c, gens):
@@ -767,10 +650,7 @@ def snow(x, c, gens):
     mean, std, zoom, threshold, radius, sigma, keep = c
     h, w = x.shape[-2:]
     crop = (1, math.ceil(h / zoom), math.ceil(w / zoom))
-    flakes = draw(gens, crop, torch.Tensor.normal_, mean, std)
-    size = [round(n * zoom) for n in flakes.shape[-2:]]
-    flakes = F.interpolate(flakes, size=size, mode="bilinear", align_corners=True)
-    flakes = flakes[..., (size[0] - h) // 2:, (size[1] - w) // 2:][..., :h, :w]
+    flakes = enlarge(draw(gens, crop, torch.Tensor.normal_, mean, std), zoom, h, w)
     flakes = truncate(flakes * (flakes >= threshold) * 255)  # 8 bits before and after the smear
     angles = draw(gens, (), torch.Tensor.uniform_, -135, -45).tolist()
     flakes = truncate(motion(flakes, radius, sigma, angles)).float()
@@ -778,91 +658,6 @@ def snow(x, c, gens):
     white = (y[:, :1] * 0.299).add_(y[:, 1:2], alpha=0.587).add_(y[:, 2:], alpha=0.114)
     white = torch.maximum(y, white.mul_(1.5).add_(127.5)).mul_(1 - keep)
     return truncate(white.add_(y, alpha=keep).add_(flakes + flakes.flip(-2, -1)))
-
-
-ICE_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")  # not the sixth
-
-
-def frost_folder(folder=None):
-    """The folder of the original textures: `folder`, or a PyPI package's, or None."""
-    specs = [importlib.util.find_spec(p) for p in ("imagecorruptions", "imagenet_c")]  # no import
-    folders = [Path(s.origin).parent / "frost" for s in specs if s and s.origin]
-    return folder or next((f for f in folders if all((f / n).is_file() for n in ICE_FILES)), None)
-
-
-# The original's textures (its third is a copy of its second): height, width, mean RGB, standard
-# deviation RGB, power (dB) of a 224 px crop in eight bands of equal ratio from 2/224 to 1/2 a px.
-ICE = ((600, 900, (.305, .585, .650), (.106, .065, .060), (37, 30, 24, 19, 16, 14.2, 12.6, 7.7)),
-       (315, 560, (.787, .805, .841), (.084, .087, .089), (35, 32, 29.3, 27.3, 23, 18.5, 14.8, 9)),
-       (350, 527, (.540, .599, .648), (.112, .112, .117), (35, 33, 30.6, 28.8, 25.6, 23, 20, 14.3)),
-       (495, 660, (.441, .484, .528), (.174, .170, .163), (42, 40, 36, 31.7, 27.8, 23.6, 19, 15.4)))
-
-
-def procedural_ice(i):
-    """uint8 (3,H,W) like texture i: needles in eight directions, each in its own patches, given the
-    measured power at every radius, and a smooth field that makes up the deviation."""
-    h, w, mean, std, bands = ICE[(0, 1, 1, 2, 3)[i]]
-    g, grey = rng("ice", i), (sum(s * s for s in std) / 3) ** 0.5
-    fy, fx = torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)
-    radius = torch.hypot(fy, fx)
-    needles = 0
-    for k in range(9):
-        soft = torch.fft.rfft2(torch.randn(h, w, generator=g)) * torch.exp(-(60 * radius) ** 2)
-        patch = torch.fft.irfft2(soft, s=(h, w))
-        angle = (k + torch.rand(1, generator=g).item()) * math.pi / 9
-        along, across = (fx * math.cos(a) + fy * math.sin(a) for a in (angle, angle + math.pi / 2))
-        seeds = (torch.rand(h, w, generator=g) < 0.02) * (patch > patch.std() / 2).float()
-        needles += torch.fft.rfft2(seeds) * torch.exp(-(40 * along) ** 2 - (2 * across) ** 2)
-    ring = (radius * 300).long().flatten()
-    power = torch.bincount(ring, needles.abs().square().flatten())
-    power /= torch.bincount(ring).clamp(min=1)
-    centres = np.log(np.append(np.geomspace(2 / 224, 0.5, 17)[1::2], 0.7))
-    level = np.interp(np.log(radius.numpy() + 1e-9), centres, (*bands, bands[-1] - 8))
-    gain = torch.from_numpy(10 ** (level / 20)).float() * (h * w) ** 0.5 / (224 * 3 / 8)  # Hann
-    ice = needles * gain / power.clamp(min=1e-12).sqrt()[ring].view(gain.shape)
-    soft = soft * torch.exp(-(170 * radius) ** 2)
-    ice, soft = (torch.fft.irfft2(f, s=(h, w)) for f in (ice, soft))
-    ice, soft = ice - ice.mean(), soft - soft.mean()
-    ice += soft * ((grey ** 2 - ice.var()).clamp(min=0).sqrt() / soft.std())
-    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
-    return truncate(255 * (mean + std * ice / grey))
-
-
-@functools.lru_cache(maxsize=10)
-def frost_texture(folder, i):
-    """Texture i at full size, uint8 (3,H,W)."""
-    folder = frost_folder(folder)
-    if folder is None:
-        return procedural_ice(i)
-    with Image.open(Path(folder) / ICE_FILES[i]) as file:
-        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-
-
-@functools.lru_cache(maxsize=32)
-def frost_textures(folder, h, w, device):
-    """The five textures at the scale for images of (h,w), larger where they would not cover one."""
-    out = []
-    for ice in (frost_texture(folder, i) for i in range(5)):
-        size, scale = ice.shape[1:], (1, 0.3, 0.2)[scale_of(h, w)]
-        if scale * size[0] < h or scale * size[1] < w:
-            scale = 1.1 * max(h / size[0], w / size[1])
-        if scale != 1:
-            size = [round(n * scale) for n in size]
-            ice = truncate(F.interpolate(ice[None].float(), size=size, mode="bilinear")[0] + 0.5)
-        out.append(ice.to(device))
-    return out
-
-
-def frost(x, c, gens, folder=None):
-    """c0 * image + c1 * a random crop of one of five pictures of ice."""
-    h, w = x.shape[-2:]
-    textures = frost_textures(folder, h, w, x.device)
-    out = x.float().mul_(c[0])
-    for o, (which, u, v) in zip(out, draw(gens, (3,), torch.Tensor.uniform_).tolist()):
-        ice = textures[int(which * 5)]
-        top, left = int(u * (ice.shape[1] - h)), int(v * (ice.shape[2] - w))
-        o.add_(ice[:, top:top + h, left:left + w], alpha=c[1])
-    return truncate(out)
 
 
 def plasma(gens, side, decay):
@@ -885,6 +680,55 @@ def plasma(gens, side, decay):
     return m.div_(m.amax((1, 2), keepdim=True))
 
 
+ICE_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")  # not the sixth
+ICE = ((.305, .585, .650, .07), (.787, .805, .841, .08), (.787, .805, .841, .08),
+       (.540, .599, .648, .10), (.441, .484, .528, .14))  # mean RGB, deviation within 224 px
+
+
+def frost_folder(folder=None):
+    """The folder of the original textures: `folder`, or a PyPI package's, or None."""
+    specs = [importlib.util.find_spec(p) for p in ("imagecorruptions", "imagenet_c")]  # no import
+    folders = [Path(s.origin).parent / "frost" for s in specs if s and s.origin]
+    return folder or next((f for f in folders if all((f / n).is_file() for n in ICE_FILES)), None)
+
+
+def frost_source(folder=None):
+    """"original" or "procedural": the textures that frost draws from."""
+    return "original" if frost_folder(folder) else "procedural"
+
+
+@functools.lru_cache(maxsize=32)
+def frost_textures(folder, h, w, device):
+    """The five textures, uint8 (3,H,W), or tinted plasma where their files are not to be had;
+    a fifth of it for small images, more where that would hardly cover one."""
+    folder, textures = frost_folder(folder), []
+    for i, (*tint, deviation) in enumerate(ICE):
+        if folder:
+            with Image.open(Path(folder) / ICE_FILES[i]) as file:
+                ice = v2.functional.pil_to_tensor(file.convert("RGB"))
+        else:
+            ice = plasma([rng("ice", i)], 256, 1.04).repeat(1, 2, 2)
+            ice = (ice - ice.mean()) * (deviation / ice.std()) + torch.tensor(tint).view(3, 1, 1)
+            ice = truncate(ice * 255)
+        least = 1.1 * max(h / ice.shape[1], w / ice.shape[2])
+        scale = max(least, 0.2 if max(h, w) <= SMALL_PX else 1)
+        size = [round(n * scale) for n in ice.shape[1:]]
+        textures.append(v2.functional.resize(ice, size, antialias=False).to(device))
+    return textures
+
+
+def frost(x, c, gens, folder=None):
+    """c0 * image + c1 * a random crop of one of five pictures of ice."""
+    h, w = x.shape[-2:]
+    textures = frost_textures(folder, h, w, x.device)
+    out = x.float().mul_(c[0])
+    for o, (which, u, v) in zip(out, draw(gens, (3,), torch.Tensor.uniform_).tolist()):
+        ice = textures[int(which * 5)]
+        top, left = int(u * (ice.shape[1] - h)), int(v * (ice.shape[2] - w))
+        o.add_(ice[:, top:top + h, left:left + w], alpha=c[1])
+    return truncate(out)
+
+
 def fog(x, c, gens):
     """Image + c0 * plasma, scaled back by the image's own maximum."""
     h, w = x.shape[-2:]
@@ -893,7 +737,7 @@ def fog(x, c, gens):
     return truncate((y * (255 * c[0]) + x).mul_(peak / (peak + 255 * c[0])))
 
 
-def brightness(x, c):
+def brightness(x, c, gens):
     """V + c in HSV: at fixed hue and saturation all channels scale with V; black turns grey."""
     y = x.float()
     v = y.amax(1, keepdim=True)
@@ -901,17 +745,7 @@ def brightness(x, c):
     return truncate(torch.where(v == 0, new, y.mul_(new / v)))
 
 
-def saturate(x, c):
-    """S * c0 + c1 in HSV: distances below V scale with S. Grey has hue 0: more S makes it red."""
-    y = x.float()
-    v = y.amax(1, keepdim=True)
-    s = (v - y.amin(1, keepdim=True)) / v.clamp(min=1)
-    new = (s * c[0] + c[1]).clamp_(max=1)
-    red = torch.cat([v, v * (1 - new), v * (1 - new)], 1)
-    return truncate(torch.where(s == 0, red, v - (v - y).mul_(new / s)))
-
-
-def contrast(x, c):
+def contrast(x, c, gens):
     """Distance to each channel's own mean, times c."""
     y = x.float()
     return truncate(torch.lerp(y.mean((2, 3), keepdim=True), y, c))
@@ -927,183 +761,103 @@ def blur_matrix(n, sigma, device):
     return m.to(device)
 
 
-def resample(x, grid, corners):
-    """Bilinear x (B,C,H,W) at grid (B,2,H,W), columns and rows on -1..1, mirrored beyond. corners:
-    -1 and 1 are the centres of the edge pixels, not their outer edges."""
-    grid = grid.permute(0, 2, 3, 1)
+def remap(x, points, corners):
+    """Bilinear x (B,C,H,W) at points (B,2,H,W), columns and rows in pixels, mirrored about the
+    centre of the edge pixel (corners) or about its outer edge."""
+    size = points.new_tensor(x.shape[:1:-1])
+    scale, start = (2 / (size - 1), -1) if corners else (2 / size, 1 / size - 1)
+    grid = points.permute(0, 2, 3, 1) * scale + start
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=corners)
 
 
 def affine(h, w, shift):
-    """(B,2,3) float32, from output to input coordinates on -1..1: the map that moves three points
-    around the centre by shift (B,3,2) pixels."""
+    """(B,2,3) float32, from output to input pixels: the map that moves three points around the
+    centre by shift (B,3,2) pixels."""
     s, signs = min(h, w) // 3, ((1, 1), (1, -1), (-1, -1))
     points = [[h // 2 + i * s, w // 2 + j * s, 1] for i, j in signs]  # the reference has h with x
     points = torch.tensor(points).double()
     moved = points + F.pad(shift.cpu().double(), (0, 1))
-    a = torch.linalg.solve(moved, points.expand_as(moved)).mT
-    unit = torch.tensor([[2 / (w - 1), 0, -1], [0, 2 / (h - 1), -1], [0, 0, 1]]).double()
-    return (unit @ a @ torch.linalg.inv(unit))[:, :2].float()
+    return torch.linalg.solve(moved, points.expand_as(moved)).mT[:, :2].float()
 
 
 def elastic_transform(x, c, gens):
     """A random affine map (mirrored at the edge pixel), then a smooth random field (mirrored at
     the edge); c = amplitude, sigma and jitter in shares of the side."""
-    b, _, h, w = x.shape
-    side = min(h, w) * (1 if scale_of(h, w) else 244 / 224)  # 244: the reference's slip
+    h, w = x.shape[-2:]
+    side = min(h, w) * (1 if max(h, w) <= SMALL_PX else 244 / 224)  # 244: the reference's slip
     amplitude, sigma, jitter = (side * k for k in c)
-    a = affine(h, w, draw(gens, (3, 2), torch.Tensor.uniform_, -jitter, jitter)).to(x.device)
-    u, v = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
-    a, b, shift = a[..., None].unbind(2)  # (B,2,1) each
-    grid = (a * u + shift)[:, :, None] + (b * v)[..., None]  # (B,2,H,W)
-    y = resample(x.float(), grid, True)
+    shift = draw(gens, (3, 2), torch.Tensor.uniform_, -jitter, jitter)
+    a, b, offset = affine(h, w, shift).to(x.device)[..., None, None].unbind(2)  # (B,2,1,1) each
+    u, v = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]
+    y = remap(x.float(), a * u + b * v + offset, True)
     if amplitude:
         field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
         rows, columns = blur_matrix(h, sigma, x.device), blur_matrix(w, sigma, x.device)
         for f in field:  # one by one, or the matrix product rounds by the size of the batch
             f.copy_(rows @ f @ columns.T)
-        field[:, 0].mul_(2 / w).add_(u * ((w - 1) / w))
-        field[:, 1].mul_(2 / h).add_(v[:, None] * ((h - 1) / h))
-        y = resample(y, field, False)
+        y = remap(y, field.add_(torch.stack(torch.broadcast_tensors(u, v))), False)
     return truncate(y)
 
 
-@functools.lru_cache(maxsize=64)
-def box_windows(n, m, planes, device):
-    """For `planes` stacks of n rows: all row numbers; the first row of each of a stack's m windows,
-    whole pixels as Pillow's box filter cuts them; for each of n rows its window, to enlarge."""
-    first = (torch.arange(m, dtype=torch.float64) * (n / m) + 0.5).long()
-    first = (torch.arange(planes)[:, None] * n + first).flatten()
-    back = ((torch.arange(n, dtype=torch.float64) + 0.5) * (m / n)).long()
-    return torch.arange(planes * n, device=device), first.to(device), back.to(device)
+def by_pillow(x, edit):
+    """uint8 (B,3,H,W): x with `edit` done to each image as a Pillow image."""
+    done = bytearray()
+    for planes in x.cpu().numpy():  # plane by plane: far cheaper than to permute the axes
+        image = edit(Image.merge("RGB", [Image.fromarray(plane) for plane in planes]))
+        for band in "RGB":
+            done += image.tobytes("raw", band)
+    return torch.frombuffer(done, dtype=torch.uint8).view(len(x), 3, image.height, image.width)
 
 
-def shrink(x, m):
-    """(B,3,H,W) -> (B,3,m,W): means of m windows of rows, rounded."""
-    b, _, n, w = x.shape
-    rows, first, _ = box_windows(n, m, 3 * b, x.device)
-    y = F.embedding_bag(rows, x.reshape(-1, w).float(), first, mode="mean")
-    return y.add_(0.5).floor_().view(b, 3, m, w)
-
-
-def pixelate(x, c):
-    """Box reduction to a share c of the side, then enlargement; Pillow's bit for bit. Rows are
-    cheap to gather and columns are not: columns are handled as rows of the transpose."""
-    b, _, h, w = x.shape
-    m, n = int(h * c), int(w * c)
-    y = shrink(shrink(x.mT.contiguous(), n).mT.contiguous(), m).to(torch.uint8)  # (B,3,m,n)
-    y = y.mT.contiguous().index_select(2, box_windows(w, n, 3 * b, x.device)[2])
-    return y.mT.contiguous().index_select(2, box_windows(h, m, 3 * b, x.device)[2])
-
-
-def jpeg_compression(x, c):
-    """JPEG at quality c, chroma 4:2:0, by the CPU's codec."""
-    out = torch.empty(x.shape, dtype=torch.uint8)
-    for image, o in zip(x.cpu(), out):
-        pixels = torch.stack(image.unbind(), -1).permute(2, 0, 1)  # as the encoder reads
-        o.copy_(decode_jpeg(encode_jpeg(pixels, quality=c)))
-    return out.to(x.device)
-
-
-def equalise(x):
-    """Histogram equalisation of (B,1,H,W), whole numbers on 0..255."""
-    v, n = x.long().flatten(1), x[0].numel()
-    count = x.new_zeros(len(x), 256).scatter_add_(1, v, torch.ones_like(v, dtype=x.dtype))
-    first = count.gather(1, v.amin(1, keepdim=True))
-    table = ((count.cumsum(1) - first) * (255 / (n - first).clamp(min=1))).round_()
-    return torch.where(first == n, v.float(), table.gather(1, v)).view(x.shape)
-
-
-def neighbours(x, mode):
-    """The nine shifted copies of (B,1,H,W), row by row."""
+def pixelate(x, c, gens):
+    """Pillow's box reduction to a share c of the side, and its box enlargement."""
     h, w = x.shape[-2:]
-    p = F.pad(x, (1, 1, 1, 1), mode=mode)
-    return [p[..., i:i + h, j:j + w] for i in range(3) for j in range(3)]
+    m, n = int(h * c), int(w * c)
+    few = by_pillow(x, lambda image: image.resize((n, m), Image.BOX)).numpy()
+    rows, columns = (((np.arange(a) + 0.5) * (b / a)).astype(int) for a, b in ((h, m), (w, n)))
+    return torch.from_numpy(few.take(columns, 3).take(rows, 2)).to(x.device)
 
 
-def box(x):
-    """3x3 mean of (B,1,H,W), mirrored about the edge pixel."""
-    return slide(slide(F.pad(x, (1, 1, 1, 1), mode="reflect"), [1 / 3] * 3, -1), [1 / 3] * 3, -2)
+def jpeg_compression(x, c, gens=()):
+    """JPEG at quality c, chroma 4:2:0, by Pillow."""
+    def edit(image):
+        image.save(file := io.BytesIO(), "JPEG", quality=c)
+        return Image.open(file)
+    return by_pillow(x, edit).to(x.device)
 
 
-def distance(mask, reach=20):
-    """Euclidean distance to the nearest True of (B,1,H,W), exact to `reach`, `reach` beyond."""
-    d = torch.where(mask, 0.0, float(reach))
-    for dim, costs in ((2, [(s, s) for s in (1, 2, 4, 8, 16)]),  # any k <= 31 is a sum of these
-                       (3, [(1, 2 * k - 1) for k in range(1, reach)])):  # k^2 = 1 + 3 + 5 + ...
-        for s, cost in costs:
-            n = d.shape[dim] - s
-            low, high = d.narrow(dim, 0, n), d.narrow(dim, s, n)
-            from_high, from_low = high + cost, low + cost
-            torch.minimum(low, from_high, out=low), torch.minimum(high, from_low, out=high)
-        d = d.square_() if dim == 2 else d.sqrt_()
-    return d
-
-
-def edges(x):
-    """Canny outline of (B,1,H,W), bool: |gx| + |gy| of Sobel over 150, or over 50 and linked."""
-    a, b, c, d, _, f, g, h, i = neighbours(x, "replicate")
-    gx, gy = c + 2 * f + i - a - 2 * d - g, g + 2 * h + i - a - 2 * b - c
-    size, tan = gx.abs() + gy.abs(), math.tan(math.pi / 8)
-    a, b, c, d, _, f, g, h, i = neighbours(size, "constant")
-    diagonal = torch.where(gx * gy >= 0, (size > a) & (size > i), (size > c) & (size > g))
-    peak = torch.where(gx.abs() < tan * gy.abs(), (size > b) & (size >= h), diagonal)
-    peak = torch.where(gy.abs() < tan * gx.abs(), (size > d) & (size >= f), peak)
-    weak, strong = peak & (size > 50), peak & (size > 150)
-    while True:
-        grown = weak & (sum(neighbours(strong.float(), "constant")) > 0)
-        if torch.equal(grown, strong):
-            return strong
-        strong = grown
-
-
-def spatter(x, c, gens):
-    """Drops of water (a thickness) or mud (a mask) where smoothed noise is high."""
-    mean, std, sigma, threshold, strength, mud = c
-    liquid = gaussian(draw(gens, (1, *x.shape[-2:]), torch.Tensor.normal_, mean, std), sigma)
-    if mud:
-        m = gaussian(liquid > threshold, strength)  # here a second sigma
-        m.mul_(m >= 0.8)
-        return truncate(x * (1 - m) + m * m.new_tensor([63, 42, 20]).view(3, 1, 1))
-    liquid = truncate(liquid * (liquid >= threshold) * 255).float()
-    depth = equalise(box(distance(edges(liquid)).clamp_(max=20)).floor_())
-    a, b, _, d, e, f, _, h, i = neighbours(depth, "reflect")
-    lit = (2 * (i - a) - b - d + e + f + h).clamp_(0, 255)
-    m = liquid * box(lit).round_()
-    m.mul_(strength / m.amax((2, 3), keepdim=True).clamp_(min=1))
-    return truncate(x + m * m.new_tensor([175, 238, 238]).view(3, 1, 1))
-
-
-def frost_source(folder=None):
-    """"original" or "procedural": the textures that frost draws from."""
-    return "original" if frost_folder(folder) else "procedural"
-
-
-FIXED = {"defocus_blur": defocus_blur, "zoom_blur": zoom_blur, "brightness": brightness,
-         "contrast": contrast, "pixelate": pixelate, "jpeg_compression": jpeg_compression,
-         "gaussian_blur": gaussian_blur, "saturate": saturate}
-RANDOM = {"gaussian_noise": gaussian_noise, "shot_noise": shot_noise,
-          "impulse_noise": impulse_noise, "glass_blur": glass_blur, "motion_blur": motion_blur,
-          "snow": snow, "frost": frost, "fog": fog, "elastic_transform": elastic_transform,
-          "speckle_noise": speckle_noise, "spatter": spatter}
-
-
-def check_corrupt(x, name, severity, index):
-    """The identities of the images, a list. Raises: UserError: what was expected and what came."""
-    choose(CONSTANTS, str(name), "corruption")
-    if not isinstance(severity, (int, np.integer)) or not 1 <= severity <= 5:
-        raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
-    if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
-        came = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise UserError(f"expected images as a uint8 tensor on 0..255, got {came}")
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise UserError(f"expected images (B,3,H,W), got {tuple(x.shape)}")
-    if min(x.shape[2:]) < 32 or max(x.shape[2:]) > 512:
-        raise UserError(f"expected sides of 32 to 512 px, got {tuple(x.shape[2:])}")
-    index = list(range(len(x))) if index is None else [int(k) for k in index]
-    if len(index) != len(x):
-        raise UserError(f"{len(x)} images but {len(index)} indices")
-    return index
+RECIPES = {  # name: function; c of severities 1 to 5 in make_imagenet_c.py; in make_cifar_c.py
+    "gaussian_noise": (gaussian_noise, (.08, .12, .18, .26, .38), (.04, .06, .08, .09, .1)),
+    "shot_noise": (shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
+    "impulse_noise": (impulse_noise, (.03, .06, .09, .17, .27), (.01, .02, .03, .05, .07)),
+    "defocus_blur": (defocus_blur, ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
+                     ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
+    "glass_blur": (glass_blur, ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+                   ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
+    "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+                    ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (zoom_blur, ((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
+                  ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))),
+    "snow": (snow, ((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7),
+                    (.55, .3, 4, .9, 12, 8, .7), (.55, .3, 4.5, .85, 12, 8, .65),
+                    (.55, .3, 2.5, .85, 12, 12, .55)),
+             ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9),
+              (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85),
+              (.3, .3, 1.25, .65, 14, 12, .8))),
+    "frost": (frost, ((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
+              ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
+    "fog": (fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+            ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
+    "brightness": (brightness, (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3)),
+    "contrast": (contrast, (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15)),
+    "elastic_transform": (elastic_transform, ((2, .7, .1), (2, .08, .2), (.05, .01, .02),
+                                              (.07, .01, .02), (.12, .01, .02)),
+                          ((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05),
+                           (.1, .03, .03))),
+    "pixelate": (pixelate, (.6, .5, .4, .3, .25), (.95, .9, .85, .75, .65)),
+    "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
+}
+CORRUPTIONS = tuple(RECIPES)
 
 
 def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
@@ -1111,23 +865,29 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
 
     index: B ints, the identities of the images, by default 0..B-1. jpeg: the round trip at quality
     85 that the published files went through. frost_dir: folder of the original textures. Sides
-    of 32 to 512 px. The constants go by the longer side: make_cifar_c.py's up to 48 px,
-    make_tinyimagenet_c.py's up to 128, make_imagenet_c.py's above. A GPU draws other numbers.
+    of 32 to 512 px. Constants: make_cifar_c.py's up to 64 px (longer side), make_imagenet_c.py's
+    above. A GPU draws other numbers.
     Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
-    index = check_corrupt(x, name, severity, index)
-    (h, w), severity, random = x.shape[-2:], int(severity), RANDOM
-    if frost_dir:
-        random = RANDOM | {"frost": functools.partial(frost, folder=frost_dir)}
-    c = CONSTANTS[name][scale_of(h, w)][severity - 1]
-    size = 1 << 21 if name == "zoom_blur" else 1 << 18  # elements that stay in the CPU's cache
-    size = size if x.device.type == "cpu" else 1 << 26
-    n, out = max(1, size // (3 * h * w)), torch.empty_like(x)
+    function, *columns = choose(RECIPES, str(name), "corruption")
+    came = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    fits = re.fullmatch(r"torch.uint8 \(\d+, 3, (\d+), (\d+)\)", came)
+    if not fits or not all(32 <= int(side) <= 512 for side in fits.groups()):
+        raise UserError(
+            f"expected images as a uint8 tensor (B,3,H,W), sides of 32 to 512 px, got {came}")
+    if severity not in (1, 2, 3, 4, 5):
+        raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
+    index = range(len(x)) if index is None else [int(k) for k in index]
+    if len(index) != len(x):
+        raise UserError(f"{len(x)} images but {len(index)} indices")
+    (h, w), severity = x.shape[-2:], int(severity)
+    if frost_dir and name == "frost":
+        function = functools.partial(frost, folder=frost_dir)
+    c, out = columns[max(h, w) <= SMALL_PX][severity - 1], torch.empty_like(x)
+    n = max(1, 2 ** 19 // (3 * h * w)) if x.device.type == "cpu" else len(x)  # stays in the cache
     for i in range(0, len(x), n):
-        if name in FIXED:
-            y = FIXED[name](x[i:i + n], c)
-        else:
-            keys = [("corrupt", int(seed), k, name, severity) for k in index[i:i + n]]
-            y = random[name](x[i:i + n], c, [rng(*k, device=x.device) for k in keys])
+        gens = [rng("corrupt", int(seed), k, name, severity, device=x.device)
+                for k in index[i:i + n]]
+        y = function(x[i:i + n].contiguous(), c, gens)
         out[i:i + n] = jpeg_compression(y, 85) if jpeg else y
     return out
 
@@ -1140,21 +900,9 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
 PIXELS = ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))  # ImageNet's mean and deviation, 0..255
 
 
-def _uniform(generator, *shape):
-    """NumPy float64 of the given shape, uniform in [0, 1)."""
-    return torch.rand(shape, generator=generator, device=generator.device).cpu().double().numpy()
-
-
-def _gamma(generator, alpha, *shape):
-    """NumPy float64 of the given shape, Gamma(alpha, 1)."""
-    full = torch.full(shape, float(alpha), dtype=torch.float64, device=generator.device)
-    return torch._standard_gamma(full, generator=generator).cpu().numpy()
-
-
-def _beta(generator, a, b, *shape):
-    """NumPy float64 of the given shape, Beta(a, b)."""
-    p, q = _gamma(generator, a, *shape), _gamma(generator, b, *shape)
-    return p / (p + q)
+def _key(generator):
+    """An int drawn from the generator: the seed of what draws by NumPy or torchvision."""
+    return torch.randint(2**62, (), generator=generator, device=generator.device).item()
 
 
 def _column(v, x, dtype=torch.float32):
@@ -1164,46 +912,44 @@ def _column(v, x, dtype=torch.float32):
 
 def _bytes(x):
     """uint8: x in 0..255, rounded and clipped."""
-    return (x + 0.5).clamp_(0, 255).to(torch.int16).to(torch.uint8)  # int16 between: 4 times faster
+    return truncate(x + 0.5)
 
 
-# The nine operations of AugMix, as PIL does them; each takes x and a level (N,), NumPy float64.
+def _image_by_image(x, generator, transform):
+    """x under a transform of torchvision, which would treat a batch as one image."""
+    with seeded(_key(generator)):
+        return torch.stack([transform(image) for image in x])
 
 
-def _histogram(x):
-    """(N,3,256) int64: how often each grey level occurs, per image and channel."""
-    planes = x.flatten(2).flatten(0, 1)
-    if x.device.type == "cpu":
-        return torch.stack([p.bincount(minlength=256) for p in planes]).view(-1, 3, 256)
-    index, counts = planes.long(), torch.zeros(len(planes), 256, device=x.device).long()
-    return counts.scatter_add_(1, index, torch.ones_like(index)).view(-1, 3, 256)
+def _chunks(x, size=2**20):
+    """Slices of the batch that stay in the cache; on a GPU one slice."""
+    n = max(1, size // x[0].numel()) if x.device.type == "cpu" else len(x)
+    return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
-def _lookup(x, table):
-    """uint8 like x: table (N,3,256) applied per image and channel."""
-    table = table.to(torch.uint8).view(-1, 256)
-    planes = x.reshape(len(table), -1)
-    if x.device.type == "cpu":  # bytes.translate looks up a byte in under a nanosecond
-        done = (p.tobytes().translate(t.tobytes()) for p, t in zip(planes.numpy(), table.numpy()))
-        return torch.frombuffer(bytearray(b"".join(done)), dtype=torch.uint8).view(x.shape)
-    return table.gather(1, planes.long()).view(x.shape)
+# The nine operations of AugMix, within a grey level of PIL's but for the borders of what moves;
+# each takes x and a level (N,), NumPy float64, negative for the other way.
 
 
 def autocontrast(x, level):
     """x stretched per channel so that its darkest value is 0 and its brightest 255."""
-    flat, ramp = x.flatten(2), torch.arange(256, device=x.device)
-    low, high = flat.amin(2, keepdim=True).double(), flat.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255) / (high - low)  # 255 / tensor would round twice
-    return _lookup(x, torch.where(high > low, (ramp * scale - low * scale).clamp(0, 255), ramp))
+    low, high = (f(x, (2, 3), keepdim=True).float() for f in (torch.amin, torch.amax))
+    flat = low == high
+    scale = (255 / (high - low)).masked_fill_(flat, 1)
+    return truncate(x.float().sub_(low.masked_fill_(flat, 0)).mul_(scale))
 
 
 def equalize(x, level):
-    """x with a flat histogram per channel, by PIL's integer rule."""
-    counts = _histogram(x)
-    below = counts.cumsum(-1) - counts
-    step = below.gather(-1, x.flatten(2).amax(2, keepdim=True).long()) // 255
+    """x with a flat histogram per channel, by PIL's integer rule: one table a plane."""
+    planes, same = x.flatten(2).flatten(0, 1), torch.arange(256, device=x.device)
+    first = torch.arange(len(planes), dtype=torch.int32, device=x.device)[:, None] * 256
+    index = (planes + first).flatten()
+    counts = index.bincount(minlength=256 * len(planes)).view(-1, 256)
+    below = counts.cumsum(1) - counts
+    step = below.gather(1, planes.amax(1, keepdim=True).long()) // 255
     table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    return _lookup(x, torch.where(step > 0, table, torch.arange(256, device=x.device)))
+    table = torch.where(step > 0, table, same).to(torch.uint8)
+    return table.flatten().index_select(0, index).view(x.shape)
 
 
 def posterize(x, level):
@@ -1219,17 +965,14 @@ def solarize(x, level):
 
 def rotate(x, level):
     """x turned by int(3 level) degrees about its centre: bilinear, 0 outside."""
-    n, _, h, w = x.shape
-    turn = np.exp(1j * np.deg2rad((level * 30 / 10).astype(int)))[:, None]
-    scale = lambda z: torch.from_numpy((z.real * (2 / w) + z.imag * (2j / h)).astype(np.complex64))
-    col = scale((np.arange(w) + 0.5 - w / 2) * turn).to(x.device)[:, None]
-    row = scale((np.arange(h) + 0.5 - h / 2) * 1j * turn).to(x.device)[..., None]
-    grid = torch.view_as_real(col + row)  # one complex sum is faster than stacking two real ones
-    out = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
-    u, v = (p(col).contiguous() + p(row).contiguous() for p in (torch.real, torch.imag))
-    # 5e-6 because truncation, which PIL does as well, must not turn 199.9999 into 199
-    inside = torch.maximum(u.abs_(), v.abs_()).sub_(1).mul_(-1e9).clamp_(0, 1 + 5e-6)
-    return out.mul_(inside[:, None]).to(torch.int16).to(torch.uint8)
+    h, w = x.shape[2:]
+    turn = torch.from_numpy(np.deg2rad((level * 3).astype(int))).float()[:, None]
+    cos, sin = turn.cos(), turn.sin()
+    u, v = torch.arange(w) + 0.5 - w / 2, torch.arange(h) + 0.5 - h / 2
+    columns = torch.stack([cos * u / w, sin * u / h], 1)[:, :, None] * 2  # (N,2,1,W)
+    rows = torch.stack([-sin * v / w, cos * v / h], 1)[..., None] * 2  # (N,2,H,1)
+    grid = (columns.to(x.device) + rows.to(x.device)).permute(0, 2, 3, 1)
+    return truncate(F.grid_sample(x.float(), grid, align_corners=False))
 
 
 def _take(views, *index):
@@ -1239,84 +982,63 @@ def _take(views, *index):
     return views[tuple(torch.from_numpy(i).to(views.device) for i in index)]
 
 
-def _transpose(x):
-    """x with rows and columns exchanged, contiguous."""
-    if x.device.type == "cpu":  # NumPy needs half of torch's time for bytes
-        return torch.from_numpy(np.ascontiguousarray(x.numpy().transpose(0, 1, 3, 2)))
-    return x.transpose(2, 3).contiguous()
+def _slide(x, shift):
+    """x with row r of image n moved left by shift (N,H or 1) columns: bilinear, 0 outside."""
+    n, c, h, w = x.shape
+    shift = np.clip(shift, -w, w)
+    left = np.floor(shift).astype(int)
+    p = np.abs(left).max() + 1
+    views = F.pad(x, (p, p)).unfold(3, w, 1)  # (N,3,H,2p+1,W): a row from every start
+    at = np.arange(n)[:, None, None], np.arange(c)[:, None], np.arange(h), left[:, None] + p
+    near = _take(views, *at)
+    if (left == shift).all():
+        return near
+    far = _take(views, *at[:3], at[3] + 1).float()
+    return truncate(near.float().lerp_(far, _column(shift - left, x).view(n, 1, h, 1)))
 
 
 def shear_x(x, level):
-    """x with row r moved left by 0.03 level (r + 1/2) columns: bilinear, 0 outside."""
-    n, c, h, w = x.shape
-    shift = (level * 0.3 / 10)[:, None] * (np.arange(h) + 0.5)  # (N,H)
-    left = np.floor(shift)
-    p = min(int(np.abs(left).max()), w) + 2
-    padded = F.pad(x, (p, p))
-    padded[..., p - 1], padded[..., p + w] = x[..., 0], x[..., -1]  # PIL repeats half a pixel
-    start = np.clip(left, -p, p - 1).astype(int)[:, None] + p
-    views = padded.unfold(3, w, 1)
-    at = np.arange(n)[:, None, None], np.arange(c)[:, None], np.arange(h)
-    a, b = _take(views, *at, start).float(), _take(views, *at, start + 1).float()
-    out = a.lerp_(b, _column(shift - left, x).view(n, 1, h, 1)).to(torch.int16).to(torch.uint8)
-    band = F.pad(x.new_full((w,), 255), (w, w)).unfold(0, w, 1)
-    inside = _take(band, np.clip(np.floor(shift + 0.5), -w, w).astype(int) + w)
-    return out.bitwise_and_(inside[:, None])
-
-
-def shear_y(x, level):
-    """x with column c moved up by 0.03 level (c + 1/2) rows: bilinear, 0 outside."""
-    return _transpose(shear_x(_transpose(x), level))
-
-
-def _move(rows, step, unit):
-    """rows (N,R,P) of image n moved left by step[n] times unit, zeros moving in."""
-    p = int(np.abs(step).max())
-    views = F.pad(rows, (p * unit, p * unit)).unfold(2, rows.shape[2], unit)
-    at = np.arange(rows.shape[0])[:, None], np.arange(rows.shape[1])
-    return _take(views, *at, step[:, None] + p)
+    """x with row r moved left by 0.03 level (r + 1/2) columns."""
+    return _slide(x, 0.03 * level[:, None] * (np.arange(x.shape[2]) + 0.5))
 
 
 def translate_x(x, level):
     """x moved left by int(level W / 30) columns."""
-    step = (level * (x.shape[3] / 3) / 10).astype(int)
-    return _move(x.flatten(1, 2), step, 1).view(x.shape)
+    return _slide(x, (level * x.shape[3] / 30).astype(int)[:, None])
+
+
+def shear_y(x, level):
+    """x with column c moved up by 0.03 level (c + 1/2) rows."""
+    return shear_x(x.mT, level).mT.contiguous()
 
 
 def translate_y(x, level):
-    """x moved up by int(level H / 30) rows."""
-    step = (level * (x.shape[2] / 3) / 10).astype(int)
-    return _move(x.flatten(2), step, x.shape[3]).view(x.shape)
+    """x moved up by int(level H / 30) rows: each plane as one long row."""
+    step = (level * x.shape[2] / 30).astype(int)[:, None]
+    return _slide(x.flatten(2)[:, :, None], step * x.shape[3]).view(x.shape)
 
 
 GEOMETRIC_OPS = (rotate, shear_x, shear_y, translate_x, translate_y)
 OPS = GEOMETRIC_OPS + (autocontrast, equalize, posterize, solarize)  # the rest is in ImageNet-C
 
 
-def _draw_ops(generator, severity, *shape):
+def _draw_ops(random, severity, *shape):
     """Op numbers and levels, NumPy of the given shape; half of the geometric levels negative."""
-    op, level, sign = _uniform(generator, 3, *shape)
-    op, level = (op * len(OPS)).astype(int), 0.1 + (severity - 0.1) * level
-    op[(op == OPS.index(rotate)) & (level < 1 / 3)] = -1  # a turn by int(3 level) = 0 degrees
-    return op, np.where((op < len(GEOMETRIC_OPS)) & (sign > 0.5), -level, level)
+    op, level = random.integers(len(OPS), size=shape), random.uniform(0.1, severity, shape)
+    turned = (op < len(GEOMETRIC_OPS)) & (random.random(shape) < 0.5)
+    return op, np.where(turned, -level, level)
 
 
-def _do_ops(views, op, level):
-    """A list: views with op[i] at level[i] done to views[i]; op -1 leaves it alone."""
-    views = list(views)
-    for k in sorted(set(op.tolist()) - {-1}):
-        at = [i for i, o in enumerate(op.tolist()) if o == k]
-        some = torch.stack([views[i] for i in at]) if len(at) > 1 else views[at[0]][None]
-        done = OPS[k](some, level[at])
-        for i, image in zip(at, done):
-            views[i] = image
-    return views
-
-
-def _chunks(x, size=2**20):
-    """Slices of the batch that stay in the cache; on a GPU one slice."""
-    n = max(1, size // x[0].numel()) if x.device.type == "cpu" else len(x)
-    return [slice(i, i + n) for i in range(0, len(x), n)]
+def _do_ops(images, op, level):
+    """A list: images with OPS[op[i]] at level[i] done to image i; op -1 leaves it alone."""
+    images = list(images)
+    for k, f in enumerate(OPS):
+        at = np.flatnonzero(op == k).tolist()
+        if at:
+            done = f(torch.stack([images[i] for i in at]), level[at])
+            for i, image in zip(at, done):
+                images[i] = image
+    return images
 
 
 def _mix_chains(x, weights, op, level):
@@ -1326,10 +1048,10 @@ def _mix_chains(x, weights, op, level):
     for t in range(depth):
         views = _do_ops(views, op[..., t].ravel(), level[..., t].ravel())
     mixed = torch.full_like(x, 0.5, dtype=torch.float32)  # so that truncation rounds
-    for i, w in enumerate(weights.tolist()):
-        for view, share in zip((x[i], *views[i * width : (i + 1) * width]), w):
+    for i, shares in enumerate(weights.tolist()):
+        for view, share in zip((x[i], *views[i * width:(i + 1) * width]), shares):
             mixed[i].add_(view, alpha=share)
-    return mixed.to(torch.int16).to(torch.uint8)  # int16 between: 4 times faster
+    return truncate(mixed)
 
 
 def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
@@ -1338,12 +1060,12 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     Paper: AugMix (Hendrycks et al. 2020): severity 1 for ImageNet, 3 for CIFAR.
     Differs: the mixture is rounded to uint8.
     """
-    n, (low, high) = len(x), depth
+    random, n, (low, high) = np.random.default_rng(_key(generator)), len(x), depth
     # METHOD AugMix: (1 - m) x + m sum_k w_k chain_k(x), w ~ Dirichlet(a), m ~ Beta(a, a)
-    w, m = _gamma(generator, alpha, n, width), _beta(generator, alpha, alpha, n, 1)
-    weights = np.concatenate([1 - m, m * w / w.sum(1, keepdims=True)], 1)
-    steps = low + (_uniform(generator, n, width, 1) * (high - low + 1)).astype(int)
-    op, level = _draw_ops(generator, severity, n, width, high)
+    w, m = random.dirichlet([alpha] * width, n), random.beta(alpha, alpha, (n, 1))
+    weights = np.concatenate([1 - m, m * w], 1)
+    steps = random.integers(low, high + 1, (n, width, 1))
+    op, level = _draw_ops(random, severity, n, width, high)
     op = np.where(np.arange(high) < steps, op, -1)
     return torch.cat([_mix_chains(x[s], weights[s], op[s], level[s]) for s in _chunks(x)])
 
@@ -1359,32 +1081,11 @@ def jsd(logits_clean, logits_aug1, logits_aug2):
 
 
 @functools.lru_cache(maxsize=4)
-def fractals(size, n=48, seed=0, points=4096, steps=48, maps=4, grid=192):
-    """uint8 (n,3,size,size): flames of random affine maps, a stand-in for PixMix's pictures."""
-    g = rng("fractals", seed)
-    rand = lambda *shape: torch.rand(n, *shape, generator=g)
-    spin = lambda t: torch.stack([t.cos(), -t.sin(), t.sin(), t.cos()], -1).view(n, maps, 2, 2)
-    stretch, turn = torch.diag_embed(0.35 + 0.5 * rand(maps, 2)), rand(2, maps) * 6.2832
-    linear = spin(turn[:, 0]) @ stretch @ spin(turn[:, 1])  # contracts, so the flame is bounded
-    table = torch.cat([linear.flatten(2), rand(maps, 2) * 2 - 1, rand(maps, 3)], 2).flatten(0, 1)
-    p, colour, ones = (torch.full((n, points, k), float(k == 1)) for k in (2, 3, 1))
-    total, first = torch.zeros(n * grid * grid, 4), torch.arange(n)[:, None]
-    for step in range(steps):
-        k = first * maps + torch.randint(maps, (n, points), generator=g)
-        a, b, c, d, e, f, *rgb = table.index_select(0, k.flatten()).view(n, points, 9).unbind(-1)
-        p = torch.stack([a * p[..., 0] + b * p[..., 1] + e, c * p[..., 0] + d * p[..., 1] + f], -1)
-        colour = (colour + torch.stack(rgb, -1)) / 2
-        if step < 16:  # the points are on their way to the flame
-            low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)
-            continue
-        row, col = ((p - low) / (high - low) * grid).long().clamp(0, grid - 1).unbind(-1)
-        cell = (first * grid + row) * grid + col
-        total.index_add_(0, cell.flatten(), torch.cat([colour, ones], -1).view(-1, 4))
-    total = total.view(n, grid, grid, 4).permute(0, 3, 1, 2)
-    flame, count = total[:, :3] / total[:, 3:].clamp(min=1), total[:, 3:].log1p()
-    ground = F.interpolate(rand(3, 4, 4), (grid, grid), mode="bicubic").clamp(0, 1)
-    picture = torch.lerp(ground, flame, (count / count.amax((2, 3), keepdim=True)).sqrt())
-    return _bytes(255 * F.interpolate(picture, (size, size), mode="bilinear", antialias=True))
+def clouds(size, n=48):
+    """uint8 (n,3,size,size): plasma, a field a channel, a stand-in for PixMix's pictures."""
+    side = 1 << (size - 1).bit_length()
+    fields = plasma([rng("clouds", i) for i in range(3 * n)], side, 1.3)
+    return _bytes(255 * fields.view(n, 3, side, side)[..., :size, :size])
 
 
 @functools.lru_cache(maxsize=2)
@@ -1409,19 +1110,19 @@ def _blend(x, y, a, b, multiply):
 def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     """x mixed 0 to k times with a picture or with an augmented copy of itself.
 
-    pictures: a folder, or None for fractals made here.
+    pictures: a folder, or None for clouds made here.
     Paper: PixMix (Hendrycks et al. 2022): beta 3 for CIFAR, 4 in its ImageNet code.
     """
-    n, _, h, w = x.shape
+    random, (n, _, h, w) = np.random.default_rng(_key(generator)), x.shape
     size = max(h, w) * 8 // 7
-    pool = load_pictures(pictures, size) if pictures else fractals(size)
-    crop = _uniform(generator, 3, n) * [[len(pool)], [size - h + 1], [size - w + 1]]
-    pictures = [pool[i, :, r : r + h, c : c + w].to(x.device) for i, r, c in crop.astype(int).T]
-    op, level = _draw_ops(generator, severity, k + 1, n)
-    own, multiply, inner = _uniform(generator, 3, k + 1, n) < 0.5
-    op, rounds = np.where(own, op, -1), (_uniform(generator, n) * (k + 1)).astype(int)
-    p, q, r = (_beta(generator, *ab, k + 1, n) for ab in ((beta, 1), (1, beta), (1, beta)))
-    a, b = np.where(inner, p, 1 + q), np.where(inner, r, -r)
+    pool = load_pictures(pictures, size) if pictures else clouds(size)
+    crop = random.integers([[len(pool)], [size - h + 1], [size - w + 1]], size=(3, n))
+    pictures = [pool[i, :, r:r + h, c:c + w].to(x.device) for i, r, c in crop.T]
+    op, level = _draw_ops(random, severity, k + 1, n)
+    own, multiply, inner = random.random((3, k + 1, n)) < 0.5
+    op, rounds = np.where(own, op, -1), random.integers(k + 1, size=n)
+    a, small, b = (random.beta(*ab, (k + 1, n)) for ab in ((beta, 1), (1, beta), (1, beta)))
+    a, b = np.where(inner, a, 1 + small), np.where(inner, b, -b)
     mixed = torch.stack(_do_ops(x, op[0], level[0])) / 255
     for j in range(1, k + 1):
         for kind in (False, True):
@@ -1459,11 +1160,12 @@ def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     Paper: Noise2Net, the on-the-fly relative of DeepAugment (Hendrycks et al. 2021).
     Differs: kernel sizes and dilations are drawn for each batch, strengths for each image.
     """
-    draw = lambda *shape: torch.from_numpy(2 * _uniform(generator, len(x), *shape) - 1)
-    strength = strength[0] + (strength[1] - strength[0]) * _uniform(generator, len(x))
+    random = np.random.default_rng(_key(generator))
+    draw = lambda *shape: torch.from_numpy(random.uniform(-1, 1, (len(x), *shape)))
+    strength = random.uniform(*strength, len(x))
     mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in PIXELS)
     blocks, out = [], []
-    for sizes in (_uniform(generator, 4, 3, 2) * [2, 3]).astype(int).tolist():
+    for sizes in random.integers([2, 3], size=(4, 3, 2)).tolist():
         # kernels of 1 or 3 px at dilation 1 to 3
         middle = [(draw(hidden, hidden, 1 + 2 * k, 1 + 2 * k), 1 + d) for k, d in sizes]
         blocks.append([(draw(4 * hidden, 3, 1, 1), 1), *middle, (draw(3, 4 * hidden, 1, 1), 1)])
@@ -1475,28 +1177,14 @@ def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     return torch.cat(out)
 
 
-def _boxes(generator, n, h, w, share):
-    """NumPy bool (n,1,h,w): a box of share[n] of each side, centred anywhere, cut at the border."""
-    r, c = (_uniform(generator, 2, n) * [[h], [w]]).astype(int)[..., None]
-    half_h, half_w = (share * h / 2).astype(int)[:, None], (share * w / 2).astype(int)[:, None]
-    rows = (np.arange(h) >= r - half_h) & (np.arange(h) < r + half_h)
-    cols = (np.arange(w) >= c - half_w) & (np.arange(w) < c + half_w)
-    return (rows[:, :, None] & cols[:, None, :])[:, None]
-
-
-def cutout(x, generator, share=0.5):
-    """x with a square of `share` of its side in grey (the CIFAR-10 setting: 16 of 32 px)."""
-    n, _, h, w = x.shape
-    box = torch.from_numpy(_boxes(generator, n, h, w, np.full(n, share))).to(x.device)
-    return x.masked_fill(box, 128)
+def cutout(x, generator):
+    """x with a square of half its side in grey (the CIFAR-10 setting: 16 of 32 px)."""
+    return _image_by_image(x, generator, v2.RandomErasing(1, (0.25, 0.25), (1, 1), 128))
 
 
 def randaugment(x, generator, num_ops=2, magnitude=9):
-    """x under torchvision's RandAugment, image by image."""
-    transform = v2.RandAugment(num_ops, magnitude)
-    with torch.random.fork_rng(devices=[]):  # it draws from the global generator of the CPU
-        torch.default_generator.manual_seed(int(_uniform(generator) * 2**24))
-        return torch.stack([transform(image) for image in x])
+    """x under torchvision's RandAugment."""
+    return _image_by_image(x, generator, v2.RandAugment(num_ops, magnitude))
 
 
 AUGMENTATIONS = {  # in the order in which a sum applies them
@@ -1507,7 +1195,8 @@ AUGMENTATIONS = {  # in the order in which a sum applies them
     "randaugment": randaugment,
     "cutout": cutout,
 }
-LABEL_MIXERS = {"mixup": 0.8, "cutmix": 1.0}  # name: a of Beta(a, a), as in [B]
+LABEL_MIXERS = {"mixup": functools.partial(v2.MixUp, alpha=0.8),  # alpha as in [B]
+                "cutmix": functools.partial(v2.CutMix, alpha=1.0)}
 
 
 def spec_names(spec, options=()):
@@ -1538,40 +1227,20 @@ def augment(x, spec, generator, **options):
 def mix_labels(x, y, spec, generator, n_classes):
     """(x, soft labels (B,n_classes)): each image mixed with its neighbour by mixup or cutmix.
 
-    spec as in augment; with both names each image draws one, with neither y becomes one-hot.
+    spec as in augment; with both names the batch draws one, with neither y becomes one-hot.
     """
     names = sorted(spec_names(spec) & set(LABEL_MIXERS))
-    soft, (n, _, h, w) = F.one_hot(y, n_classes).float(), x.shape
     if not names:
-        return x, soft
-    which = (_uniform(generator, n) * len(names)).astype(int)
-    keep = np.stack([_beta(generator, LABEL_MIXERS[m], LABEL_MIXERS[m], n) for m in names])
-    keep = keep[which, np.arange(n)]
-    box = _boxes(generator, n, h, w, np.sqrt(1 - keep))
-    cut = np.array([m == "cutmix" for m in names])[which][:, None, None, None]
-    share = np.where(cut, ~box, keep[:, None, None, None]).astype(np.float32)  # (B,1,H,W)
-    x = _bytes(torch.lerp(x.roll(1, 0).float(), x.float(), torch.from_numpy(share).to(x.device)))
-    share = torch.from_numpy(share.mean((1, 2, 3))).to(soft.device)[:, None]
-    return x, torch.lerp(soft.roll(1, 0), soft, share)
+        return x, F.one_hot(y, n_classes).float()
+    with seeded(key := _key(generator)):
+        mixer = LABEL_MIXERS[names[key % len(names)]](num_classes=n_classes)
+        x, soft = mixer(x.float(), y)
+    return _bytes(x), soft
 
 
 # ==== 5. DATA ====
 # In: a set's name.  Out: ImageSet, and batches x uint8 (B,3,H,W), y (B,), index (B,).
 # Always: a sample is a function of (seed, epoch, index), the order of (seed, epoch).
-
-
-def shift_and_flip(x: Tensor, u: np.ndarray) -> Tensor:
-    """Each image moved by up to 1/8 of its side (edges reflected) and mirrored half of the time.
-
-    Shapes: x uint8 (B,3,S,S), u (B,3) in [0,1)."""
-    b, _, s, _ = x.shape
-    pad = s // 8
-    at = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64))
-    reflect = torch.from_numpy(np.pad(np.arange(s), pad, mode="reflect"))
-    rows, cols = (reflect[at[:, i, None] + torch.arange(s)] for i in (0, 1))          # (B,S)
-    cols = torch.where(torch.from_numpy(u[:, 2:] < 0.5), cols, cols.flip(1))
-    return x[torch.arange(b)[:, None, None], :, rows[:, :, None], cols[:, None, :]] \
-        .permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -1584,41 +1253,17 @@ class View:
     squash: bool = False
 
     @property
-    def resize_px(self) -> int:
-        return math.floor(self.size_px / self.crop_pct)
+    def resized(self) -> list[int]:
+        return [self.size_px] * 2 if self.squash else [math.floor(self.size_px / self.crop_pct)]
 
     def __str__(self) -> str:
-        side = "both sides" if self.squash else "short side"
-        return f"{side} {self.resize_px}, centre {self.size_px}, {self.interpolation}"
+        how = "both sides" if self.squash else f"short side {self.resized[0]}, centre"
+        return f"{how} {self.size_px}, {self.interpolation}"
 
     def __call__(self, im: Image.Image) -> Image.Image:
-        size = [self.resize_px] * (2 if self.squash else 1)
         mode = v2.InterpolationMode(self.interpolation)
-        im = v2.functional.resize(im, size, interpolation=mode, antialias=True)
+        im = v2.functional.resize(im, self.resized, interpolation=mode, antialias=True)
         return v2.functional.center_crop(im, self.size_px)
-
-
-class Project:
-    """The outputs of a network that a set scores: z (..., N) -> (..., C), for each class the
-    largest of its outputs.
-
-    ids[k]: the output of class k, or the several that mean it (ObjectNet)."""
-
-    def __init__(self, ids: Sequence[int | Sequence[int]]):
-        many = [[i] if isinstance(i, int) else list(i) for i in ids]
-        wide = max(map(len, many))
-        self.ids = torch.tensor([m + m[:1] * (wide - len(m)) for m in many])          # (C,wide)
-
-    def winners(self, z: Tensor) -> Tensor:
-        """Index into the N outputs of the one that speaks for each class, (..., C)."""
-        ids = self.ids.to(z.device)
-        if ids.shape[1] == 1:
-            return ids[:, 0].expand(*z.shape[:-1], -1)
-        best = z[..., ids].argmax(-1, keepdim=True)                                  # (..., C, 1)
-        return ids.expand(*best.shape[:-1], -1).gather(-1, best)[..., 0]
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return z[..., self.ids.to(z.device)].amax(-1)
 
 
 def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
@@ -1631,26 +1276,55 @@ def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
     return ImageOps.crop(im, border_px) if border_px else im
 
 
+def shift_and_flip(x: Tensor, u: np.ndarray, crop: bool = True, flip: bool = True) -> Tensor:
+    """Each image moved by up to 1/8 of its side (edges reflected) and mirrored half of the time.
+
+    Shapes: x uint8 (B,3,S,S), u (B,3) in [0,1)."""
+    b, _, s, _ = x.shape
+    pad = s // 8 if crop else 0
+    at = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64))
+    reflect = torch.from_numpy(np.pad(np.arange(s), pad, mode="reflect"))
+    rows, cols = (reflect[at[:, i, None] + torch.arange(s)] for i in (0, 1))          # (B,S)
+    if flip:
+        cols = torch.where(torch.from_numpy(u[:, 2:] < 0.5), cols, cols.flip(1))
+    return x[torch.arange(b)[:, None, None], :, rows[:, :, None], cols[:, None, :]] \
+        .permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(eq=False)
 class ImageSet(torch.utils.data.Dataset):
-    """Labelled square images, held in memory (uint8) or read from files.
+    """Labelled square images, held in memory or read from files.
 
-    y: labels (n,).  project: the network's outputs that this set scores; None = all.
-    view: how files become squares.  border_px: cut off on each side before (ObjectNet's frame).
-    captions: a sentence about each image, where there are some.  names: of the classes, in prompts.
-    train: crops and flips at random instead of the view.
-    made: "disk" or "regenerated" of a -c set, else "".  cells_dir: its archive, for open_cell.
-    partial: the number of images is not the published one."""
+    base: the set's name; name: what the results call it.  y: labels (n,).
+    images: uint8 (n,3,S,S), or paths: files, which `view` makes square after border_px were cut off
+    each side (ObjectNet's frame).  own_view: the view is the set's, whatever the network's.
+    outputs: the classes of a network that answers here by itself; ids (C,k): which of its outputs
+    mean class k, None = all in order.  expected: published number of images, 0 = none.
+    corrupted: a -c set; archive: the folder of its published copy.  index: the images in use.
+    draw: (seed, crop, flip) of training, None = as they are scored."""
+    base: str
+    y: Sequence[int]
+    classes: Sequence[str]
+    view: View = View()
+    images: Tensor | None = None
+    paths: Sequence[str] = ()
+    name: str = ""
+    border_px: int = 0
+    own_view: bool = False
+    outputs: tuple[str, ...] = ()
+    ids: Tensor | None = None
+    expected: int = 0
+    source: str = ""
+    corrupted: bool = False
+    archive: Path | None = None
+    index: np.ndarray | None = None
+    draw: tuple[int, bool, bool] | None = None
 
-    def __init__(self, name: str, y, classes: Sequence[str], view: View = View(), *, images=None,
-                 paths=None, project: Project | None = None, border_px: int = 0,
-                 expected: int = 0, source: str = "", captions: Sequence[str] = ()):
-        self.name, self.classes, self.view, self.border_px = name, list(classes), view, border_px
-        self.y, self.images, self.paths = np.asarray(y, np.int64), images, paths
-        self.project, self.expected, self.source = project, expected, source
-        self.captions, self.names = list(captions), list(classes)
-        self.index = np.arange(len(self.y))           # which of the set's images are in use
-        self.train, self.seed = False, 0
-        self.made, self.cells_dir, self.partial, self.allow_partial = "", None, False, False
+    def __post_init__(self):
+        self.y, self.classes = np.asarray(self.y, np.int64), tuple(self.classes)
+        self.name, self.outputs = self.name or self.base, self.outputs or self.classes
+        if self.index is None:
+            self.index = np.arange(len(self.y))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -1658,130 +1332,69 @@ class ImageSet(torch.utils.data.Dataset):
     @property
     def transform(self) -> str:
         """What happens to an image before it is scored, as recorded in the results."""
-        if self.images is not None:
-            stored, size = self.images.shape[-1], self.view.size_px
-            return f"as stored, {stored} px" + f", resized to {size} px" * (size != stored)
-        return (f"cut {self.border_px} px, " if self.border_px else "") + str(self.view)
+        if self.images is None:
+            return (f"cut {self.border_px} px, " if self.border_px else "") + str(self.view)
+        stored, size = self.images.shape[-1], self.view.size_px
+        return f"stored, {stored} px" + (f", resized to {size} px" if size != stored else "")
 
     def subset(self, n: int) -> ImageSet:
         """The same set with at most n of its images (0 = all), drawn by a fixed seed: of fewer the
         same ones."""
-        out = copy.copy(self)
-        if 0 < n < len(self):
-            order = np.random.default_rng(fold("subset", self.name)).permutation(len(self.y))
-            out.index = np.sort(order[np.isin(order, self.index)][:n])
-        return out
+        if not 0 < n < len(self):
+            return self
+        order = np.random.default_rng(fold("subset", self.base)).permutation(len(self.y))
+        return dataclasses.replace(self, index=np.sort(order[np.isin(order, self.index)][:n]))
 
-    def only(self, keep: Sequence[int]) -> ImageSet:
-        """The images of some classes, labelled by their places in keep."""
-        out, place = copy.copy(self), np.full(len(self.classes), -1)
-        place[list(keep)] = np.arange(len(keep))
-        out.y = place[self.y]
-        out.index = self.index[out.y[self.index] >= 0]
-        out.classes, out.names = ([words[k] for k in keep] for words in (self.classes, self.names))
-        out.expected = len(out.index)
-        return out
-
-    def captioned(self) -> ImageSet:
-        """The same images, with their distinct captions as classes; without captions the prompts
-        of their classes."""
-        lines = self.captions or [f"a photo of a {self.names[k]}." for k in self.y]
-        out = copy.copy(self)
-        classes, out.y = np.unique(lines, return_inverse=True)
-        out.classes = classes.tolist()
-        return out
-
-    def training(self, seed: int) -> ImageSet:
+    def training(self, seed: int, crop: bool = True, flip: bool = True) -> ImageSet:
         """The same set with random crops and flips, functions of (seed, epoch, index)."""
-        out = copy.copy(self)
-        out.train, out.seed = True, seed
-        return out
+        return dataclasses.replace(self, draw=(seed, crop, flip))
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]):
         """Batch (x uint8 (B,3,H,W), y (B,), index (B,)) for keys (epoch, position)."""
-        epochs = np.array([e for e, _ in keys])
-        index = self.index[[p for _, p in keys]]
+        epochs, index = [e for e, _ in keys], self.index[[p for _, p in keys]]
+        seed, crop, flip = self.draw or (0, False, False)
         if self.images is None:
-            x = torch.stack([self._read(int(e), int(i)) for e, i in zip(epochs, index)])
+            x = torch.stack([self._read(int(i), (seed, "crop", e, int(i)), crop, flip)
+                             for e, i in zip(epochs, index)])
         else:
             x = self.images[torch.from_numpy(index)]
             if x.shape[-1] != self.view.size_px:
                 x = v2.functional.resize(x, [self.view.size_px] * 2, antialias=True)
-            if self.train:
-                x = shift_and_flip(x, uniforms(fold(self.seed, "crop", int(epochs[0])), index, 3))
+            if crop or flip:
+                u = uniforms(len(self.y), 3, seed, "crop", epochs[0])[index]
+                x = shift_and_flip(x, u, crop, flip)
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
-    def _read(self, epoch: int, i: int) -> Tensor:
-        im = read_picture(self.paths[i], self.border_px)
-        if not self.train:
-            return v2.functional.pil_to_tensor(self.view(im))
-        with torch.random.fork_rng(devices=[]):       # torchvision draws from the global generator
-            torch.manual_seed(fold(self.seed, "crop", epoch, i))
-            mode = v2.InterpolationMode(self.view.interpolation)
-            im = v2.RandomResizedCrop(self.view.size_px, interpolation=mode, antialias=True)(im)
-            return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(im))
+    def _read(self, i: int, key: tuple, crop: bool, flip: bool) -> Tensor:
+        im, view = read_picture(self.paths[i], self.border_px), self.view
+        if crop:
+            mode = v2.InterpolationMode(view.interpolation)
+            view = v2.RandomResizedCrop(view.size_px, interpolation=mode, antialias=True)
+        with seeded(*key):
+            im = view(im)
+            return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(im) if flip else im)
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def subfolders(folder: Path | str) -> list[str]:
-    """Names of the folders in a folder, sorted; hidden ones and __MACOSX are passed over."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not _hidden(e.name))
-
-
-def pictures(folder: Path | str) -> list[str]:
-    """Paths of the image files below a folder, sorted folder by folder; hidden ones likewise."""
-    kinds, out = torchvision.datasets.folder.IMG_EXTENSIONS, []
-    for top, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not _hidden(f))
-        out += [os.path.join(top, f) for f in sorted(files)
-                if f.lower().endswith(kinds) and not _hidden(f)]
-    return out
-
-
-def scan(folder: Path) -> tuple[list[str], list[int], list[str]]:
-    """(paths, labels, class names) of a class-per-folder tree, everything in sorted order."""
-    classes = subfolders(folder) if Path(folder).is_dir() else []
-    if not classes:
-        raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE")
-    if len(classes) < 2:
-        raise UserError(f"{folder} holds one class folder ({classes[0]}), a classifier needs two "
-                        f"or more: expected {folder}/CLASS/IMAGE")
-    found = [pictures(Path(folder) / c) for c in classes]
-    empty = [c for c, files in zip(classes, found) if not files]
-    if empty:
-        raise UserError(f"{folder}: no image in the class folder {empty[0]} ({len(empty)} such)")
-    return [p for f in found for p in f], [k for k, f in enumerate(found) for _ in f], classes
-
-
-def extended(images: ImageSet, folders: str) -> ImageSet:
-    """The set and the images of more trees of the same class folders, joined by commas."""
-    out = copy.copy(images)
-    for folder in filter(None, folders.split(",")):
-        paths, y, classes = scan(Path(folder))
-        if images.paths is None or set(classes) - set(images.classes):
-            raise UserError(f"robustify.extra: {folder} has other class folders than {images.name}")
-        more = np.array([images.classes.index(classes[k]) for k in y])
-        out.index = np.concatenate([out.index, len(out.y) + np.arange(len(more))])
-        out.paths, out.y = [*out.paths, *paths], np.concatenate([out.y, more])
-    return out
-
-
-def _ignore_signals(_) -> None:
-    """Leaves Ctrl-C and SIGTERM to the parent, which stops its workers when it is ready."""
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
-
-
-def _kill_workers() -> None:
-    """At exit, ends workers whose iterator is still held, by a traceback for example: Python would
-    wait for ever for the effect of a SIGTERM, which they ignore."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's handler reports it as a crash
-    for process in torch.multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+def as_images(images) -> ImageSet:
+    """An ImageSet of: itself; (x, y); a DataLoader of such batches; or any sized data set of
+    (image, label), which is read into memory.  Images are uint8 (3,S,S), or float in [0, 1]."""
+    if isinstance(images, ImageSet):
+        return images
+    x, y = torch.empty(0), ()
+    if isinstance(images, (tuple, list)) and len(images) == 2:
+        x, y = images
+    elif len(images):
+        join = torch.cat if isinstance(images, torch.utils.data.DataLoader) else torch.stack
+        pairs = images if join is torch.cat else (images[i] for i in range(len(images)))
+        x, y = (join([torch.as_tensor(v) for v in part]) for part in zip(*pairs))
+    if x.is_floating_point() and x.numel() and 0 <= x.min() and x.max() <= 1:
+        x = (x * 255).round().to(torch.uint8)
+    shape = tuple(x.shape)
+    if x.dtype != torch.uint8 or shape != (len(y), 3, *shape[-1:] * 2) or not len(y):
+        raise UserError(f"images: expected uint8 (n,3,S,S), or floats in [0, 1], and n labels, got "
+                        f"{x.dtype} {shape} and {len(y)}")
+    classes = [str(k) for k in range(int(max(y)) + 1)]
+    return ImageSet("images", y, classes, View(x.shape[-1]), images=x)
 
 
 class Batches:
@@ -1791,8 +1404,6 @@ class Batches:
 
     def __init__(self, n: int, batch: int, seed: int, start: int = 0):
         rank, size = world()
-        if batch % size:
-            raise UserError(f"a batch of {batch} images cannot be shared by {size} processes")
         if n < batch:
             raise UserError(f"{n} training images are fewer than a batch of {batch}")
         self.n, self.batch, self.seed, self.start = n, batch, seed, start
@@ -1809,293 +1420,196 @@ class Batches:
             epoch, k = epoch + 1, 0
 
 
-def forked(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
-    """DataLoader whose workers leave signals to this process and end with it, however it ends."""
+def _kill_workers() -> None:
+    """At exit, ends workers whose iterator is still held, by a traceback for example: Python would
+    wait for ever for the effect of a SIGTERM, which they ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's handler reports it as a crash
+    for process in torch.multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def loader(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
+    """DataLoader whose workers leave Ctrl-C and SIGTERM to this process, which stops when it is
+    ready, and end with it, however it ends; the number of workers changes no sample."""
+    def leave_signals(_):
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_IGN)
+
+    workers = 0 if getattr(jobs, "images", None) is not None else workers
     if workers:
         atexit.unregister(_kill_workers)                 # once, and before multiprocessing's own
         atexit.register(_kill_workers)
     return torch.utils.data.DataLoader(
-        jobs, num_workers=workers, collate_fn=lambda batch: batch, worker_init_fn=_ignore_signals,
-        multiprocessing_context="fork" if workers else None, **options)
-
-
-def loader(images: ImageSet, sampler, workers: int) -> torch.utils.data.DataLoader:
-    """DataLoader of whole batches; the number of workers changes no sample."""
-    return forked(images, 0 if images.images is not None else workers, batch_sampler=sampler,
-                  pin_memory=torch.cuda.is_available())
-
-
-def eval_batches(images: ImageSet, batch: int, workers: int = 0):
-    """This rank's batches of the whole set, in order: every world-size-th batch, nothing padded.
-
-    A rank without any gets the first one.  A batch holds the same images for any number of
-    processes, so figures agree to the last bit."""
-    rank, size = world()
-    starts = list(range(rank * batch, len(images), batch * size)) or [0]
-    return loader(images, [[(0, p) for p in range(s, min(s + batch, len(images)))]
-                           for s in starts], workers)
-
-
-@dataclass(frozen=True)
-class SetRow:
-    """A row of the table of sets: how it is opened, what it should hold, how to get it.
-
-    Folders are below data.root; their case does not matter, nor - and _.  All sets are scored by
-    top-1 over their own classes, those with a part over these outputs of an ImageNet network."""
-    name: str
-    open: Callable                # (row, data, split, view) -> ImageSet
-    n_train: int                  # published number of training images, 0 = no such split
-    n_test: int                   # published number of test images
-    n_classes: int
-    get: str
-    folders: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()   # the training half in a folder; a+b = both, /a = in data.root
-    test: tuple[str, ...] = ("",)
-    part: str = ""                # the classes of ImageNet that are scored: "a", "r", "objectnet"
-    view: View | None = None      # the set's own, whatever the network's
-    archive: tuple[str, ...] = ()                 # folders of its published -c copy
+        jobs, num_workers=workers, collate_fn=lambda batch: batch, worker_init_fn=leave_signals,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(), **options)
 
 
 # ---- shapes: a procedural set --------------------------------------------------------------------
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "half disc",
-          "arrow")
+def _box(x: Tensor, y: Tensor, w: float, h: float) -> Tensor:
+    """Signed field of the rectangle |x| < w, |y| < h."""
+    return torch.maximum(x.abs() - w, y.abs() - h)
 
 
-def _shape_distance(k: int, x: Tensor, y: Tensor) -> Tensor:
-    """Signed field of shape k, negative inside, on coordinates of about -1..1 (y up)."""
-    r, a = torch.hypot(x, y), torch.atan2(x, y)
-
-    def box(cy: float, w: float, h: float) -> Tensor:
-        return torch.maximum(x.abs() - w, (y - cy).abs() - h)
-
-    third = 2 * math.pi / 3
-    return (
-        lambda: r - 0.8,
-        lambda: box(0, 0.7, 0.7),
-        lambda: r * torch.cos(torch.remainder(a, third) - third / 2) - 0.48,
-        lambda: r - 0.42 - 0.52 * (torch.remainder(a, 0.4 * math.pi) * 5 / math.pi - 1).abs(),
-        lambda: torch.minimum(box(0, 0.85, 0.27), box(0, 0.27, 0.85)),
-        lambda: (r - 0.62).abs() - 0.2,
-        lambda: torch.maximum(r - 0.85, 0.7 - torch.hypot(x - 0.45, y)),
-        lambda: torch.minimum(torch.hypot(x.abs() - 0.4, y - 0.3) - 0.44, torch.maximum(
-            (x.abs() * 1.1 - y - 0.8) * 0.67, y - 0.3)),
-        lambda: torch.maximum(r - 0.9, -y - 0.15),
-        lambda: torch.minimum(torch.maximum(x.abs() + y - 0.85, 0.05 - y), box(-0.4, 0.22, 0.5)),
-    )[k]()
+def _star(x: Tensor, y: Tensor, n: int, tip: float, dent: float) -> Tensor:
+    """Signed field of a star: n tips at the one radius, n dents at the other."""
+    step, r = math.pi / n, torch.hypot(x, y)
+    a = (torch.remainder(torch.atan2(x, y), 2 * step) - step).abs()     # folded: 0 dent, step tip
+    along, across = tip * math.cos(step) - dent, tip * math.sin(step)   # from the dent to the tip
+    return ((r * a.cos() - dent) * across - r * a.sin() * along) / math.hypot(along, across)
 
 
-def _blotches(u: Tensor, s: int) -> Tensor:
-    """Smooth random field (B,1,s,s) in 0..1 from u (B,n*n)."""
-    n = math.isqrt(u.shape[1])
-    return F.interpolate(u.view(-1, 1, n, n), size=(s, s), mode="bicubic").clamp(0, 1)
+# Signed fields, negative inside, on coordinates of about -1..1, y up.
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": lambda x, y: torch.hypot(x, y) - 0.75,
+    "triangle": lambda x, y: _star(x, y, 3, 0.95, 0.475),
+    "square": lambda x, y: _box(x, y, 0.66, 0.66),
+    "pentagon": lambda x, y: _star(x, y, 5, 0.9, 0.73),
+    "hexagon": lambda x, y: _star(x, y, 6, 0.9, 0.78),
+    "star": lambda x, y: _star(x, y, 5, 1.0, 0.4),
+    "cross": lambda x, y: torch.minimum(_box(x, y, 0.85, 0.24), _box(x, y, 0.24, 0.85)),
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.62).abs() - 0.17,
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.85,
+                                           0.7 - torch.hypot(x - 0.45, y)),
+    "heart": lambda x, y: torch.minimum((x.abs() + y.abs() - 0.64) / 2 ** 0.5,
+                                        torch.hypot(x.abs() - 0.32, y - 0.32) - 0.32 * 2 ** 0.5),
+}
 
 
-def _texture(u: Tensor, blot: Tensor, gx: Tensor, gy: Tensor) -> Tensor:
-    """Pattern (B,s,s) in 0..1, one of stripes, checks, blotches or plain, from u (B,5)."""
-    angle, freq = u[:, 0, None, None] * math.pi, 3 + 9 * u[:, 1, None, None]
-    p, q = gx * angle.cos() + gy * angle.sin(), gy * angle.cos() - gx * angle.sin()
-    wave = torch.sin(freq * p + 6 * u[:, 2, None, None])
-    checks = (wave * torch.sin(freq * q) * 4).clamp(-1, 1)
-    kind = (u[:, 3] * 4).long()[:, None, None]
-    stripes = (wave * 3).clamp(-1, 1)
-    pattern = torch.where(kind == 0, stripes, torch.where(kind == 1, checks, 2 * blot - 1))
-    return torch.where(kind == 3, torch.zeros(()), pattern) * 0.5 + 0.5
+def _hues(u: Tensor, pale: float) -> Tensor:
+    """Colours (B,3,1,1) of the hues u (B,1,1) in 0..1, no channel below `pale`."""
+    wave = torch.cos(2 * math.pi * (u[:, None] + torch.arange(3)[:, None, None] / 3))
+    return pale + (1 - pale) * (0.5 + 0.5 * wave)
 
 
-def _shape_colours(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Colours (B,3) of shape and ground from u (B,128)."""
-    fore, back = u[:, 5:8], u[:, 8:11]
-    near = (fore - back).norm(dim=1, keepdim=True) < 0.5  # else shape and ground look alike
-    return torch.where(near, (back + 0.5) % 1.0, fore), back
+def _render_shapes(u: Tensor, field: Callable, size: int, style: str) -> Tensor:
+    """uint8 images (B,3,size,size) of one shape from u (B,11,1,1) in 0..1, which draws angle, size,
+    place, stretch, colours and light.
 
-
-def _render_shapes(u: Tensor, k: int, size: int, style: str) -> Tensor:
-    """uint8 images (B,3,size,size) of shape k from u (B,128): the nuisances are colour, texture,
-    background, light, scale, rotation, place and occlusion."""
-    s, col = 2 * size, lambda i: u[:, i, None, None]                                   # noqa: E731
-    g = (torch.arange(s) + 0.5) / s * 2 - 1
+    Style "": solids, bright to faint, on an empty, nearly black ground: noise, fog, frost and
+    brightness destroy that, as on Fashion-MNIST.  "r": drawings, outlines and hatching."""
+    g = (torch.arange(size) + 0.5) / size * 2 - 1
     gy, gx = torch.meshgrid(-g, g, indexing="ij")
-    turn, scale = (col(0) - 0.5) * 1.2, 0.5 + 0.4 * col(1)
-    dx, dy = gx - (col(2) - 0.5) * 0.5, gy - (col(3) - 0.5) * 0.5
+    turn, scale = 2 * u[:, 0] - 1, 0.2 + 0.5 * u[:, 1]
+    dx, dy = gx - 0.5 * (u[:, 2] - 0.5), gy - 0.5 * (u[:, 3] - 0.5)
     x, y = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
-    d = _shape_distance(k, x / scale, y / (scale * (0.8 + 0.4 * col(4))))
-    fore, back = _shape_colours(u)
-    blot = _blotches(u[:, 64:128], s)[:, 0]
-    inside = (d < 0).float()
-    if style == "r":                                     # drawings: lines and hatching on paper
-        tone, ink = 0.75 + 0.25 * back, 0.45 * fore
-        swap = u[:, 11:12] < 0.3
-        tone, ink = torch.where(swap, ink, tone), torch.where(swap, tone, ink)
-        line = (d.abs() < 0.07 + 0.1 * col(12)).float()
-        hatch = inside * (torch.sin((gx + gy) * (20 + 20 * col(13))) > 0.3) * (col(14) < 0.5)
-        mask = torch.maximum(line, torch.maximum(hatch, inside * (col(14) > 0.85)))
-        img = tone[..., None, None] + (ink - tone)[..., None, None] * mask[:, None]
+    d = scale * field(x / scale, y / scale / (0.85 + 0.3 * u[:, 4]))
+    cover = lambda d: (0.5 - d * size / 2).clamp(0, 1)              # the share of a pixel inside
+    colour, ground = _hues(u[:, 5], 0.3), _hues(u[:, 6], 0.5) * u[:, 9:10]
+    if style == "r":
+        hatch = torch.sin((gx + gy) * (18 + 10 * u[:, 7])) < 2.4 * u[:, 8] - 1.2
+        mask = torch.maximum(cover(d.abs() - 0.05), cover(d) * hatch)
+        ground, ink = 0.12 * ground, 0.2 + 0.5 * colour
     else:
-        paint = lambda c, i, j: c[..., None, None] + 0.4 * (                           # noqa: E731
-            u[:, j:j + 3] - c)[..., None, None] * _texture(u[:, i:i + 5], blot, gx, gy)[:, None]
-        img = paint(back, 15, 20)
-        for o in (24, 30):                               # clutter behind the shape
-            spot = torch.hypot(gx - 2 * col(o) + 1,
-                               gy - 2 * col(o + 1) + 1) < 0.1 + 0.2 * col(o + 2)
-            img = torch.where(spot[:, None], u[:, o + 3:o + 6, None, None], img)
-        img = torch.where(inside[:, None] > 0, paint(fore, 36, 41), img)
-        a = col(45) * math.pi                            # a bar in front of a third of them
-        bar = ((gx * a.cos() + gy * a.sin() - 0.8 * (col(46) - 0.5)).abs() < 0.09) & (col(47) < .35)
-        img = torch.where(bar[:, None], u[:, 48:51, None, None], img)
-        light = 1 + 0.5 * (col(51) - 0.5) * gx + 0.5 * (col(52) - 0.5) * gy
-        img = img * light[:, None] * (0.75 + 0.4 * u[:, 53, None, None, None])
-    return (F.avg_pool2d(img.clamp(0, 1), 2) * 255).to(torch.uint8)
+        light = 0.8 + 0.3 * (gx * (u[:, 7] - 0.5) + gy * (u[:, 8] - 0.5))
+        mask, ground, ink = cover(d) * light, 0.06 * ground, colour * 0.25 ** u[:, 10:11]
+    return (255 * torch.lerp(ground, ink, mask[:, None]) + 0.5).to(torch.uint8)
 
 
 def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor, np.ndarray]:
     """(x uint8 (n,3,size,size), y (n,)): image i is a function of (split, style, i) alone."""
-    y = np.arange(n) % len(SHAPES)
-    x = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    for k in range(len(SHAPES)):
-        for at in torch.from_numpy(np.flatnonzero(y == k)).split(64):
-            u = torch.from_numpy(uniforms(fold("shapes", split, style), at.numpy(), 128))
-            x[at] = _render_shapes(u, k, size, style)
+    u = np.random.default_rng(fold("shapes", split, style)).random((n, 11, 1, 1), np.float32)
+    x, y = torch.empty(n, 3, size, size, dtype=torch.uint8), np.arange(n) % len(SHAPES)
+    for k, field in enumerate(SHAPES.values()):
+        for at in torch.from_numpy(np.flatnonzero(y == k)).split(64):      # fits the CPU's cache
+            x[at] = _render_shapes(torch.from_numpy(u)[at], field, size, style)
     return x, y
 
 
-NAMED_COLOURS = {"black": (0, 0, 0), "white": (1, 1, 1), "grey": (.5, .5, .5),
-                 "red": (.9, .1, .1), "green": (.1, .8, .1), "blue": (.1, .1, .9),
-                 "yellow": (.9, .9, .1), "cyan": (.1, .9, .9), "purple": (.6, .1, .8),
-                 "pink": (.95, .5, .75), "orange": (1, .55, .1), "brown": (.5, .3, .1)}
-TEXTURES = ("striped", "checked", "blotchy", "plain")          # in the order of _texture's kinds
-CAPTIONS = (*["a photo of a {shape}."] * 2, "a photo of a {texture} {shape}.",
-            "a photo of a {colour} {texture} {shape}.")
+# ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
+
+def subfolders(top: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(e.name for e in os.scandir(top) if e.is_dir() and not e.name.startswith("."))
 
 
-def caption_shapes(n: int, split: str) -> list[str]:
-    """What one would write under image i of make_shapes(n, ..., split): its shape, in some of them
-    the nearest name of its colour and its texture; a function of (split, i) alone."""
-    u = torch.from_numpy(uniforms(fold("shapes", split, ""), np.arange(n), 128))
-    colour = 0.8 * _shape_colours(u)[0] + 0.2 * u[:, 41:44]        # the texture's mean
-    near = torch.cdist(colour, torch.tensor(list(NAMED_COLOURS.values()), dtype=u.dtype)).argmin(1)
-    kind, form = (u[:, 39] * 4).long(), (u[:, 63] * len(CAPTIONS)).long()
-    return [CAPTIONS[f].format(shape=SHAPES[i % len(SHAPES)], colour=list(NAMED_COLOURS)[c],
-                               texture=TEXTURES[t])
-            for i, (f, c, t) in enumerate(zip(form.tolist(), near.tolist(), kind.tolist()))]
+def read_tree(top: Path, label: dict[str, int]) -> tuple[list[str], list[int]]:
+    """(paths, labels) of TOP/FOLDER/.../IMAGE.  label: of each folder by its name, never by its
+    place in the text order; other folders are passed over, and hidden files."""
+    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+    found = torchvision.datasets.folder.make_dataset(top, label, kinds, allow_empty=True)
+    found = [(p, k) for p, k in found if not os.path.basename(p).startswith(".")]
+    return [p for p, _ in found], [k for _, k in found]
 
 
-def _open_shapes(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
-    size, n = data.size_px or 32, row.n_train if split == "train" else row.n_test
-    n = min(n, (data.n_train if split == "train" else data.n_test) or n)
-    x, y = make_shapes(n, size, split, "r" if row.name == "shapes-r" else "")
-    captions = caption_shapes(n, split) if split == "train" else ()
-    return ImageSet(row.name, y, SHAPES, View(size), images=x, expected=n, source="procedural",
-                    captions=captions)
-
-
-# ---- sets from disk ------------------------------------------------------------------------------
-
-def absent(row: SetRow, data: Data, split: str = "test") -> Absent:
-    """The error of a set that is not there: where it was looked for, what to put there."""
-    where = " or ".join(str(Path(data.root) / f) for f in row.folders)
-    n, half = (row.n_train, "training") if split == "train" else (row.n_test, "test")
-    what = f"the training half of {row.name} ({', '.join(row.train)})" * (split == "train")
-    return Absent(f"{what or row.name} is not there: looked for {where}; expected {n:,} {half} "
-                  f"images of {row.n_classes} classes; get it: "
-                  f"{row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
-
-
-def locate(root: Path | str, folders: Sequence[str]) -> Path | None:
-    """The first of the folders that is below root: case, - and _ do not matter, and A/A is for A
-    where an archive was unpacked in a folder of its own name."""
-    def alike(top: Path, name: str) -> list[Path]:
-        plain = lambda n: re.sub(r"[-_ ]", "", n.lower())                              # noqa: E731
-        found = [n for n in subfolders(top) if plain(n) == plain(name)]
-        return [top / n for n in sorted(found, key=lambda n: n != name)]  # the very name first
-    for folder in folders:
-        tops = [Path(root)] if Path(root).is_dir() else []
-        for part in Path(folder).parts:
-            tops = [q for t in tops for p in alike(t, part) for q in (*alike(p, part), p)]
-        if tops:
-            return tops[0]
-    return None
-
-
-def split_folders(row: SetRow, data: Data, split: str) -> list[Path]:
-    """The folders that hold a split, as a rule one.  Raises: Absent."""
-    for folder in row.folders:
-        for half in row.train if split == "train" else row.test:
-            names = [h[1:] if h.startswith("/") else f"{folder}/{h}" for h in half.split("+")]
-            tops = [locate(data.root, [n]) for n in names]
-            if all(tops):
-                return tops
-    raise absent(row, data, split)
-
-
-def class_folders(top: Path, names: Sequence[str], numbers: bool = False,
-                  others: bool = False) -> tuple[list[str], list[int]]:
-    """(paths, labels) of class folders.  The label comes from the folder's name: its place in
-    `names`, or (numbers) the number itself, never its place in the text order.
-
-    others: folders of other classes are passed over.  Raises: UserError where they are not."""
-    place, paths, y = {n: k for k, n in enumerate(names)}, [], []
-    for folder in subfolders(top):
-        number = int(folder) if numbers and folder.isdecimal() else -1
-        label = place.get(folder, number if number < len(names) else -1)
-        found = [] if label < 0 and others else pictures(top / folder)
-        if label < 0 and found:
-            raise UserError(f"{top}: the folder {folder} is none of its {len(names)} classes "
-                            f"({names[0]}, {names[1]}, ...)")
-        paths += found
-        y += [label] * len(found)
-    return paths, y
-
-
-def complete(images: ImageSet, allow_partial: bool) -> ImageSet:
-    """The set, marked where it is partial.  Raises: UserError where that is not allowed."""
-    n, want = len(images.y), images.expected
-    if not n:
-        raise UserError(f"{images.name}: no image in {images.source}, expected {want:,}")
-    if want and n != want and not allow_partial:
-        raise UserError(f"{images.name}: {n:,} images in {images.source}, expected {want:,}: it is "
-                        "incomplete or holds more; unpack it again, or data.allow_partial=true to "
-                        "use it as it is")
-    images.partial, images.allow_partial = bool(want) and n != want, allow_partial
-    return images
-
-
-def _open_torchvision(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
-    """Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
-    cls = {"fashion-mnist": torchvision.datasets.FashionMNIST,
-           "cifar10": torchvision.datasets.CIFAR10,
-           "cifar100": torchvision.datasets.CIFAR100}[row.name]
-    top = locate(data.root, row.folders)
-    if top is None:
-        raise absent(row, data)
-    root = top.parents[len(Path(row.folders[0]).parts) - 1]
+def read_list(file: Path, top: Path, label: Callable) -> tuple[list[str], list[int]]:
+    """(paths, labels) of a list's lines, the path below top first; label: words of a line -> it."""
+    lines = [line.split() for line in read_lines(file, "the list of images")]
     try:
-        raw = cls(root, train=split == "train", download=False)
+        return [f"{top}/{words[0].lstrip('/')}" for words in lines], [label(w) for w in lines]
+    except (ValueError, IndexError) as e:
+        raise UserError(f"{file} is not the published list ({e}): unpack it again") from None
+
+
+def _tree(row: SetRow, top: Path, train: bool, data: Data):
+    names = row.classes() if row.classes else subfolders(top)
+    return *read_tree(top, row.label() if row.label else {c: k for k, c in enumerate(names)}), names
+
+
+def _tiny(row: SetRow, top: Path, train: bool, data: Data):
+    """As published: the validation images lie in one folder, their labels in a list."""
+    names = sorted(read_lines(top.parent / "wnids.txt", row.name))
+    if train:
+        return *read_tree(top, {c: k for k, c in enumerate(names)}), names
+    label = lambda words: names.index(words[1])                                        # noqa: E731
+    return *read_list(top / "val_annotations.txt", top / "images", label), names
+
+
+def _sun(row: SetRow, top: Path, train: bool, data: Data):
+    """The first of the ten official partitions; a line is /a/abbey/NAME.jpg."""
+    names = read_lines(top / "ClassName.txt", row.name)
+    label = lambda words: names.index(words[0].rpartition("/")[0])                     # noqa: E731
+    file = top / ("Training_01.txt" if train else "Testing_01.txt")
+    return *read_list(file, top, label), [c[3:] for c in names]
+
+
+def _places(row: SetRow, top: Path, train: bool, data: Data):
+    """Lists of lines "a/abbey/NAME.jpg 0"; a class is named by its folder."""
+    lists, images = top / "trainvalsplit_places205", "data/vision/torralba/deeplearning/images256"
+    label = lambda words: int(words[1])                                                # noqa: E731
+    paths, y = read_list(lists / "val_places205.csv", top / images, label)
+    names = dict(sorted((k, p.partition(images)[2][3:].rpartition("/")[0])
+                        for p, k in zip(paths, y)))
+    if train:
+        paths, y = read_list(lists / "train_places205.csv", top / images, label)
+    return paths, y, list(names.values())
+
+
+def _flowers(row: SetRow, top: Path, train: bool, data: Data):
+    """torchvision's layout; training = the official train and val, as in CLIP's linear probes."""
+    cls = torchvision.datasets.Flowers102
+    try:
+        parts = [cls(top.parent, split) for split in (("train", "val") if train else ("test",))]
+    except (RuntimeError, ModuleNotFoundError) as e:
+        raise UserError(f"{row.name}: {e} ({top}; scipy reads its labels: pip install scipy)") \
+            from None
+    return ([str(p) for part in parts for p in part._image_files],
+            [y for part in parts for y in part._labels], cls.classes)
+
+
+def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
+    """Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
+    cls = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}[row.name]
+    try:
+        raw = getattr(torchvision.datasets, cls)(data.root, train=train, download=False)
     except RuntimeError:
-        raise UserError(f"{top} is incomplete: {row.get.replace('ROOT', str(root))}") from None
+        raise UserError(f"{top} is incomplete: {row.get.replace('ROOT', data.root)}") from None
     x = torch.as_tensor(raw.data)
-    x = (F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1) if x.ndim == 3
-         else x.permute(0, 3, 1, 2))
-    n = row.n_train if split == "train" else row.n_test
-    return ImageSet(row.name, raw.targets, raw.classes, View(data.size_px or x.shape[-1]), images=x,
-                    expected=n, source=str(root))
+    if x.ndim == 3:
+        return F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1), raw.targets, raw.classes
+    return x.permute(0, 3, 1, 2), raw.targets, raw.classes
 
 
-def _open_folder(name: str, split: str, view: View) -> ImageSet:
-    """folder:PATH with PATH/train and PATH/val (or test), or, to score only, PATH itself."""
-    root = Path(name.partition(":")[2])
-    if not root.is_dir():
-        raise UserError(f"no folder {root}: folder:PATH takes a class-per-folder tree")
-    halves = [root / s for s in (("train",) if split == "train" else ("val", "test"))]
-    found = [h for h in halves if h.is_dir()]
-    if not found and (split == "train" or (root / "train").is_dir()):
-        raise UserError(f"{root}: no folder {halves[0].name}; training takes "
-                        f"{root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE")
-    paths, y, classes = scan(found[0] if found else root)
-    return ImageSet(name, y, classes, view, paths=paths, source=str(root))
+def _shapes(row: SetRow, top: Path, train: bool, data: Data):
+    n, most = (row.n_train, data.n_train) if train else (row.n_test, data.n_test)
+    style = "r" if row.name == "shapes-r" else ""
+    return *make_shapes(min(n, most or n), data.size_px or 32, "train" if train else "test",
+                        style), SHAPES
 
 
-# ---- the ImageNet family -------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 # ObjectNet's 113 folders that are ImageNet classes too, and these classes' outputs (125).  Source:
 # objectnet_to_imagenet_1k.json of objectnet-1.0/mappings.
@@ -2127,406 +1641,234 @@ OBJECTNET: dict[str, list[int]] = {item.split()[0]: list(map(int, item.split()[1
 def synsets(part: str = "") -> tuple[str, ...]:
     """ImageNet's 1000 synsets in label order; part "a" or "r": the 200 of ImageNet-A or -R."""
     import timm
-    file = (Path(timm.__file__).parent / "data/_info"
-            / f"imagenet_{part + '_' if part else ''}synsets.txt")
-    return tuple(file.read_text().split())
+    file = f"data/_info/imagenet_{part + '_' if part else ''}synsets.txt"
+    return tuple((Path(timm.__file__).parent / file).read_text().split())
 
 
-PARTS = ("a", "r", "objectnet")
+@dataclass(frozen=True)
+class SetRow:
+    """A row of the table of sets: what it should hold, how to get it, where it lies below data.root
+    (one fixed path a split).  All sets are scored by top-1 over their own classes.
+
+    read: (row, folder, train, data) -> paths or images, labels, class names.
+    classes, label: the names of the classes, and each folder's label, where these are not the
+    folders in sorted order.  part: of ImageNet's outputs those that are scored; None = no such set.
+    view: the set's own, whatever the network's.  archive: folder of its published -c copy."""
+    name: str
+    n_train: int                  # published numbers of images, 0 = no such split
+    n_test: int
+    n_classes: int
+    get: str
+    test: str = ""
+    train: str = ""
+    read: Callable = _tree
+    classes: Callable | None = None
+    label: Callable | None = None
+    part: str | None = None
+    border_px: int = 0
+    view: View | None = None
+    archive: str = ""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return () if self.part is None else synsets()
+
+    @property
+    def ids(self) -> Tensor | None:
+        """(C,k): the outputs of an ImageNet network that mean class k; None = all, in order."""
+        if self.part == "objectnet":
+            wide = max(map(len, OBJECTNET.values()))
+            return torch.tensor([i + i[:1] * (wide - len(i)) for i in OBJECTNET.values()])
+        place = {s: k for k, s in enumerate(synsets())} if self.part else {}
+        return torch.tensor([[place[s]] for s in synsets(self.part)]) if self.part else None
 
 
-def part_classes(part: str) -> tuple[tuple[str, ...], Project | None]:
-    """(class names, the outputs that mean them) of a part of ImageNet; "" = all 1000."""
-    if part == "objectnet":
-        return tuple(OBJECTNET), Project(list(OBJECTNET.values()))
-    place = {s: k for k, s in enumerate(synsets())}
-    return synsets(part), Project([place[s] for s in synsets(part)]) if part else None
+def imagenet_row(name: str, n_test: int, get: str, test: str, part: str = "", **more) -> SetRow:
+    """A row of ImageNet's classes, all or a part."""
+    names = {"objectnet": lambda: tuple(OBJECTNET)}.get(part, functools.partial(synsets, part))
+    n = {"": 1000, "objectnet": 113}.get(part, 200)
+    return SetRow(name, more.pop("n_train", 0), n_test, n, get, test, part=part, classes=names,
+                  **more)
 
-
-def _loadmat(path: Path, instead: str) -> dict:
-    """Content of a MATLAB file.  instead: what does without it."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError(f"{path} needs scipy: pip install scipy, or {instead}") from None
-    try:
-        return loadmat(path, squeeze_me=True)
-    except OSError:
-        raise UserError(f"no file {path}: unpack it there, or {instead}") from None
-
-
-TRUTH = ("LOC_val_solution.csv", "val.txt", "imagenet_2012_validation_synset_labels.txt",
-         "synset_labels.txt", "ILSVRC2012_validation_ground_truth.txt")
-
-
-def _val_truth(file: Path) -> dict[str, int]:
-    """{name of an ImageNet validation image, no suffix: label} by a public ground-truth file.
-
-    Lines "NAME LABEL", or LABEL alone in the order of the images.  LABEL: a synset, its place in
-    the sorted synsets from 0, or in the devkit's file an ILSVRC2012_ID, which is another order
-    (n02119789 is 1) that only its meta.mat tells."""
-    place = {s: k for k, s in enumerate(synsets())}
-    label = place | {str(k): k for k in place.values()}
-    if file.name == TRUTH[-1]:
-        meta = _loadmat(file.with_name("meta.mat"), f"put {', '.join(TRUTH[:-1])} there instead")
-        label = {str(int(s["ILSVRC2012_ID"])): place[str(s["WNID"])] for s in meta["synsets"]
-                 if str(s["WNID"]) in place}
-    truth = {}
-    for line in file.read_text().splitlines():
-        words = re.split(r"[,\s]+", line.strip())
-        name, word = words[:2] if len(words) > 1 else (
-            f"ILSVRC2012_val_{len(truth) + 1:08d}", words[0])
-        if name == "ImageId" or not word:                         # Kaggle's head, an empty line
-            continue
-        if word not in label:
-            raise UserError(f"{file}: {word} is no label of ImageNet (a synset, or 0 to 999)")
-        truth[Path(name).stem] = label[word]
-    return truth
-
-
-def _flat_val(top: Path, root: Path) -> tuple[list[str], list[int]]:
-    """(paths, labels) of ImageNet's validation images in one folder: by the synset at the end of
-    their names, or by a ground-truth file there or above, up to the root of the data.  Sorted as
-    class folders would be, so that an image has the same index in either layout."""
-    paths, place = pictures(top), {s: k for k, s in enumerate(synsets())}
-    ends = [re.search(r"_(n\d{8})$", Path(p).stem) for p in paths]
-    if paths and all(ends):
-        y, paths = zip(*sorted((place[e[1]], p) for e, p in zip(ends, paths)))
-        return paths, y
-    tops = [t / s for t in (top, *(p for p in top.parents if p == root or root in p.parents))
-            for s in ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "caffe_ilsvrc12")]
-    file = next((t / name for name in TRUTH for t in tops if (t / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{top} holds no class folders: sort its images into folders named by "
-                        f"synset, or put one of {', '.join(TRUTH)} there")
-    truth = _val_truth(file)
-    lost = [p for p in paths if Path(p).stem not in truth]
-    if lost:
-        raise UserError(f"{file} does not name {lost[0]} ({len(lost)} such)")
-    y, paths = zip(*sorted((truth[Path(p).stem], p) for p in paths)) if paths else ((), ())
-    return paths, y
-
-
-def _open_imagenet(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
-    """A set of the ImageNet family."""
-    names, project = part_classes(row.part)
-    top, n = split_folders(row, data, split)[0], row.n_train if split == "train" else row.n_test
-    if top.is_dir() and all(f.lower().startswith("imagenetv2") for f in subfolders(top) or [""]):
-        raise absent(row, data)                        # a folder that holds other variants of V2
-    if row.name == "imagenet" and split == "test" and not subfolders(top):
-        paths, y = _flat_val(top, Path(data.root))
-    else:
-        paths, y = class_folders(top, names, len(names) == 1000, others=row.part == "objectnet")
-    return ImageSet(row.name, y, names, view, paths=paths, project=project, expected=n,
-                    border_px=2 if row.part == "objectnet" else 0, source=str(top))
-
-
-def of_part(images: ImageSet, part: str) -> ImageSet:
-    """The images of the classes of a part of ImageNet, scored over these classes alone."""
-    names, project = part_classes(part)
-    label = {i: k for k, ids in enumerate(project.ids.tolist()) for i in ids}
-    keep = [n for n, y in enumerate(images.y.tolist()) if y in label]
-    out = ImageSet(f"{images.name}@{part}", [label[y] for y in images.y[keep].tolist()], names,
-                   images.view, paths=[images.paths[n] for n in keep], project=project,
-                   expected=images.expected // 1000 * len(label), source=images.source)
-    return complete(out, images.allow_partial)
-
-
-# ---- transfer sets -------------------------------------------------------------------------------
-
-Listing = tuple[list[tuple[str, int]], Sequence[str]]        # ((path, label) pairs, class names)
-
-
-def _listed_flowers(top: Path, split: str) -> Listing | None:
-    """torchvision's layout.  Training = the official train and val, as in CLIP's linear probes."""
-    if not (top / "jpg").is_dir():
-        return None
-    other = f"class folders {top}/train, val and test"
-    y = _loadmat(top / "imagelabels.mat", other)["labels"]
-    ids = _loadmat(top / "setid.mat", other)
-    ids = [*ids["trnid"], *ids["valid"]] if split == "train" else ids["tstid"]
-    names = torchvision.datasets.Flowers102.classes
-    return [(f"{top}/jpg/image_{i:05d}.jpg", int(y[i - 1]) - 1) for i in ids], names
-
-
-def _listed_sun(top: Path, split: str) -> Listing | None:
-    """The first of the ten official partitions, 50 + 50 images a class."""
-    file = "Training_01.txt" if split == "train" else "Testing_01.txt"
-    lists = next((d for d in (top, top / "Partitions", top.parent, top.parent / "Partitions")
-                  if (d / file).is_file() and (d / "ClassName.txt").is_file()), None)
-    if lists is None:
-        return None
-    classes = (lists / "ClassName.txt").read_text().split()       # /a/abbey
-    place = {c: k for k, c in enumerate(classes)}
-    lines = (lists / file).read_text().split()
-    return [(f"{top}{p}", place[p.rpartition("/")[0]]) for p in lines], [c[3:] for c in classes]
-
-
-def _listed_places(top: Path, split: str) -> Listing | None:
-    """The official lists of lines "a/abbey/NAME.jpg 0"; a class is named by its folder."""
-    lists = next((d for d in (top, top / "trainvalsplit_places205", top.parent,
-                              top.parent / "trainvalsplit_places205")
-                  if (d / "val_places205.csv").is_file()), None)
-    half = "train" if split == "train" else "val"
-    if lists is None or not (lists / f"{half}_places205.csv").is_file():
-        return None
-    base = next((b for b in (top / "data/vision/torralba/deeplearning/images256",
-                             top / "images256") if b.is_dir()), top)
-    rows = {h: [line.rsplit(None, 1) for line in (lists / f"{h}_places205.csv").read_text()
-                .splitlines() if line] for h in {half, "val"}}
-    names = {int(k): p.strip("/").split("/", 1)[1].rpartition("/")[0] for p, k in rows["val"]}
-    return ([(f"{base}/{p.strip('/')}", int(k)) for p, k in rows[half]],
-            [names[k] for k in sorted(names)])
-
-
-def _listed_tiny(top: Path, split: str) -> Listing | None:
-    """The validation half as it is published: all images in one folder, labels in a text file."""
-    file = top / "val/val_annotations.txt"
-    if split == "train" or not file.is_file() or not (top / "wnids.txt").is_file():
-        return None
-    classes = sorted((top / "wnids.txt").read_text().split())
-    lines = [line.split("\t") for line in file.read_text().splitlines() if line]
-    found = [(f"{top}/val/images/{p}", classes.index(c)) for p, c, *_ in lines]
-    return (found, classes) if any(os.path.isfile(p) for p, _ in found) else None
-
-
-def _open_transfer(row: SetRow, data: Data, split: str, view: View) -> ImageSet:
-    """A set with its published lists, or else with a tree of class folders for each half."""
-    n = row.n_train if split == "train" else row.n_test
-    listed = {"flowers102": _listed_flowers, "sun397": _listed_sun, "places205": _listed_places,
-              "tiny-imagenet": _listed_tiny}.get(row.name, lambda top, split: None)
-    for top in filter(None, (locate(data.root, [f]) for f in row.folders)):
-        listing = listed(top, split)
-        if listing:
-            there = [(p, k) for p, k in listing[0] if os.path.isfile(p)]
-            paths, y = [p for p, _ in there], [k for _, k in there]
-            classes, source = listing[1], top
-            break
-    else:
-        tops = split_folders(row, data, split)
-        source = tops[0]
-        classes = [c for c in subfolders(source) if os.listdir(source / c)]
-        found = [class_folders(t, classes) for t in tops]
-        paths, y = [p for f in found for p in f[0]], [k for f in found for k in f[1]]
-    if len(classes) != row.n_classes:
-        raise UserError(f"{row.name}: {len(classes):,} classes in {source}, expected "
-                        f"{row.n_classes:,}: unpack it again")
-    return ImageSet(row.name, y, classes, view, paths=paths, expected=n, source=str(source))
-
-
-# ---- published -c archives -----------------------------------------------------------------------
-
-def _cell_place(folder: Path, name: str, severity: int) -> Path | None:
-    """Where an archive holds a cell: CIFAR's arrays, folders, or folders in the tars' groups."""
-    if (folder / f"{name}.npy").is_file():
-        return folder / f"{name}.npy"
-    tops = (folder / group / name / str(severity)
-            for group in ("", "noise", "blur", "weather", "digital"))
-    return next((t for t in tops if t.is_dir()), None)
-
-
-def _cell_arrays(file: Path, severity: int) -> tuple[Tensor, np.ndarray]:
-    """(x uint8 (n,3,H,W), y (n,)) of one severity: the five are stacked, in order."""
-    try:
-        x, y = np.load(file, mmap_mode="r"), np.load(file.with_name("labels.npy"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {file} and labels.npy beside it ({e})") from None
-    if len(x) != len(y):
-        raise UserError(f"{file} holds {len(x):,} images, labels.npy {len(y):,}: unpack it again")
-    at = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
-    return torch.tensor(x[at]).permute(0, 3, 1, 2).contiguous(), y[at].astype(np.int64)
-
-
-def open_cell(images: ImageSet, cell: tuple[str, int] | None
-              ) -> tuple[ImageSet, tuple[str, int] | None]:
-    """(the images of a cell, None) where the set is a published archive, corrupted already; else
-    (images, cell), to be corrupted on the fly.  Raises: UserError on an incomplete cell."""
-    if cell is None or images.cells_dir is None:
-        return images, cell
-    place, out = _cell_place(images.cells_dir, *cell), copy.copy(images)
-    if place is None:
-        raise UserError(f"{images.cells_dir} lacks the cell {cell[0]}/{cell[1]}")
-    if place.suffix == ".npy":
-        x, out.y = _cell_arrays(place, cell[1])
-        out.images = x
-    else:
-        out.paths, y = class_folders(place, images.classes)
-        out.y = np.asarray(y, np.int64)
-    out.source = str(place)
-    complete(out, images.allow_partial)
-    if len(out.y) != len(images.y):            # else the same images of every cell are in use
-        out.index = np.arange(len(out.y))
-        out = out.subset(len(images) * (len(images) < len(images.y)))
-    return out, None
-
-
-def _open_archive(row: SetRow, folder: Path, data: Data, view: View) -> ImageSet:
-    """A published -c archive, opened at its first cell.  Raises: UserError where cells lack."""
-    cells = [(c, s) for c in CORRUPTIONS_15 for s in range(1, 6)]
-    lost = [f"{c}/{s}" for c, s in cells if _cell_place(folder, c, s) is None]
-    if lost:
-        raise UserError(f"{row.name}-c: {len(lost)} of the 75 cells are not in {folder} "
-                        f"({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}): unpack the rest, or "
-                        f"move the folder away to have all made from {row.name}")
-    first = _cell_place(folder, *cells[0])
-    if first.suffix == ".npy":
-        names, view = [str(k) for k in range(row.n_classes)], View(data.size_px or 32, 1.0)
-    else:
-        names = synsets() if row.name == "imagenet" else subfolders(first)
-    if len(names) != row.n_classes:
-        raise UserError(f"{row.name}-c: {len(names)} classes in {first}, expected {row.n_classes}")
-    images = ImageSet(row.name, [], names, view, expected=row.n_test)
-    images.cells_dir, images.made = folder, "disk"
-    images.allow_partial = data.allow_partial
-    return open_cell(images, cells[0])[0]
-
-
-# ---- the table -----------------------------------------------------------------------------------
 
 _TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
-_IN_VAL = ("val", "validation", "ILSVRC2012_img_val")
-_V2 = "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-{}.tar.gz"
-
-
-def _v2_row(name: str, variant: str) -> SetRow:
-    inner = f"imagenetv2-{variant}-format-val"
-    return SetRow(name, _open_imagenet, 0, 10000, 1000, _V2.format(variant), (
-        inner, f"imagenet-v2/{inner}", f"{name}/{inner}", f"imagenetv2-{variant}", name))
-
-
+_VAL = "image-net.org (ILSVRC2012); torchvision.datasets.ImageNet sorts the archives into folders"
 SETS: dict[str, SetRow] = {row.name: row for row in (
-    SetRow("shapes", _open_shapes, 8000, 2000, 10, "made here, no file"),
-    SetRow("shapes-r", _open_shapes, 0, 2000, 10, "made here, no file"),
-    SetRow("fashion-mnist", _open_torchvision, 60000, 10000, 10, _TV.format("FashionMNIST"),
-           ("FashionMNIST/raw", "fashion-mnist/FashionMNIST/raw")),
-    SetRow("cifar10", _open_torchvision, 50000, 10000, 10,
-           _TV.format("CIFAR10") + "; -c: zenodo.org/record/2535967",
-           ("cifar-10-batches-py", "cifar10/cifar-10-batches-py"), archive=("CIFAR-10-C",)),
-    SetRow("cifar100", _open_torchvision, 50000, 10000, 100,
-           _TV.format("CIFAR100") + "; -c: zenodo.org/record/3555552",
-           ("cifar-100-python", "cifar100/cifar-100-python"), archive=("CIFAR-100-C",)),
-    SetRow("imagenet", _open_imagenet, 1281167, 50000, 1000,
-           "image-net.org (ILSVRC2012): class folders, or the validation images in one folder with "
-           "a ground-truth file; -c: zenodo.org/record/2235448, its tars in imagenet-c/",
-           ("imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC", "imagenet/ILSVRC/Data/CLS-LOC",
-            "imagenet-1k", "."), ("train", "ILSVRC2012_img_train"), _IN_VAL,
-           archive=("imagenet-c",)),
-    _v2_row("imagenet-v2", "matched-frequency"),
-    _v2_row("imagenet-v2-threshold", "threshold0.7"),
-    _v2_row("imagenet-v2-top", "top-images"),
-    SetRow("imagenet-a", _open_imagenet, 0, 7500, 200,
-           "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", ("imagenet-a",), part="a"),
-    SetRow("imagenet-r", _open_imagenet, 0, 30000, 200,
-           "github.com/hendrycks/imagenet-r: imagenet-r.tar", ("imagenet-r",), part="r"),
-    SetRow("imagenet-sketch", _open_imagenet, 0, 50889, 1000,
-           "github.com/HaohanWang/ImageNet-Sketch: ImageNet-Sketch.zip",
-           ("sketch", "imagenet-sketch/sketch", "imagenet-sketch")),
-    SetRow("objectnet", _open_imagenet, 0, 18574, 113,
-           "objectnet.dev: objectnet-1.0.zip (its licence forbids to train on it)",
-           ("objectnet-1.0/images", "objectnet/objectnet-1.0/images", "objectnet/images"),
-           part="objectnet"),
-    SetRow("tiny-imagenet", _open_transfer, 100000, 10000, 200,
-           "cs231n.stanford.edu/tiny-imagenet-200.zip; -c: zenodo.org/record/2536630",
-           ("tiny-imagenet-200", "tiny-imagenet/tiny-imagenet-200", "tiny-imagenet"), ("train",),
-           ("val",), view=View(64, 1.0), archive=("Tiny-ImageNet-C",)),
-    SetRow("flowers102", _open_transfer, 2040, 6149, 102, _TV.format("Flowers102"),
-           ("flowers-102", "oxford-flowers-102"), ("train+val", "train+valid"), ("test",)),
-    SetRow("places205", _open_transfer, 2448873, 20500, 205,
-           "places.csail.mit.edu/downloadData.html: images (256 px) and trainvalsplit_places205, "
-           "both in places205/", ("places205",), ("train",), ("val",)),
-    SetRow("inaturalist2021", _open_transfer, 500000, 100000, 10000,
-           "github.com/visipedia/inat_comp/tree/master/2021: train_mini.tar.gz and val.tar.gz in "
-           "inat2021/", ("inat2021", "inaturalist2021", "inaturalist"),
-           ("/2021_train_mini", "2021_train_mini", "train_mini"),
-           ("/2021_valid", "2021_valid", "val")),
-    SetRow("sun397", _open_transfer, 19850, 19850, 397,
-           "vision.princeton.edu/projects/2010/SUN: SUN397.tar.gz, and Partitions.zip unpacked in "
-           "SUN397/", ("SUN397",), ("train",), ("test", "val")),
+    SetRow("shapes", 20000, 2000, 10, "made here, no file", read=_shapes),
+    SetRow("shapes-r", 0, 2000, 10, "made here, no file", read=_shapes),
+    SetRow("fashion-mnist", 60000, 10000, 10, _TV.format("FashionMNIST"), "FashionMNIST/raw",
+           "FashionMNIST/raw", _torchvision_set),
+    SetRow("cifar10", 50000, 10000, 10, _TV.format("CIFAR10") + "; -c: zenodo.org/record/2535967",
+           "cifar-10-batches-py", "cifar-10-batches-py", _torchvision_set, archive="CIFAR-10-C"),
+    SetRow("cifar100", 50000, 10000, 100, _TV.format("CIFAR100")
+           + "; -c: zenodo.org/record/3555552", "cifar-100-python", "cifar-100-python",
+           _torchvision_set, archive="CIFAR-100-C"),
+    imagenet_row("imagenet", 50000, _VAL + "; -c: zenodo.org/record/2235448", "imagenet/val",
+                 n_train=1281167, train="imagenet/train", archive="imagenet-c"),
+    imagenet_row("imagenet@a", 10000, _VAL, "imagenet/val", "a"),
+    imagenet_row("imagenet@r", 10000, _VAL, "imagenet/val", "r"),
+    imagenet_row("imagenet@objectnet", 6250, _VAL, "imagenet/val", "objectnet",
+                 label=lambda: {synsets()[i]: k for k, ids in enumerate(OBJECTNET.values())
+                                for i in ids}),
+    imagenet_row("imagenet-v2", 10000, "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-"
+                 "matched-frequency.tar.gz", "imagenetv2-matched-frequency-format-val",
+                 label=lambda: {str(k): k for k in range(1000)}),
+    imagenet_row("imagenet-a", 7500, "github.com/hendrycks/natural-adv-examples: imagenet-a.tar",
+                 "imagenet-a", "a"),
+    imagenet_row("imagenet-r", 30000, "github.com/hendrycks/imagenet-r: imagenet-r.tar",
+                 "imagenet-r", "r"),
+    imagenet_row("imagenet-sketch", 50889,
+                 "github.com/HaohanWang/ImageNet-Sketch: ImageNet-Sketch.zip", "sketch"),
+    imagenet_row("objectnet", 18574, "objectnet.dev: objectnet-1.0.zip (its licence forbids to "
+                 "train on it)", "objectnet-1.0/images", "objectnet", border_px=2),
+    SetRow("tiny-imagenet", 100000, 10000, 200, "cs231n.stanford.edu/tiny-imagenet-200.zip; -c: "
+           "zenodo.org/record/2536630", "tiny-imagenet-200/val", "tiny-imagenet-200/train", _tiny,
+           view=View(64, 1.0), archive="Tiny-ImageNet-C"),
+    SetRow("flowers102", 2040, 6149, 102, _TV.format("Flowers102"), "flowers-102", "flowers-102",
+           _flowers),
+    SetRow("places205", 2448873, 20500, 205, "places.csail.mit.edu/downloadData.html: images "
+           "(256 px) and trainvalsplit_places205, both in places205/", "places205", "places205",
+           _places),
+    SetRow("inaturalist2021", 500000, 100000, 10000, "github.com/visipedia/inat_comp/tree/master/"
+           "2021: train_mini.tar.gz and val.tar.gz as 2021_train_mini/ and 2021_valid/",
+           "2021_valid", "2021_train_mini"),
+    SetRow("sun397", 19850, 19850, 397, "vision.princeton.edu/projects/2010/SUN: SUN397.tar.gz, "
+           "and in SUN397/ the lists of Partitions.zip", "SUN397", "SUN397", _sun),
 )}
 
 
-SIDES = ("seen", "unseen")
-
-
-def class_side(name: str) -> tuple[str, str]:
-    """(SET, SIDE) of SET@SIDE, the images of the classes of data.classes or of the others."""
-    whole, _, side = name.rpartition("@")
-    return (whole, side) if side in SIDES else (name, "")
-
-
-def one_side(images: ImageSet, side: str, classes: str) -> ImageSet:
-    """The images of the seen or the unseen classes.  classes: as data.classes.
-
-    Raises: UserError."""
-    words = [w.strip() for w in classes.split(",") if w.strip()]
-    if len(words) == 1 and words[0].isdigit():
-        words = images.classes[:int(words[0])]
-    for w in words:
-        choose(dict.fromkeys(images.classes), w, f"class of {images.name} (data.classes)")
-    keep = [k for k, c in enumerate(images.classes) if (c in words) == (side == "seen")]
-    if images.project is not None or images.cells_dir is not None or len(keep) < 2:
-        raise UserError(f"{images.name}@{side}: {len(keep)} classes; data.classes={classes!r} has "
-                        "to leave two or more, of a set with classes of its own, no -c archive")
-    out = images.only(keep)
-    out.name = f"{images.name}@{side}"
-    return out
-
-
 def base_name(name: str) -> tuple[str, bool]:
-    """(the set that is read, whether it is corrupted): cifar10-c -> (cifar10, True)."""
-    whole, side = class_side(name)
-    if side:
-        base, is_corrupted = base_name(whole)
-        return f"{base}@{side}", is_corrupted
-    if name.startswith(("folder:", "folder-c:")):
-        return name.replace("folder-c:", "folder:", 1), name.startswith("folder-c:")
-    if name not in SETS and name.endswith("-c") and name[:-2] in SETS:
-        return name[:-2], True
-    return name, False
+    """(the clean set, whether it is corrupted) of a set's name: cifar10-c -> (cifar10, True)."""
+    name = name.partition(" (")[0]                     # "imagenet-c (regenerated)"
+    if "folder-c:" in name:
+        return name.replace("folder-c:", "folder:", 1), True
+    is_c = name.endswith("-c") and "folder:" not in name
+    return (name[:-2], True) if is_c else (name, False)
 
 
-def set_row(base: str) -> SetRow:
-    """The row of a set that is no folder; of SET@PART that of SET.  Raises: UserError with the
-    nearest name, -c included."""
-    base, at, part = class_side(base)[0].partition("@")
-    if not at:
-        return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, base, "set")
-    row = choose({n: r for n, r in SETS.items() if r.n_classes == 1000 and r.n_test % 1000 == 0},
-                 base, "set of all of ImageNet's classes")
-    choose(dict.fromkeys(PARTS), part, "part of ImageNet")
-    return row
+def corrupted_name(name: str) -> str:
+    """The name of a set's ImageNet-C-like copy."""
+    return name.replace("folder:", "folder-c:", 1) if "folder:" in name else f"{name}-c"
 
 
-def open_set(name: str, data: Data, split: str = "test", view: View = View()) -> ImageSet:
-    """The named set.  view: of picture files; data.size_px goes before its size.
+def cells(images: ImageSet) -> list[tuple[str, int]]:
+    """The cells of a set: [("", 0)], or the 15 corruptions x 5 severities of a -c set."""
+    return [(c, s) for c in CORRUPTIONS for s in range(1, 6)] if images.corrupted else [("", 0)]
 
-    A -c set is the published archive where that is on disk, else the clean set to be corrupted;
-    then pictures are cut as the benchmark's were, whatever the network's view.  SET@PART: the
-    images of a part's classes, scored over these.  Raises: UserError when it is unknown, absent
-    (Absent) or incomplete."""
-    whole, side = class_side(name)
-    if side:
-        return one_side(open_set(whole, data, split, view), side, data.classes)
-    base, corrupted = base_name(name)
-    row = None if base.startswith("folder:") else set_row(base)
-    view = row.view if row and row.view else View() if corrupted else view
-    if not (corrupted and row):
-        view = dataclasses.replace(view, size_px=data.size_px or view.size_px)
-    part = base.partition("@")[2] if row else ""
-    if split == "train" and (corrupted or part or row and not row.n_train):
-        raise UserError(f"{name} has no training split: it is there to be scored")
-    folder = locate(data.root, row.archive) if corrupted and row and split == "test" else None
-    if folder:
-        images = _open_archive(row, folder, data, dataclasses.replace(view, crop_pct=1.0))
+
+def _complete(images: ImageSet, data: Data) -> ImageSet:
+    """The set under the name that says what it is: regenerated, a part of the published images.
+
+    Raises: UserError where it is a part and that is not allowed."""
+    n, want, row = len(images.y), images.expected, SETS.get(images.base)
+    name = corrupted_name(images.base) if images.corrupted else images.base
+    if not n or want and n != want and not data.allow_partial:
+        raise UserError(f"{name}: {n:,} images in {images.source}, expected {want:,}: it is "
+                        "incomplete or holds more; unpack it again, or data.allow_partial=true to "
+                        "use it as it is")
+    notes = []
+    if images.corrupted and not images.archive and row and row.archive:
+        notes.append("regenerated")
+    if want and n != want:
+        notes.append(f"{n:,} of {want:,} images")
+    return dataclasses.replace(images, name=name + (f" ({', '.join(notes)})" if notes else ""))
+
+
+def _open_folder(base: str, top: Path, train: bool, view: View) -> ImageSet:
+    """Any class-per-folder tree: TOP/train and TOP/val (or test), or, to score only, TOP itself."""
+    halves = [top / s for s in (("train",) if train else ("val", "test")) if (top / s).is_dir()]
+    if not top.is_dir() or not halves and (train or (top / "train").is_dir()):
+        raise UserError(f"{top}: no folder {top / ('train' if train else 'val')}: training takes "
+                        f"{top}/train/CLASS/IMAGE and {top}/val/CLASS/IMAGE, scoring any "
+                        "FOLDER/CLASS/IMAGE")
+    top = halves[0] if halves else top
+    names = subfolders(top)
+    paths, y = read_tree(top, {c: k for k, c in enumerate(names)})
+    empty = [c for k, c in enumerate(names) if k not in set(y)]
+    if len(names) < 2 or empty:
+        raise UserError(f"{top}: expected {top}/CLASS/IMAGE with two classes or more, found "
+                        f"{len(names)}, without images {empty[:3] or 'none'}")
+    return ImageSet(base, y, names, view, paths=paths, source=str(top))
+
+
+def _open_row(row: SetRow, data: Data, train: bool, view: View) -> ImageSet:
+    """The set of a row.  Raises: Absent; UserError where it has no such split."""
+    n, folder = (row.n_train, row.train) if train else (row.n_test, row.test)
+    top = Path(data.root) / folder
+    if not n:
+        raise UserError(f"{row.name} has no training split: it is there to be scored")
+    if not top.is_dir() and folder:
+        raise Absent(f"{row.name} is not there: looked for {top}; expected {n:,} "
+                     f"{'training' if train else 'test'} images of {row.n_classes:,} classes; get "
+                     f"it: {row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
+    found, y, names = row.read(row, top, train, data)
+    if len(names) != row.n_classes:
+        raise UserError(f"{row.name}: {len(names):,} classes in {top}, expected "
+                        f"{row.n_classes:,}: unpack it again")
+    common = dict(border_px=row.border_px, outputs=row.outputs, source=str(top) if folder else "-",
+                  ids=row.ids, expected=n if folder else len(y))
+    if isinstance(found, Tensor):
+        size = data.size_px or found.shape[-1]
+        return ImageSet(row.name, y, names, View(size, 1.0), images=found, **common)
+    own = row.view is not None
+    return ImageSet(row.name, y, names, row.view or view, paths=found, own_view=own, **common)
+
+
+def open_cell(base: str, data: Data, corruption: str, severity: int) -> ImageSet:
+    """A cell of a published -c archive: CIFAR's arrays, folders, or folders in the tars' groups.
+
+    Raises: UserError where it is missing or incomplete."""
+    row, top = SETS[base], Path(data.root) / SETS[base].archive
+    array = top / f"{corruption}.npy"
+    folders = [p for p in (top / corruption / str(severity),
+                           *top.glob(f"*/{corruption}/{severity}")) if p.is_dir()]
+    common = dict(corrupted=True, archive=top, own_view=True, expected=row.n_test,
+                  outputs=row.outputs)
+    if array.is_file() and (top / "labels.npy").is_file():     # the five severities in one array
+        try:
+            x, y = np.load(array, mmap_mode="r"), np.load(top / "labels.npy")
+        except (ValueError, EOFError) as e:
+            raise UserError(f"{array}, or labels.npy beside it: {e}") from None
+        part = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
+        x = torch.tensor(x[part]).permute(0, 3, 1, 2).contiguous()
+        images = ImageSet(base, y[part], [str(k) for k in range(row.n_classes)],
+                          View(data.size_px or x.shape[-1]), images=x, source=str(array), **common)
+    elif folders:
+        names = row.classes() if row.classes else subfolders(folders[0])
+        paths, y = read_tree(folders[0], {c: k for k, c in enumerate(names)})
+        images = ImageSet(base, y, names, row.view or View(224, 1.0), paths=paths,
+                          source=str(folders[0]), **common)    # 224 px files are not touched
     else:
-        images = row.open(row, data, split, view) if row else _open_folder(base, split, view)
-        images = complete(images, data.allow_partial)
-        images.made = "regenerated" * corrupted
-    images = of_part(images, part) if part else images
-    if data.names:
-        names = read_lines(data.names, "data.names")
-        images.names = names if len(names) == len(images.classes) else images.names
-    return images.subset(data.n_train if split == "train" else data.n_test)
+        raise UserError(f"{top} lacks the cell {corruption}/{severity}: unpack the rest, or move "
+                        f"the folder away to have all made from {base}")
+    return _complete(images, data).subset(data.n_test)
+
+
+def open_set(name: str, data: Data = Data(), split: str = "test", view: View = View()) -> ImageSet:
+    """The named set.  view: how a network wants picture files to be cut; data.size_px and data.fit
+    go before it.
+
+    A -c set is the published archive (its first cell) where that is on disk, else the clean set, to
+    be corrupted; ImageNet's pictures are then cut as the benchmark's were, whatever the view.
+    Raises: UserError when it is unknown, absent (Absent) or incomplete."""
+    folder = re.fullmatch(r"(?:([^@]+)@)?folder(-c)?:(.+)", name)
+    is_c, train, row = base_name(name)[1], split == "train", None
+    if not folder:
+        row = choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, name, "set")
+    if train and is_c:
+        raise UserError(f"{name} has no training split: it is there to be scored")
+    if is_c and row and row.archive and (Path(data.root) / row.archive).is_dir():
+        return open_cell(row.name, data, CORRUPTIONS[0], 1)
+    view = dataclasses.replace(view, size_px=data.size_px or view.size_px,
+                               squash=data.fit == "squash" if data.fit else view.squash)
+    benchmark = is_c and row and row.part is not None
+    if row:
+        images = _open_row(row, data, train, View() if benchmark else view)
+    else:
+        images = _open_folder(folder[1] or f"folder:{folder[3]}", Path(folder[3]), train, view)
+    own = bool(images.own_view or benchmark)
+    images = dataclasses.replace(images, corrupted=is_c, own_view=own)
+    return _complete(images, data).subset(data.n_train if train else data.n_test)
 
 
 # ==== 6. MODELS ====
@@ -2534,40 +1876,58 @@ def open_set(name: str, data: Data, split: str = "test", view: View = View()) ->
 # network as a list of stages.  Always: stages(net)(x) equals net(x) to the last bit.
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a network knows of itself; it is saved beside its weights.
+
+    name: what `build` makes it from.  size_px: side of the images that it sees, 0 = as they come.
+    view: how picture files become its pixels.  classes: names of its outputs, () = not known.
+    home: the set that it was trained on.  prompts: (names, templates) of a zero-shot network;
+    clip: the file of its two towers, "" = by the name's tag.  fresh: its classifier is not trained.
+    probe: what a linear probe was fitted on.  student: the keywords of a Student.
+    label: its name in the tables; key: the settings that made it; train: {images, seconds}."""
+    name: str = ""
+    n_classes: int = 0
+    size_px: int = 0
+    view: View = View()
+    classes: tuple[str, ...] = ()
+    home: str = ""
+    prompts: tuple = ()
+    clip: str = ""
+    fresh: bool = False
+    probe: str = ""
+    label: str = ""
+    student: dict = dataclasses.field(default_factory=dict)
+    key: dict = dataclasses.field(default_factory=dict)
+    train: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether prompts name the classes: it is a CLIP without a linear head."""
+        return bool(self.prompts) or self.name.startswith("open_clip:") and not self.n_classes
+
+
 class Net(nn.Module):
     """A network that takes images and normalises and resizes them for itself.
 
-    view: how it wants picture files to be cut for scoring.
-    prompts, towers: of a zero-shot network, see `zero_shot_net`.
+    net: any module from normalised images to logits.  mean, std: of images in [0, 1].
     Shapes: x (B,3,H,W), uint8 or in [0, 1] -> logits (B, n_classes)."""
 
-    def __init__(self, net: nn.Module, *, name: str, n_classes: int, mean=(0.5,) * 3,
-                 std=(0.25,) * 3, size_px: int = 0, view: View = View()):
+    def __init__(self, net: nn.Module, card: Card = Card(), mean=(0.0,) * 3, std=(1.0,) * 3):
         super().__init__()
-        self.net, self.name, self.n_classes, self.size_px = net, name, n_classes, size_px
-        self.view, self.prompts, self.towers = view, None, {}
+        self.net, self.card = net, card
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def prepare(self, x: Tensor) -> Tensor:
         """Normalised images of this network's size."""
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
-        if self.size_px and x.shape[-1] != self.size_px:
-            x = F.interpolate(x, size=(self.size_px, self.size_px), mode="bicubic", antialias=True)
+        x, size = x.float() / 255 if x.dtype == torch.uint8 else x, self.card.size_px
+        if size and x.shape[-1] != size:
+            x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True)
         return (x - self.mean) / self.std
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(self.prepare(x))
-
-
-class Embedding(nn.Identity):
-    """What stands in a classifier's place where the embeddings are the output.
-
-    Shapes: (B, out_features) -> the same."""
-
-    def __init__(self, out_features: int):
-        super().__init__()
-        self.out_features = out_features
 
 
 class TextHead(nn.Module):
@@ -2576,11 +1936,11 @@ class TextHead(nn.Module):
     weight (C,D): the classes' embeddings; nothing here is trained.
     Shapes: image embeddings h (B,D) -> logits (B,C).  Paper: [A] section 4.4."""
 
-    def __init__(self, weight: Tensor, logit_scale: float, logit_bias: float = 0.0):
+    def __init__(self, weight: Tensor, logit_scale=0.0, logit_bias=None):
         super().__init__()
         self.register_buffer("weight", F.normalize(weight.float(), dim=-1))
         self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
-        self.register_buffer("logit_bias", torch.tensor(float(logit_bias)))
+        self.register_buffer("logit_bias", torch.tensor(float(logit_bias or 0.0)))
 
     @property
     def out_features(self) -> int:
@@ -2591,23 +1951,15 @@ class TextHead(nn.Module):
             cosine = F.normalize(h.float(), dim=-1) @ self.weight.T
             return self.logit_scale.exp() * cosine + self.logit_bias
 
-    def pull(self, h: Tensor, v: Tensor) -> Tensor:
-        """sum_j c_j dz_j/dh at h, for v = sum_j c_j weight_j; (B,D) each.  The part of v along h
-        drops out: a cosine does not change with the length of h."""
-        n = h.norm(dim=-1, keepdim=True)
-        return self.logit_scale.exp() * (v - (v * h).sum(-1, keepdim=True) * h / n.square()) / n
-
 
 class Tower(nn.Module):
-    """The visual tower of a CLIP model and a head on its embeddings: fc(visual(x)).
+    """The visual tower of a CLIP and a head on its embeddings: fc(visual(x)).
 
-    fc: any module from embeddings (B,D) to logits (B, fc.out_features); of the CLIP's state dict
-    the tower takes visual.* as it is.
     Shapes: normalised images (B,3,H,W) -> logits (B, fc.out_features)."""
 
-    def __init__(self, visual: nn.Module, fc: nn.Module):
+    def __init__(self, visual: nn.Module, fc: nn.Module, scale: tuple):
         super().__init__()
-        self.visual, self.fc = visual, fc
+        self.visual, self.fc, self.scale = visual, fc, scale    # the CLIP's, for a TextHead
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.visual(x))
@@ -2615,135 +1967,75 @@ class Tower(nn.Module):
 
 # ---- weights on disk -----------------------------------------------------------------------------
 
-NESTS = ("state_dict", "model", "model_state_dict")      # where training scripts put the tensors
-PREFIXES = ("module.", "_orig_mod.", "net.")            # DDP, torch.compile, a Net's own state dict
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")    # in archives
-
-
-def save_weights(path: Path, module: nn.Module, meta: dict) -> None:
-    """Writes the module's state as .safetensors, with `meta` from which `load` builds it again."""
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-    write_atomically(path, lambda p: save_file(state, p, {"erpm": json.dumps(meta)}))
-
-
-def _made_by_torch(path: Path | str) -> bool:
-    """Whether the file is one of torch.save or torch.jit.save: a zip, or an old plain pickle."""
+def read_card(path: Path | str) -> Card | None:
+    """The Card that `save` wrote beside the tensors; None of a foreign file.  Raises: UserError."""
     if not Path(path).is_file():
         raise UserError(f"no weights file {path}")
-    with open(path, "rb") as f:
-        head = f.read(9)                                  # .safetensors: a length (8 bytes), then {
-    return head[:2] == b"PK" or head[:1] == b"\x80" and head[8:] != b"{"
-
-
-def _is_archive(path: Path | str) -> bool:
-    """Whether the file is a TorchScript archive, the form in which OpenAI gave CLIP away."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as f:
-        return any(name.endswith("/constants.pkl") for name in f.namelist())
-
-
-def read_meta(path: Path | str) -> dict:
-    """What save_weights wrote beside the tensors; {} for a foreign file.  Raises: UserError."""
-    if _made_by_torch(path):
-        return {}
     try:
         with safe_open(path, "pt") as f:
-            return json.loads((f.metadata() or {}).get("erpm", "{}"))
-    except Exception as e:
-        raise UserError(f"{path} is not a .safetensors file, nor one of torch.save "
-                        f"({type(e).__name__}: {e})") from None
-
-
-def _load_torch(path: Path | str):
-    """What torch.save or torch.jit.save wrote: tensors and plain types.  Raises: UserError."""
-    try:
-        if not _is_archive(path):
-            return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):    # of deprecation
-            state = torch.jit.load(path, "cpu").state_dict()
-        return {k: v for k, v in state.items() if k not in NOT_WEIGHTS}
-    except Exception as e:                                # pickle's and torch's own, of many kinds
-        why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
-        raise UserError(f"{path} is not a file of plain tensors, and nothing is unpickled here "
-                        f"({why}): save its state dict alone, where you trust it") from None
+            meta = json.loads(f.metadata()["erpm"])
+        return Card(**meta | {"view": View(**meta["view"]), "classes": tuple(meta["classes"]),
+                              "prompts": tuple(map(tuple, meta["prompts"]))})
+    except Exception:                                     # what is wrong with it says read_state
+        return None
 
 
 def read_state(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU.
-
-    path: .safetensors, a state dict that torch.save wrote (in one of NESTS, with one of PREFIXES
-    before its keys), or a TorchScript archive.  No pickled object is made and no code is run.
-    Raises: UserError."""
-    ours = read_meta(path)
-    if _made_by_torch(path):
-        state = _load_torch(path)
-    else:
-        with safe_open(path, "pt") as f:
-            state = {k: f.get_tensor(k) for k in f.keys()}
-    if ours:
-        return state
-    for nest in NESTS:
-        if isinstance(state, dict) and isinstance(state.get(nest), dict):
-            state = state[nest]
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor)
-                                              for k, v in state.items()):
-        found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path} holds no state dict but {found[:200]}: expected tensors by name, "
-                        f"or these in one of {', '.join(NESTS)}")
-    for prefix in PREFIXES:
-        if state and all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    """The tensors of a weights file by name: .safetensors, or a state dict of torch.save, also in
+    "state_dict" or "model", by timm's reader.  Nothing is unpickled.  Raises: UserError."""
+    import timm.models
+    try:
+        state = timm.models.load_state_dict(str(path), use_ema=False)
+    except Exception as e:                                # pickle's and torch's own, of many kinds
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+        raise UserError(f"{path} is no file of plain tensors, and nothing is unpickled here ({why})"
+                        ": save its state dict alone, where you trust it") from None
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict but {', '.join(map(str, state))[:200]}")
     return state
 
 
-def load_strictly(module: nn.Module, state: dict[str, Tensor], path: Path | str, name: str) -> None:
-    """Loads the tensors into the module.  Raises: UserError that lists what does not fit."""
-    own = module.state_dict()
-    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
-              if k in state and state[k].shape != v.shape]
-    if missing or extra or shapes:
-        few = lambda keys: f"{len(keys)} {keys[:3]}" if keys else "none"               # noqa: E731
-        raise UserError(f"{path} does not fit {name}: missing {few(missing)}, unexpected "
-                        f"{few(extra)}, of another shape {few(shapes)}")
-    module.load_state_dict(state)
+def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Loads the tensors into the module.  Raises: UserError that says what does not fit."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as e:
+        raise UserError(f"{what}: {' '.join(str(e).split())[:400]}") from None
 
 
-def _head_keys(net: nn.Module) -> dict[str, Tensor]:
-    """The classifier's part of the state dict: that of the last Linear layer."""
-    linear = [k for k, m in net.named_modules() if isinstance(m, nn.Linear)]
-    return {k: v for k, v in net.state_dict().items() if linear and k.startswith(f"{linear[-1]}.")}
+def load_foreign(net: nn.Module, path: Path | str, name: str, classes: int | None) \
+        -> tuple[bool, int]:
+    """Loads a file of the network's own library, or of ours; timm's position embeddings are
+    resized.  Returns (the classifier is new: the file has none of that many classes; outputs).
+
+    classes: None = the file's own number; without a classifier the network becomes an encoder.
+    Raises: UserError."""
+    state = {k.removeprefix("net."): v for k, v in read_state(path).items()}
+    adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    state = adapt(state, net) if adapt else state
+    head = [k for k, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
+    w, n = state.get(f"{head}.weight"), net.get_submodule(head).out_features
+    fresh = w is None or len(w) != n
+    if fresh and classes is None:
+        net.set_submodule(head, nn.Identity() if w is None else nn.Linear(*w.shape[::-1]))
+        fresh, n = False, 0 if w is None else len(w)
+    for k, v in net.state_dict().items():
+        if fresh and k.startswith(f"{head}."):
+            state[k] = v
+        if k.endswith("num_batches_tracked"):             # older versions of torch did not count
+            state.setdefault(k, v)
+    load_strictly(net, state, f"{path} does not fit {name}")
+    return fresh, n
 
 
-def lacks_head(net: Net, path: str | Path) -> bool:
-    """Whether the file has no classifier for net: an encoder's weights (CLIP, DINOv2, MAE)."""
-    meta = read_meta(path)
-    return "both towers" in meta or (
-        not meta and not _head_keys(net.net).keys() & read_state(path).keys())
-
-
-def load_weights(module: nn.Module, path: str | Path, new_head: bool = False) -> dict:
-    """Loads the file into the module, strictly, and returns its meta.
-
-    A file without our meta is taken for the inner network's, that of two towers for its visual
-    tower's.  new_head: a file of an encoder alone leaves the classifier as it is.
-    Raises: UserError that lists missing and unexpected keys."""
-    meta, state = read_meta(path), read_state(path)
-    target = module
-    if isinstance(module, Net) and "both towers" in meta:
-        state = {k.removeprefix("visual.net."): v for k, v in state.items()}
-    if isinstance(module, Net) and (not meta or "both towers" in meta):
-        target = module.net
-        if isinstance(target, Tower) and "logit_scale" in state:
-            state = {k: v for k, v in state.items() if k.startswith("visual.")}
-        head = _head_keys(target)
-        if new_head and not head.keys() & state.keys():
-            state |= head
-        state |= {k: v for k, v in target.state_dict().items()     # older torch did not count them
-                  if k.endswith("num_batches_tracked") and k not in state}
-    load_strictly(target, state, path, getattr(module, "name", type(module).__name__))
-    return meta
+def from_hub(name: str, make: Callable):
+    """make(), which may need a network.  Raises: UserError that names the way without one."""
+    try:
+        return make()
+    except Exception as e:                                # the hubs' errors are of many kinds
+        raise UserError(f"{name} could not be had ({type(e).__name__}: {str(e).splitlines()[0]}): "
+                        "without a network give its weights as a local file, "
+                        "model.student_weights=PATH or NAME=PATH") from None
 
 
 # ---- the families --------------------------------------------------------------------------------
@@ -2765,20 +2057,19 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-def _build_cifar(name: str, classes: int | None, pretrained: bool) -> Net:
+def _cifar(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
     """resnetD[-wK][-s2]: the ResNet of depth D = 6n + 2 for small images (He et al. 2016, 4.2),
     K times as wide, with a stem of stride 2."""
-    m = re.fullmatch(r"resnet(\d+)(?:-w(\d+))?(?:-s(\d))?", name)
+    m = re.fullmatch(r"resnet(\d{1,3})(?:-w([1-9]\d?))?(?:-s([12]))?", name)
     if not m or int(m[1]) < 8 or (int(m[1]) - 2) % 6:
         raise UserError(f"unknown network cifar:{name}: expected cifar:resnetD[-wK][-s2] with "
                         "D = 8, 14, 20, ...")
-    n, width, stride = (int(m[1]) - 2) // 6, 16 * int(m[2] or 1), int(m[3] or 1)
-    layers = [nn.Sequential(nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width),
+    n, n_in, stride = (int(m[1]) - 2) // 6, 16 * int(m[2] or 1), int(m[3] or 1)
+    layers = [nn.Sequential(nn.Conv2d(3, n_in, 3, stride, 1, bias=False), nn.BatchNorm2d(n_in),
                             nn.ReLU())]
-    n_in = width
     for level in range(3):
         for i in range(n):
-            n_out = width * 2 ** level
+            n_out = 16 * int(m[2] or 1) * 2 ** level
             layers.append(BasicBlock(n_in, n_out, 2 if level and not i else 1))
             n_in = n_out
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -2786,373 +2077,141 @@ def _build_cifar(name: str, classes: int | None, pretrained: bool) -> Net:
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out")
-    return Net(net, name=f"cifar:{name}", n_classes=classes or 10)
+    fresh, n = True, classes or 10
+    if weights not in (None, "random"):
+        fresh, n = load_foreign(net, weights, f"cifar:{name}", classes)
+    card = Card(n_classes=n, size_px=size_px, view=View(size_px or 32), fresh=fresh)
+    return Net(net, card, (0.5,) * 3, (0.25,) * 3)
 
 
-def _from_hub(name: str, load: Callable):
-    """load(), which may need a network.  Raises: UserError that names the way without one."""
-    try:
-        return load()
-    except Exception as e:                                # the hubs' errors are of many kinds
-        raise UserError(f"the weights of {name} could not be loaded ({type(e).__name__}): no "
-                        "network? give a local file: model.student_weights=PATH or "
-                        "model.teacher_weights=PATH") from None
-
-
-def _build_timm(name: str, classes: int | None, pretrained: bool) -> Net:
+def _timm(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
     """Any network of timm with its own mean, std, input size and view."""
     import timm
-    if not timm.is_model(name):
-        known = timm.list_models() + timm.list_pretrained()
-        raise UserError(f"timm has no network {name!r}{nearest(name, known)}")
-    make = functools.partial(timm.create_model, name, pretrained=pretrained,
-                             **({} if classes is None else {"num_classes": classes}))
-    net = _from_hub(f"timm:{name}", make) if pretrained else make()
-    cfg, size = net.pretrained_cfg, net.pretrained_cfg["input_size"][-1]
-    fixed = cfg.get("fixed_input_size", False) or "." in name   # a tag: as its weights were trained
+    choose(dict.fromkeys(timm.list_models() + timm.list_pretrained()), name, "network of timm")
+    known, file = timm.get_pretrained_cfg(name), weights not in (None, "random")
+    hub = "." in name and weights is None
+    options = {} if classes is None else {"num_classes": classes}
+    if size_px and known.fixed_input_size:                # position embeddings are of one size
+        options["img_size"] = size_px
+    make = functools.partial(timm.create_model, name, pretrained=hub, **options)
+    net = from_hub(f"timm:{name}", make) if hub else make()
+    fresh, n = not hub or known.num_classes != net.num_classes, net.num_classes
+    if file:
+        fresh, n = load_foreign(net, weights, f"timm:{name}", classes)
+    cfg, size = net.pretrained_cfg, size_px or net.pretrained_cfg["input_size"][-1]
+    fixed = size_px or file or "." in name or cfg.get("fixed_input_size")    # as it was trained
     view = View(size, cfg["crop_pct"], cfg["interpolation"], cfg.get("crop_mode") == "squash")
-    return Net(net, name=f"timm:{name}", n_classes=net.num_classes, mean=cfg["mean"],
-               std=cfg["std"], size_px=size if fixed else 0, view=view)
+    return Net(net, Card(n_classes=n, size_px=size if fixed else 0, view=view, fresh=fresh),
+               cfg["mean"], cfg["std"])
 
 
-def _torchvision_weights(name: str):
-    """(MODEL, member of its weights enum or None) of MODEL[/TAG].  Raises: UserError."""
-    models = torchvision.models
-    model, slash, tag = name.partition("/")
-    odd = {"googlenet", "inception_v3"}                   # they normalise inside by their weights
-    known = set(models.list_models(module=models)) - odd
-    if model not in known:
-        raise UserError(f"torchvision has no network {model!r}{nearest(model, sorted(known))}")
-    tags = models.get_model_weights(model).__members__
-    return model, choose(tags, tag, f"weights of torchvision:{model}") if slash else None
+def _torchvision(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
+    """Any classifier of torchvision; a tag gives its weights, their size and view."""
+    models, (model, slash, tag) = torchvision.models, name.partition("/")
+    choose(dict.fromkeys(models.list_models(module=models)), model, "network of torchvision")
+    tags = dict(models.get_model_weights(model).__members__)
+    kept = choose(tags, tag, f"weights of torchvision:{model}") if slash else None
+    net, n = models.get_model(model, weights=None, num_classes=classes or 1000), classes or 1000
+    fresh = not kept or weights == "random" or n != 1000
+    if weights not in (None, "random"):
+        fresh, n = load_foreign(net, weights, f"torchvision:{name}", classes)
+    elif kept and weights is None:
+        state = from_hub(f"torchvision:{name}", lambda: kept.get_state_dict(progress=False))
+        if fresh:                                         # the classifier's weight and bias
+            state |= dict(list(net.state_dict().items())[-2:])
+        load_strictly(net, state, f"torchvision:{name}")
+    t = kept.transforms() if kept else None
+    view = View(size_px or t.crop_size[0], t.crop_size[0] / t.resize_size[0],
+                t.interpolation.value) if t else View(size_px or 224)
+    size = view.size_px if kept or size_px or weights not in (None, "random") else 0
+    return Net(net, Card(n_classes=n, view=view, fresh=fresh, size_px=size),
+               (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def _build_torchvision(name: str, classes: int | None, pretrained: bool) -> Net:
-    """Any classifier of torchvision; a tag gives its weights, their mean, std, size and view."""
-    model, weights = _torchvision_weights(name)
-    n = classes or (len(weights.meta["categories"]) if weights else 1000)
-    mean, std, size, view = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, View()
-    if weights:
-        t = weights.transforms()
-        mean, std, size = t.mean, t.std, t.crop_size[0]
-        view = View(size, size / t.resize_size[0], t.interpolation.value)
-    vit = model.startswith("vit_")
-    net = torchvision.models.get_model(model, weights=None, num_classes=n,
-                                       **({"image_size": size or 224} if vit else {}))
-    if pretrained:
-        state = _from_hub(f"torchvision:{name}",
-                          lambda: weights.get_state_dict(progress=False, check_hash=True))
-        if n != len(weights.meta["categories"]):                                  # as timm does
-            state |= _head_keys(net)
-        load_strictly(net, state, weights.url, f"torchvision:{name}")
-    return Net(net, name=f"torchvision:{name}", n_classes=n, mean=mean, std=std,
-               size_px=size or 224 * vit, view=view)
+# A whole CLIP that trains in a minute on a CPU: the student of recipe demo-clip.
+TINY_CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
 
 
-def _open_clip_tag(name: str) -> tuple[str, str]:
-    """(MODEL, TAG or "") of MODEL[/TAG].  Raises: UserError on an unknown one, and where the
-    weights were trained with another activation than the network has."""
+def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Module:
+    """The whole CLIP MODEL[/TAG] of open_clip, both towers, in eval mode; erpm-tiny is ours.
+
+    weights: None = those of the tag, a file of the whole model, or "random".  Raises: UserError."""
     import open_clip
     model, slash, tag = name.partition("/")
-    known = open_clip.list_models()
-    if model not in known:
-        raise UserError(f"open_clip has no network {model!r}{nearest(model, known)}")
+    if "erpm-tiny" not in open_clip.list_models():
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "erpm-tiny.json").write_text(json.dumps(TINY_CLIP))
+            open_clip.add_model_config(Path(folder, "erpm-tiny.json"))
+    choose(dict.fromkeys(open_clip.list_models()), model, "network of open_clip")
     if slash:
         tags = open_clip.list_pretrained_tags_by_model(model)
         choose(dict.fromkeys(tags), tag, f"weights of open_clip:{model}")
-        want = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu") or False
-        if want and not open_clip.get_model_config(model).get("quick_gelu"):
+        wants = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
+        if wants and not open_clip.get_model_config(model).get("quick_gelu"):
             raise UserError(f"open_clip:{name}: these weights want QuickGELU and {model} has GELU: "
                             f"use open_clip:{model}-quickgelu/{tag}")
-    return model, tag
-
-
-def open_clip_model(name: str, weights: str | None = None) -> nn.Module:
-    """The whole CLIP model MODEL[/TAG] of open_clip, visual and text tower, in eval mode.
-
-    weights: None = those of the tag from the hub, a file of the whole model (OpenAI's archives
-    too), or "random".  Raises: UserError."""
-    import open_clip
-    model, tag = _open_clip_tag(name)
-    make = functools.partial(open_clip.create_model, model, pretrained_text=False)
-    off = logging.root.manager.disable
+    source = {None: tag or None, "random": None}.get(weights, weights)
+    if source and source != tag:
+        read_state(source)                                # says what is wrong with the file
+    was = logging.root.manager.disable
     logging.disable(logging.ERROR)                        # it warns of random weights at any name
     try:
-        hub = weights is None and tag
-        net = _from_hub(f"open_clip:{name}", lambda: make(tag)) if hub else make()
-    except UserError:
-        raise
-    except Exception as e:                                # its text tower may need other packages
-        raise UserError(f"open_clip:{name} could not be built: {str(e).splitlines()[0]}") from None
+        return from_hub(f"open_clip:{name}", lambda: open_clip.create_model(
+            model, source, pretrained_text=False, force_image_size=size_px or None)).eval()
     finally:
-        logging.disable(off)
-    if weights not in (None, "", "random"):
-        if _is_archive(weights) and not open_clip.get_model_config(model).get("quick_gelu"):
-            raise UserError(f"{weights} is an archive of OpenAI, which want QuickGELU: use "
-                            f"open_clip:{model}-quickgelu")
-        load_strictly(net, read_state(weights), weights, f"open_clip:{name}")
-    return net.eval()
+        logging.disable(was)
 
 
-def _build_open_clip(name: str, classes: int | None, pretrained: bool,
-                     clip: nn.Module | None = None) -> Net:
-    """The visual tower of a CLIP model with a new linear head; without classes its embeddings."""
+def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
+    """The visual tower of a CLIP with a linear head; None = without, it gives embeddings."""
     import open_clip
-    model, tag = _open_clip_tag(name)
-    clip = clip or open_clip_model(name, None if pretrained else "random")
+    model, clip = name.partition("/")[0], clip_model(name, weights, size_px)
     clip.visual.output_tokens = False                     # CoCa's tower gives a pair otherwise
-    width = open_clip.get_model_config(model)["embed_dim"]
-    cfg = open_clip.get_model_preprocess_cfg(clip)
-    # without a tag: what all weights of this network agree on
-    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(model)
-    for k in ("mean", "std", "interpolation", "resize_mode"):
-        values = {open_clip.get_pretrained_cfg(model, t)[k] for t in tags}
-        cfg[k] = values.pop() if len(values) == 1 else cfg[k]
-    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
-    fc = nn.Linear(width, classes) if classes else Embedding(width)
-    return Net(Tower(clip.visual, fc), name=f"open_clip:{name}", n_classes=classes or 0,
-               mean=cfg["mean"], std=cfg["std"], size_px=size,
-               view=View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash"))
+    cfg, width = open_clip.get_model_preprocess_cfg(clip), open_clip.get_model_config(model)[
+        "embed_dim"]
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if "/" not in name and tags:                          # as one of its weights wants it
+        cfg |= {k: v for k, v in open_clip.get_pretrained_cfg(model, tags[0]).items() if k in cfg}
+    size = clip.visual.image_size
+    size = size if isinstance(size, int) else size[0]
+    fc = nn.Linear(width, classes) if classes else nn.Identity()
+    view = View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash")
+    card = Card(n_classes=classes or 0, size_px=size, view=view, clip=weights or "",
+                fresh=bool(classes))
+    tower = Tower(clip.visual, fc, (clip.logit_scale.detach(), clip.logit_bias))
+    return Net(tower, card, cfg["mean"], cfg["std"])
 
 
-TAGS = {"timm": ".", "torchvision": "/", "open_clip": "/"}       # what stands before a weights tag
+FAMILIES = {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip, "cifar": _cifar}
 
 
 def has_tag(name: str) -> bool:
     """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k,
     torchvision:resnet50/IMAGENET1K_V1 and open_clip:ViT-B-32-quickgelu/openai do."""
     family, _, rest = name.partition(":")
-    return family in TAGS and TAGS[family] in rest
+    return {"timm": ".", "torchvision": "/", "open_clip": "/"}.get(family, "\n") in rest
 
 
-# ---- two towers: images and text in one space ----------------------------------------------------
-
-N_WORDS = 4096
-
-
-def word_ids(texts: Sequence[str], length: int = 16) -> Tensor:
-    """Numbers 1..N_WORDS-1 of the texts' first words by hashing, 0 behind the last: (N,length)."""
-    out = torch.zeros(len(texts), length, dtype=torch.long)
-    for row, text in zip(out, texts):
-        ids = [1 + fold(w) % (N_WORDS - 1) for w in re.findall(r"\w+", text.lower())[:length]]
-        row[:len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return out
-
-
-def entailment(words: Tensor) -> Tensor:
-    """Whether text i has every word of text j, (N,N), from word_ids (N,L)."""
-    bags = words.new_zeros(len(words), N_WORDS, dtype=torch.float32).scatter_(1, words, 1.0)
-    bags[:, 0] = 0                                        # what stands behind the last word
-    return bags @ bags.T == bags.sum(1)
-
-
-class TinyClip(nn.Module):
-    """A small image tower and a bag of words, trained together: the two towers of the demo.
-
-    Shapes: images (B,3,H,W), word_ids (N,L) -> scaled cosines (B,N)."""
-
-    def __init__(self, visual: Net):
-        super().__init__()
-        self.visual, width = visual, visual.net.fc.out_features
-        self.text = nn.Sequential(nn.EmbeddingBag(N_WORDS, 64, mode="mean", padding_idx=0),
-                                  nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, width))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        h, w = self.visual(x), self.text(words)
-        with torch.autocast(h.device.type, enabled=False):
-            h, w = F.normalize(h.float(), dim=-1), F.normalize(w.float(), dim=-1)
-            return self.logit_scale.exp().clamp(max=100) * h @ w.T
-
-
-def _build_clip_tiny(name: str, classes: int | None, pretrained: bool) -> Net:
-    """A cifar: network with an embedding of 64 dimensions, and a linear head if there are
-    classes."""
-    tower = _build_cifar(name, 64, False).net
-    fc = nn.Linear(64, classes) if classes else Embedding(64)
-    return Net(Tower(tower, fc), name=f"clip-tiny:{name}", n_classes=classes or 0)
-
-
-class Towers(NamedTuple):
-    """What a two-tower network is made of.  visual: images -> embeddings (B,D); encode: list of N
-    texts -> (N,D); neither is normalised."""
-    visual: Net
-    encode: Callable
-    logit_scale: float
-    logit_bias: float
-
-
-def _tiny_towers(name: str, weights: str | None) -> Towers:
-    model = TinyClip(_build_clip_tiny(name, None, False)).eval()
-    if weights not in (None, "", "random"):
-        load_strictly(model, read_state(weights), weights, f"clip-tiny:{name}")
-
-    def encode(texts: Sequence[str]) -> Tensor:
-        return model.text.to(pick_device())(word_ids(texts).to(pick_device()))
-    scale = min(float(model.logit_scale.detach()), math.log(100))
-    return Towers(model.visual, encode, scale, 0.0)
-
-
-def _open_clip_towers(name: str, weights: str | None) -> Towers:
-    import open_clip
-    clip = open_clip_model(name, weights)
-
-    def encode(texts: Sequence[str]) -> Tensor:
-        try:
-            tokenizer = open_clip.get_tokenizer(name.partition("/")[0])
-        except Exception as e:                            # the hub's errors are of many kinds
-            raise UserError(f"the tokenizer of open_clip:{name} could not be had "
-                            f"({type(e).__name__}): it may want `pip install transformers` and, "
-                            "the first time, a network") from None
-        return clip.to(pick_device()).encode_text(tokenizer(list(texts)).to(pick_device()))
-    scale, bias = (0.0 if v is None else float(v.detach())
-                   for v in (clip.logit_scale, clip.logit_bias))
-    return Towers(_build_open_clip(name, None, False, clip), encode, scale, bias)
-
-
-TWO_TOWERS = {"clip-tiny": _tiny_towers, "open_clip": _open_clip_towers}
-
-
-def has_text(name: str) -> bool:
-    """Whether the network comes with a text tower, so that prompts can name its classes."""
-    return name.partition(":")[0] in TWO_TOWERS
-
-
-def two_towers(name: str, weights: str | None = None) -> Towers:
-    """Both towers of clip-tiny:NAME or open_clip:NAME[/TAG], in eval mode.
-
-    weights: None = those of the tag, a file of both towers, or "random".  Raises: UserError."""
-    family, _, rest = name.partition(":")
-    if not has_text(name):
-        raise UserError(f"{name} has no text tower: prompts as classes want one of "
-                        f"{', '.join(f'{k}:NAME' for k in TWO_TOWERS)}")
-    return TWO_TOWERS[family](rest, weights)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Names of the classes, and templates whose {} stands for the name."""
-    classes: Sequence[str]
-    templates: Sequence[str] = ("a photo of a {}.",)
-
-    def __post_init__(self):
-        for field in ("classes", "templates"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        bad = [t for t in self.templates if t.count("{}") != 1]
-        if bad or not self.templates or len(self.classes) < 2:
-            raise UserError("prompts: expected two classes or more, and templates with one {} for "
-                            f"the class each; got {len(self.classes)}, {bad or self.templates}")
-
-
-def prompts_of(images: ImageSet, templates: str = "") -> Prompts:
-    """The prompts of a set's classes.  Names: of data.names; OpenAI's where the classes are synsets
-    (all 1000 where the set scores a part of them); else the classes' own, _ and - as spaces.
-    templates: a file; "" = OpenAI's 80 for ImageNet, else a photo of a {}."""
-    names, given = images.names, images.names != images.classes
-    lines = read_lines(templates, "model.templates") if templates else None
-    if images.project is not None or all(re.fullmatch(r"n\d{8}", c) for c in images.classes):
-        import open_clip
-        known, of = open_clip.IMAGENET_CLASSNAMES, {s: i for i, s in enumerate(synsets())}
-        if images.project is not None or not given:
-            names = known if images.project is not None else [
-                known[of[c]] if c in of else c for c in images.classes]
-        lines = lines or [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    elif not given:
-        names = [re.sub("[_-]+", " ", n) for n in names]
-    return Prompts(names, lines or Prompts.templates)
-
-
-@torch.no_grad()
-def text_weights(encode: Callable, prompts: Prompts, chunk: int = 512) -> Tensor:
-    """Class embeddings (C,D) of norm 1: of each class the mean over the templates of its normalised
-    prompt embeddings, normalised again.  encode: list of texts -> (N,D)."""
-    texts = [t.replace("{}", c) for c in prompts.classes for t in prompts.templates]
-    rows, bar = [], progress(len(texts), "prompts")
-    for i in range(0, len(texts), chunk):
-        rows.append(F.normalize(encode(texts[i:i + chunk]).float(), dim=-1))
-        bar.update(len(rows[-1]))
-    bar.close()
-    each = torch.cat(rows).unflatten(0, (len(prompts.classes), -1))                     # (C,T,D)
-    return F.normalize(each.mean(1), dim=-1).cpu()
-
-
-def class_embeddings(name: str, towers: dict, prompts: Prompts, cache: Path | None = None,
-                     encode: Callable | None = None) -> Tensor:
-    """text_weights of a network's own text tower, kept in the folder cache: it runs once.
-
-    name, towers: of the zero-shot network; encode: its text tower where it is at hand.
-    Raises: UserError when the towers' file is not what it was."""
-    key = fold(name, towers["sha"], list(prompts.classes), list(prompts.templates))
-    file = cache and cache / f"text-{key:016x}.safetensors"
-    if file and file.is_file():
-        with safe_open(file, "pt") as f:
-            return f.get_tensor("weight")
-    if encode is None:
-        if towers["sha"] == "random" or towers["file"] and (
-                not Path(towers["file"]).is_file() or file_sha(towers["file"]) != towers["sha"]):
-            raise UserError(f"{name}: its text tower is not in {towers['file'] or 'any file'}, so "
-                            "new classes cannot be named: put back the file that the student was "
-                            "made from")
-        encode = two_towers(name, towers["file"] or None).encode
-    weight = text_weights(encode, prompts)
-    if file and world()[0] == 0:
-        write_atomically(file, lambda p: save_file({"weight": weight}, p))
-    return weight
-
-
-def _text_headed(net: Net, head: TextHead, prompts: Prompts, towers: dict) -> Net:
-    """The visual tower with a text head in the place of its classifier."""
-    net.net.fc, net.n_classes, net.prompts, net.towers = head, len(head.weight), prompts, towers
-    return net.eval()
-
-
-def zero_shot_net(name: str, prompts: Prompts, weights: str | None = None,
-                  cache: Path | None = None) -> Net:
-    """The zero-shot network: a visual tower whose classifier are the embeddings of prompts.
-
-    weights: as two_towers takes them.  cache: folder that keeps the embeddings.
-    The network knows its prompts and where its text tower is: towers {"file", "sha"}."""
-    t = two_towers(name, weights)
-    random_ = weights == "random" or not weights and not has_tag(name)
-    file = "" if weights in (None, "", "random") else str(weights)
-    towers = {"file": file, "sha": "random" if random_ else file and file_sha(file)}
-    weight = class_embeddings(name, towers, prompts, None if random_ else cache, t.encode)
-    return _text_headed(t.visual, TextHead(weight, t.logit_scale, t.logit_bias), prompts, towers)
-
-
-FAMILIES = {"timm": _build_timm, "torchvision": _build_torchvision, "open_clip": _build_open_clip,
-            "cifar": _build_cifar, "clip-tiny": _build_clip_tiny}
-
-
-def tag_classes(name: str) -> int | None:
-    """Number of outputs that the pretrained weights of a tagged name come with, 0 for an encoder
-    alone; None without a tag.  Raises: UserError on an unknown tag."""
-    family, _, rest = name.partition(":")
-    if not has_tag(name):
-        return None
-    if family == "torchvision":
-        return len(_torchvision_weights(rest)[1].meta["categories"])
-    if family == "open_clip":
-        return _open_clip_tag(rest) and 0
-    import timm
-    with contextlib.suppress(RuntimeError, AttributeError):
-        return timm.get_pretrained_cfg(rest).num_classes
-    known = [f"timm:{n}" for n in timm.list_pretrained()]
-    raise UserError(f"timm has no pretrained network {name!r}{nearest(name, known)}")
-
-
-def named(name: str, classes: int | None = None, weights: str | None = None) -> Net:
+def named(name: str, classes: int | None = None, weights: str | None = None,
+          size_px: int = 0) -> Net:
     """The network FAMILY:NAME in eval mode; see `build`, which knows more kinds of names."""
     family, colon, rest = name.partition(":")
     if not colon:
         raise UserError(f"network {name!r}: expected FAMILY:NAME, with FAMILY one of "
-                        f"{', '.join([*FAMILIES, 'run'])}, e.g. timm:resnet50.tv_in1k")
-    maker = choose(FAMILIES, family, "network family")
-    net = maker(rest, classes, has_tag(name) and weights is None)
+                        f"{', '.join(FAMILIES)}, e.g. timm:resnet50.tv_in1k")
+    make, ours = choose(FAMILIES, family, "network family"), None
     if weights not in (None, "", "random"):
-        meta = load_weights(net, weights, new_head=bool(classes))
-        net.size_px = meta.get("size_px", 0) if meta else net.view.size_px * (family != "cifar")
-    return net.eval()
+        ours = read_card(weights)
+    net = make(rest, classes, weights or None, size_px).eval()
+    card = net.card = dataclasses.replace(net.card, name=name)
+    if ours:                                              # it sees images as when it was made
+        size = {} if size_px else {"size_px": ours.size_px, "view": ours.view}
+        net.card = dataclasses.replace(card, home=ours.home, classes=ours.classes, key=ours.key,
+                                       train=ours.train, label=ours.label, **size)
+    return net
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -3173,8 +2232,8 @@ def _only(net: nn.Module, names: Sequence[str]) -> nn.Module:
 class Part(nn.Module):
     """Some children and parameters of a network with a forward of their own: f(net, x).
 
-    names: dotted paths; one that the network lacks is passed over.
-    The children are the network's own, not copies; what is not named does not come along."""
+    names: dotted paths.  The children are the network's own, not copies; what is not named does
+    not come along."""
 
     def __init__(self, net: nn.Module, names: Sequence[str], f: Callable):
         super().__init__()
@@ -3209,32 +2268,6 @@ def _in_turn(n: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _opened(modules) -> list[nn.Module]:
-    """The modules in order, those in plain Sequentials one by one."""
-    return [b for m in modules for b in (_opened(m) if type(m) is nn.Sequential else [m])]
-
-
-def _staged(pairs) -> list[nn.Module]:
-    """The blocks of stages (downsampling, blocks); the downsampling joins its first block."""
-    blocks: list[nn.Module] = []
-    for down, (first, *rest) in pairs:
-        blocks += [first if isinstance(down, nn.Identity) else nn.Sequential(down, first), *rest]
-    return blocks
-
-
-def _torchvision_staged(net: nn.Module) -> list[nn.Module]:
-    """Blocks of net.features: stem, blocks, downsampling, blocks, downsampling, blocks, ..."""
-    return _staged(zip([nn.Identity(), *net.features[2::2]], net.features[1::2]))
-
-
-def _sharing(net: nn.Module, shared: str, f: Callable) -> list[nn.Module]:
-    """Blocks that are called with what one module of the network gives to all: f(i, part, x)."""
-    if net._modules.get(shared) is None:
-        return list(net.blocks)
-    return [Part(net, (f"blocks.{i}", shared), functools.partial(f, i))
-            for i in range(len(net.blocks))]
-
-
 def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
     """Block i with the rotary embedding of the grid of patches (square, as all images here)."""
     [block] = n.blocks
@@ -3242,26 +2275,6 @@ def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
     free = n.dynamic_img_size or not hasattr(n.rope, "feat_shape")
     rope = n.rope.get_embed(shape=(side, side)) if free else n.rope.get_embed()
     return block(x, rope=rope[i] if n.rope_mixed else rope)
-
-
-def _beit_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
-    [block] = n.blocks
-    return block(x, shared_rel_pos_bias=n.rel_pos_bias())
-
-
-def _beit_embed(n: nn.Module, x: Tensor) -> Tensor:
-    x = torch.cat((n.cls_token.expand(len(x), -1, -1), n.patch_embed(x)), 1)
-    return n.pos_drop(x if n.pos_embed is None else x + n.pos_embed)
-
-
-def _torchvision_vit_embed(n: nn.Module, x: Tensor) -> Tensor:
-    x = torch.cat([n.class_token.expand(len(x), -1, -1), n._process_input(x)], 1)
-    return n.encoder.dropout(x + n.encoder.pos_embedding)
-
-
-def _clip_pool(n: nn.Module, x: Tensor) -> Tensor:
-    x = n._pool(x)[0]
-    return x if n.proj is None else x @ n.proj
 
 
 def _pooled(*names: str) -> Callable:
@@ -3273,81 +2286,38 @@ def _pooled(*names: str) -> Callable:
     return pool
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a class of networks is cut: stem | blocks | last | fc.
-
-    stem, last, fc: names of children and parameters, dotted, as Part takes them; fc "" = none.
-    blocks: names of the containers whose children are the stages, or net -> stages.
-    embed, pool: forwards of stem and last, (part of the net, x) -> x."""
-    stem: str
-    blocks: str | Callable
-    last: str
-    fc: str
-    embed: Callable = _in_turn
-    pool: Callable = _in_turn
-
-
-_TOKENS = "patch_embed cls_token reg_token pos_embed pos_drop patch_drop rope norm_pre"
-_TIMM_HEAD = "head.global_pool head.norm head.flatten head.pre_logits head.drop"
-_LAYERS = "layer1 layer2 layer3 layer4"
-_flat = lambda n, x: n.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))              # noqa: E731
-PLANS = {                                   # exact classes: a subclass may compute something else
-    "timm.models.vision_transformer.VisionTransformer": Plan(
-        _TOKENS, "blocks", "norm attn_pool fc_norm head_drop", "head",
-        lambda n, x: n.norm_pre(n.patch_drop(n._pos_embed(n.patch_embed(x)))), _pooled("norm")),
-    "timm.models.eva.Eva": Plan(
-        _TOKENS, lambda n: _sharing(n, "rope", _eva_block),
-        "norm attn_pool fc_norm head_drop", "head",
-        lambda n, x: n.norm_pre(n._pos_embed(n.patch_embed(x))[0]), _pooled("norm")),
-    "timm.models.beit.Beit": Plan(
-        _TOKENS, lambda n: _sharing(n, "rel_pos_bias", _beit_block), "norm fc_norm head_drop",
-        "head", _beit_embed, _pooled("norm")),
-    "timm.models.resnet.ResNet": Plan("conv1 bn1 act1 maxpool", _LAYERS, "global_pool", "fc",
-                                      pool=_pooled()),
-    "timm.models.convnext.ConvNeXt": Plan(
-        "stem", lambda n: _staged((s.downsample, s.blocks) for s in n.stages),
-        f"norm_pre {_TIMM_HEAD}", "head.fc", pool=_pooled("norm_pre")),
-    **dict.fromkeys(
-        ("timm.models.swin_transformer.SwinTransformer",
-         "timm.models.swin_transformer_v2.SwinTransformerV2"),
-        Plan("patch_embed", lambda n: _staged((s.downsample, s.blocks) for s in n.layers),
-             f"norm {_TIMM_HEAD}", "head.fc", pool=_pooled("norm"))),
-    "timm.models.efficientnet.EfficientNet": Plan(
-        "conv_stem bn1", "blocks", "conv_head bn2 global_pool", "classifier",
-        pool=_pooled("conv_head", "bn2")),
-    "timm.models.mobilenetv3.MobileNetV3": Plan(
-        "conv_stem bn1", "blocks", "global_pool conv_head norm_head act2 flatten", "classifier",
-        pool=_pooled()),
-    "torchvision.models.resnet.ResNet": Plan(
-        "conv1 bn1 relu maxpool", _LAYERS, "avgpool", "fc",
-        pool=lambda n, x: n.avgpool(x).flatten(1)),
-    "torchvision.models.vision_transformer.VisionTransformer": Plan(
-        "conv_proj class_token encoder.pos_embedding encoder.dropout", "encoder.layers",
-        "encoder.ln heads.pre_logits heads.act", "heads.head", _torchvision_vit_embed,
-        lambda n, x: n.heads(n.encoder.ln(x)[:, 0])),
-    "torchvision.models.convnext.ConvNeXt": Plan(
-        "features.0", _torchvision_staged, "avgpool classifier.0 classifier.1", "classifier.2"),
-    "torchvision.models.swin_transformer.SwinTransformer": Plan(
-        "features.0", _torchvision_staged, "norm permute avgpool flatten", "head"),
-    **dict.fromkeys(
-        ("torchvision.models.efficientnet.EfficientNet",
-         "torchvision.models.mobilenetv2.MobileNetV2"),
-        Plan("features.0", lambda n: _opened(n.features[1:]), "classifier.0", "classifier.1",
-             pool=_flat)),
-    "torchvision.models.mobilenetv3.MobileNetV3": Plan(
-        "features.0", lambda n: _opened(n.features[1:]),
-        "classifier.0 classifier.1 classifier.2", "classifier.3", pool=_flat),
-    "open_clip.transformer.VisionTransformer": Plan(
-        "conv1 class_embedding positional_embedding patch_dropout ln_pre",
-        "transformer.resblocks", "attn_pool attn_pool_contrastive ln_post proj", "",
-        lambda n, x: n._embeds(x), _clip_pool),
-    "open_clip.modified_resnet.ModifiedResNet": Plan(
-        "conv1 bn1 act1 conv2 bn2 act2 conv3 bn3 act3 avgpool", _LAYERS, "attnpool", ""),
+# By package and exact class: the children that hold the blocks, the forward of what comes after
+# them but the classifier, the forward of what comes before, parameters that belong to the former.
+CUTS = {
+    "timm.VisionTransformer": ("blocks", _pooled("norm"), lambda n, x: n.norm_pre(n.patch_drop(
+        n._pos_embed(n.patch_embed(x))))),
+    "timm.Eva": ("blocks", _pooled("norm"), lambda n, x: n.norm_pre(
+        n._pos_embed(n.patch_embed(x))[0])),
+    "timm.ResNet": ("layer1 layer2 layer3 layer4", _pooled()),
+    "timm.RegNet": ("s1 s2 s3 s4", _pooled("final_conv")),
+    "timm.ConvNeXt": ("stages", _pooled("norm_pre")),
+    "timm.SwinTransformer": ("layers", _pooled("norm")),
+    "timm.SwinTransformerV2": ("layers", _pooled("norm")),
+    "timm.EfficientNet": ("blocks", _pooled("conv_head", "bn2")),
+    "timm.MobileNetV3": ("blocks", _pooled()),
+    "timm.MlpMixer": ("blocks", _pooled("norm")),
+    "torchvision.ResNet": ("layer1 layer2 layer3 layer4", lambda n, x: n.avgpool(x).flatten(1)),
+    "open_clip.ModifiedResNet": ("layer1 layer2 layer3 layer4", _in_turn),
+    "open_clip.VisionTransformer": ("transformer", lambda n, x: n._pool(x)[0] if n.proj is None else
+                                    n._pool(x)[0] @ n.proj, lambda n, x: n._embeds(x), "proj"),
 }
 
 
-def _split_sequential(net: nn.Sequential) -> tuple[list[nn.Module], nn.Module, nn.Module]:
+def _opened(modules) -> list[nn.Module]:
+    """The modules in order, those in plain containers one by one."""
+    out = []
+    for m in modules:
+        plain = type(m) in (nn.Sequential, nn.ModuleList) or type(m).__name__ == "RegStage"
+        out += _opened(m.children()) if plain else [m]
+    return out
+
+
+def _split_chain(net: nn.Sequential) -> tuple[list[nn.Module], nn.Module, nn.Module]:
     """nn.Sequential that ends in a Linear: a child with weights opens a stage, those without join
     the stage before; pooling and flattening before the Linear belong to the classifier."""
     *body, fc = net
@@ -3363,34 +2333,43 @@ def _split_sequential(net: nn.Sequential) -> tuple[list[nn.Module], nn.Module, n
     return [g[0] if len(g) == 1 else nn.Sequential(*g) for g in groups], nn.Sequential(*last), fc
 
 
+def _split_by_row(net: nn.Module, holders: str, after: Callable, before: Callable = _in_turn,
+                  *late: str) -> tuple[list[nn.Module], nn.Module, nn.Module]:
+    names, holders = list(net._modules), holders.split()
+    first, last = names.index(holders[0]), names.index(holders[-1])
+    fc = net.get_classifier() if hasattr(net, "get_classifier") else getattr(net, "fc", None)
+    fc_path = next((k for k, m in net.named_modules() if m is fc), "")
+    early = [*names[:first], *(k for k in (*net._parameters, *net._buffers) if k not in late)]
+    for k in names[last + 1:]:               # all but the classifier, which may lie a level deeper
+        if fc_path.startswith(f"{k}."):
+            late += tuple(f"{k}.{c}" for c in net._modules[k]._modules if f"{k}.{c}" != fc_path)
+        elif k != fc_path:
+            late += (k,)
+    blocks = _opened(net.get_submodule("transformer.resblocks" if k == "transformer" else k)
+                     for k in holders)
+    if getattr(net, "rope", None) is not None:           # every block is called with the rope
+        blocks = [Part(net, (f"blocks.{i}", "rope"), functools.partial(_eva_block, i))
+                  for i in range(len(net.blocks))]
+    return [Part(net, early, before), *blocks], Part(net, late, after), fc or nn.Identity()
+
+
 def split_net(net: nn.Module) -> tuple[list[nn.Module], nn.Module, nn.Module]:
     """(stages, features, fc), where net(x) is fc(features(the stages one after another)).
 
     All are net's own modules; for an encoder fc passes the embeddings on.  Raises: UserError."""
+    kind = f"{type(net).__module__.partition('.')[0]}.{type(net).__name__}"
     if isinstance(net, Tower):
         body, features, projection = split_net(net.visual)
         return body, nn.Sequential(features, projection), net.fc
-    kind = f"{type(net).__module__}.{type(net).__name__}"
-    if kind == "open_clip.timm_model.TimmModel":
+    if kind == "open_clip.TimmModel":
         body, features, projection = split_net(net.trunk)
         return body, nn.Sequential(features, projection, net.head), nn.Identity()
     if type(net) is nn.Sequential and len(net):
-        return _split_sequential(net)
-    if kind not in PLANS:
-        known = {}
-        for package, *_, name in (k.split(".") for k in PLANS):
-            known.setdefault(package, []).append(name)
-        text = "; ".join(f"{package} {', '.join(names)}" for package, names in known.items())
-        raise UserError(f"a {kind} cannot be cut into stages: known are {text}; or pass an "
-                        "nn.Sequential of your own that ends in a Linear")
-    plan = PLANS[kind]
-    if callable(plan.blocks):
-        body = plan.blocks(net)
-    else:
-        body = _opened(b for path in plan.blocks.split() for b in net.get_submodule(path))
-    return ([Part(net, plan.stem.split(), plan.embed), *body],
-            Part(net, plan.last.split(), plan.pool),
-            net.get_submodule(plan.fc) if plan.fc else nn.Identity())
+        return _split_chain(net)
+    if kind not in CUTS:
+        raise UserError(f"a {kind} cannot be cut into stages: known are {', '.join(CUTS)}; or pass "
+                        "an nn.Sequential of your own that ends in a Linear")
+    return _split_by_row(net, *CUTS[kind])
 
 
 def stages(net: nn.Module) -> nn.Sequential:
@@ -3412,14 +2391,85 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+@torch.no_grad()
 def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """(frozen backbone, tail): the tail is the last `tune` stages and the classifier."""
-    parts = stages(net)
+    """(frozen backbone, tail): the tail is the last `tune` stages and the classifier.
+
+    Raises: UserError; also unless the stages give what the network gives on a random image."""
+    parts, name = stages(net), getattr(getattr(net, "card", None), "name", "") or "the network"
     at = len(parts) - 1 - tune
     if at < 1:
-        raise UserError(f"tune = {tune}: {getattr(net, 'name', type(net).__name__)} has "
-                        f"{len(parts) - 1} stages, of which the first stays frozen")
+        raise UserError(f"tune = {tune}: {name} has {len(parts) - 1} stages, of which the first "
+                        "stays frozen")
+    if isinstance(net, Net) and type(net.net) is not nn.Sequential:   # a chain is itself in order
+        p, side = next(net.parameters()), net.card.size_px or net.card.view.size_px
+        x = torch.rand(1, 3, side, side, generator=rng("cut")).to(p.device)
+        if not torch.allclose(parts.eval()(x), net.eval()(x), rtol=1e-3, atol=1e-5):
+            raise UserError(f"the stages of {name} do not give what it gives: this version of its "
+                            "library computes something else")
     return freeze(parts[:at]), parts[at:]
+
+
+# ---- zero-shot: prompts in the place of a classifier ---------------------------------------------
+
+def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[tuple, tuple]:
+    """(names, templates) of the classes that a network answers with on a set.
+
+    names: a file; "" = OpenAI's where the classes are synsets, else the set's own, _ and - as
+    spaces.  templates: a file; "" = OpenAI's 80 for ImageNet, else a photo of a {}."""
+    import open_clip
+    known = dict(zip(synsets(), open_clip.IMAGENET_CLASSNAMES))
+    classes = tuple(known.get(c, re.sub("[_-]+", " ", c)) for c in images.outputs)
+    lines = tuple(read_lines(templates, "model.templates")) if templates else (
+        tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES)
+        if images.outputs == synsets() else ("a photo of a {}.",))
+    given = tuple(read_lines(names, "data.names")) if names else ()
+    if len(given) == len(classes):                        # else they are of another set's classes
+        classes = given
+    bad = [t for t in lines if t.count("{}") != 1]
+    if bad or not lines:
+        raise UserError(f"model.templates: expected lines with one {{}} for the class, got {bad}")
+    return classes, lines
+
+
+def text_weights(card: Card, prompts: tuple, cache: Path | None = None) -> Tensor:
+    """Class embeddings (C,D) of norm 1 by open_clip's build_zero_shot_classifier: the mean over
+    the templates of normalised prompt embeddings, normalised again.
+
+    cache: folder that keeps them, so that a text tower runs once.  Raises: UserError."""
+    import open_clip
+    if card.clip not in ("", "random") and not Path(card.clip).is_file():
+        raise UserError(f"{card.name}: its text tower is not in {card.clip}, so new classes cannot "
+                        "be named: put back the file that it was made from")
+    source = file_sha(card.clip) if card.clip not in ("", "random") else card.clip
+    file = cache and cache / f"text-{fold(card.name, source, prompts):016x}.safetensors"
+    if file and file.is_file():
+        return read_state(file)["weight"]
+    model, device = card.name.partition(":")[2], pick_device()
+    clip = clip_model(model, card.clip or None).to(device)
+    tokenizer = from_hub(f"the tokenizer of {card.name}",
+                         lambda: open_clip.get_tokenizer(model.partition("/")[0]))
+    templates = [functools.partial(t.replace, "{}") for t in prompts[1]]
+    weight = open_clip.build_zero_shot_classifier(clip, tokenizer, prompts[0], templates,
+                                                  device=device).T.float().cpu().contiguous()
+    if file and world()[0] == 0 and source != "random":
+        write_atomically(file, safetensors_bytes({"weight": weight}))
+    return weight
+
+
+def zero_shot(model: nn.Module, prompts: tuple, cache: Path | None = None) -> nn.Module:
+    """The same network or Student for the classes of (names, templates): all weights are shared,
+    the class embeddings are new.  Raises: UserError without the text tower's file."""
+    if model.card.prompts == prompts:
+        return model
+    weight = text_weights(model.card, prompts, cache)
+    out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    if isinstance(out, Net) and not isinstance(out.net.fc, TextHead):
+        out.net.fc = TextHead(weight, *out.net.scale)
+    for head in (m for m in out.modules() if isinstance(m, TextHead)):
+        head.weight = F.normalize(weight, dim=-1).to(head.weight.device)
+    out.card = dataclasses.replace(model.card, n_classes=len(weight), prompts=prompts, classes=())
+    return out
 
 
 # ==== 7. METHOD ====
@@ -3449,8 +2499,9 @@ class Prediction(NamedTuple):
 class Dropout(nn.Module):
     """Dropout with three modes: training (random), off, and sampling, T passes as one batch.
 
-    Sampling draws T masks from the key alone and gives every image the same T masks: T
-    sub-networks, so that a prediction does not depend on the other images of its batch."""
+    METHOD [A] section 3.3: T stochastic passes.  Sampling draws T masks from the key alone and
+    gives every image the same T masks: T sub-networks, so that a prediction does not depend on the
+    other images of its batch and the same image always gets the same answer."""
 
     def __init__(self, p: float, key: int):
         super().__init__()
@@ -3485,8 +2536,12 @@ def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
 
 
 class Tuned(nn.Module):
-    """Base of trained parts on a frozen network: in training mode only dropout is switched on, so
-    BatchNorm keeps the statistics of the pretrained network."""
+    """A trained part on a frozen network: in training mode only dropout is switched on, so
+    BatchNorm keeps the pretrained statistics.  The baselines train a tail as `cut` gives it."""
+
+    def __init__(self, tail: nn.Module | None = None):
+        super().__init__()
+        self.tail = tail
 
     def train(self, mode: bool = True):
         super().train(False)
@@ -3495,14 +2550,6 @@ class Tuned(nn.Module):
                 m.training = mode
         self.training = mode
         return self
-
-
-class Tail(Tuned):
-    """The tail as it is: the part that the baselines train."""
-
-    def __init__(self, tail: nn.Sequential):
-        super().__init__()
-        self.tail = tail
 
     def forward(self, f: Tensor) -> Tensor:
         return self.tail(f)
@@ -3535,15 +2582,22 @@ class ThreeHeads(Tuned):
                      self.heads["robust"](f[b]))
 
 
+TINY = 1e-12      # a head that agrees with the combined one to the last bit has KL 0, and so would
+#                   win or lose every product; and log 0 of an underflown probability is not finite
+
+
 def divergence(mean: Tensor) -> Tensor:
-    """KL(head || combined) of the clean and the robust head, (B,2) in nats, from mean (B,3,C)."""
-    log = mean.float().clamp_min(1e-12).log()
+    """KL(head || combined) of the clean and the robust head, (B,2) in nats, from mean (B,3,C).
+
+    METHOD [A] section 3.3: on very noisy input the clean head may collapse onto a random class with
+    a small sigma; far from the combined head it is not believed."""
+    log = mean.float().clamp_min(TINY).log()
     return (mean[:, ::2].float() * (log[:, ::2] - log[:, 1:2])).sum(-1).clamp_min(0)
 
 
-TINY = 1e-12
-# The head with the least objective answers ([A] eq. 6).  s sigma, d divergence, m mean, z logits,
-# all of the clean and the robust head.
+# METHOD [A] eq. 6: the head with the least objective answers.  s sigma, d divergence, m mean, z
+# logits, all of the clean and the robust head, (B,2) or (B,2,C).  "product" is [A]'s as we read it
+# (product or sum is not stated); the others are the ablations of Tables 6 and 7, and ours.
 OBJECTIVES: dict[str, Callable] = {
     "product": lambda s, d, m, z: (s + TINY) * (d + TINY),
     "sum": lambda s, d, m, z: s + d,
@@ -3564,20 +2618,17 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
 
     Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
     logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
-    Paper: [A] eq. 6; product or sum, the direction of the KL and the reduction of sigma are ours.
-    Raises: UserError on an unknown rule, on sigma = 0 everywhere, on a missing input."""
-    choose(dict.fromkeys(RULES), rule, "rule")
+    Paper: [A] eq. 6.  Raises: UserError on an unknown rule, sigma = 0, a missing input."""
+    choose(RULES, rule, "rule")
     if rule in HEADS:
         return torch.full((len(mean),), HEADS.index(rule), device=mean.device)
+    if rule == "oracle" and y is None or rule == "max-logit" and logits is None:
+        raise UserError(f"rule {rule!r} needs the {'labels' if rule == 'oracle' else 'logits'}")
     if rule == "oracle":
-        if y is None:
-            raise UserError("rule 'oracle' needs the labels")
         right = mean[:, ::2].argmax(-1) == y[:, None]                                    # (B,2)
         return torch.where(right[:, 1] & ~right[:, 0], 2, 0)
     if rule in NEEDS_SIGMA and not sigma.any():
         raise UserError(f"rule {rule!r}: sigma is 0 everywhere, there is no live dropout")
-    if rule == "max-logit" and logits is None:
-        raise UserError("rule 'max-logit' needs the logits")
     z = None if logits is None else logits[:, ::2]
     return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], z).argmin(-1)
 
@@ -3591,39 +2642,36 @@ def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
     return (mean[:, ::2] * weight[..., None]).sum(1)
 
 
+def project(z: Tensor, ids: Tensor | None) -> Tensor:
+    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it.
+
+    ids (C,k): of ImageSet; None = the outputs are the classes."""
+    return z if ids is None else z[..., ids.to(z.device)].amax(-1)
+
+
 class Student(nn.Module):
     """[A] fig. 2: a frozen network whose last `tune` stages are tuned, with three heads.
 
-    net: the pretrained network; its modules become the frozen backbone and clean head's teacher.
+    net: the pretrained network, a Net, or any module from images in [0, 1] to logits that `stages`
+    can cut; its modules become the frozen backbone and the clean head's teacher.
     tune: stages tuned; head: of these the last ones that each head has for itself.
     dropout_in: "tail" as [A] (tuned stages and classifiers), "head" = before the classifiers only.
-    text: a text head in the place of the net's classifier, for a visual tower of your own.
-    forward(x) -> Heads; x (B,3,H,W) as net takes it."""
+    forward(x) -> Heads; x (B,3,H,W), uint8 or in [0, 1]."""
 
-    def __init__(self, net: nn.Module, tune: int = 2, head: int = 2, dropout: float = 0.1,
-                 classes: int | None = None, text: TextHead | None = None, *,
+    def __init__(self, net: nn.Module, tune: int = 2, head: int = 2, dropout: float = 0.1, *,
                  dropout_in: str = "tail"):
         super().__init__()
+        net = net if isinstance(net, Net) else Net(net)
         if not 0 <= head <= tune:
             raise UserError(f"head = {head}: expected 0 to tune = {tune}")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout = {dropout}: expected 0 or more and less than 1")
         self.backbone, tail = cut(net, tune)
-        if text is not None:
-            tail[-1].fc = text
-        if isinstance(tail[-1].fc, Embedding):
-            raise UserError(f"{getattr(net, 'name', type(net).__name__)} gives embeddings: build "
-                            "it with classes, or pass text=TextHead(...)")
         self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
         self.original = freeze(tail)
-        self.n_classes, self.dropout, self.name = (
-            tail[-1].fc.out_features, dropout, getattr(net, "name", ""))
-        self.view, self.size_px = getattr(net, "view", View()), getattr(net, "size_px", 0)
-        if classes not in (None, self.n_classes):
-            raise UserError(f"the network has {self.n_classes} outputs for {classes} classes: "
-                            "train a head of that size first (pretrain with tune=0)")
-        self.meta = {"tune": tune, "head": head, "dropout": dropout, "dropout_in": dropout_in}
-        self.prompts, self.towers = getattr(net, "prompts", None), getattr(net, "towers", {})
+        self.dropout, self.early = dropout, dropout_in == "tail" and tune > 0
+        self.card = dataclasses.replace(net.card, n_classes=tail[-1].fc.out_features, student=dict(
+            tune=tune, head=head, dropout=dropout, dropout_in=dropout_in))
 
     def train(self, mode: bool = True):
         self.training = mode
@@ -3642,66 +2690,54 @@ class Student(nn.Module):
     def _sampling(self, f: Tensor, passes: int):
         """Context in which tuned(f') draws `passes` masks; f' is f, repeated for each pass where
         dropout stands in the stages (in residual branches too), else the classifiers repeat it."""
-        early = self.meta["dropout_in"] == "tail" and self.meta["tune"] > 0
         drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
         for d in drops:
-            d.sample = (passes, 0 if early else f.shape[0])
+            d.sample = (passes, 0 if self.early else f.shape[0])
         try:
-            yield f.repeat(passes, *[1] * (f.ndim - 1)) if early else f
+            yield f.repeat(passes, *[1] * (f.ndim - 1)) if self.early else f
         finally:
             for d in drops:
                 d.sample = None
 
     @torch.no_grad()
-    def moments(self, f: Tensor, passes: int = 10, project: Project | None = None) \
+    def moments(self, f: Tensor, passes: int = 10, ids: Tensor | None = None) \
             -> tuple[Tensor, Tensor, Tensor]:
         """(mean probabilities (B,3,C), sigma (B,2), mean logits (B,3,C)) from boundary features f.
 
         sigma: standard deviation over the dropout passes of the probability of the class that the
         head predicts, of the clean and robust head.  passes = 0: closed form, exact to first order
         for dropout before the classifiers, without randomness; dropout in the stages is then off.
-        project: the outputs that count, for sets of fewer classes.
+        ids: the outputs that count, for sets of fewer classes.
         Paper: [A] section 3.3; differs: all images share the T masks."""
         mode = self.training
         self.eval()
-        out = self._sampled(f, passes, project) if passes else self._closed_form(f, project)
+        out = self._sampled(f, passes, ids) if passes else self._closed_form(f, ids)
         self.train(mode)
         return out
 
-    def _sampled(self, f: Tensor, passes: int, project: Project | None) \
-            -> tuple[Tensor, Tensor, Tensor]:
+    def _sampled(self, f: Tensor, passes: int, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with self._sampling(f, passes) as repeated:
             z = torch.stack([h.float().unflatten(0, (passes, -1)) for h in self.tuned(repeated)], 2)
-        z = project(z) if project else z
+        z = project(z, ids)
         p = z.softmax(-1)                                                        # (T,B,3,C)
         mean = p.mean(0)
         top = mean.argmax(-1, keepdim=True).expand(len(p), -1, -1, -1)
         sigma = p.gather(-1, top)[..., 0].std(0, correction=0)                   # (B,3)
         return mean, sigma[:, ::2], z.mean(0)
 
-    def _closed_form(self, f: Tensor, project: Project | None) -> tuple[Tensor, Tensor, Tensor]:
-        f = self.tuned.shared(f)
-        moments = [self._closed_head(self.tuned.heads[name], f, project) for name in HEADS]
-        z = torch.stack([z for z, _ in moments], 1)
-        return z.softmax(-1), torch.stack([sigma for _, sigma in moments[::2]], 1), z
-
-    def _closed_head(self, head: nn.Sequential, f: Tensor, project: Project | None) \
-            -> tuple[Tensor, Tensor]:
-        *blocks, last = head
-        h = last.features(nn.Sequential(*blocks)(f)).float()                         # (B,D)
-        with torch.autocast(f.device.type, enabled=False):   # a difference of near equals below
-            w, z = last.fc.weight.float(), last.fc(h)
-            at = project.winners(z) if project else torch.arange(z.shape[-1]).to(z.device).expand(
-                z.shape)                                                             # (B,C)
-            whole, z = z, z.gather(-1, at)
-            p = z.softmax(-1)
-            # d p_top / d h = p_top (w_top - sum_j p_j w_j); dropout moves h_i by variance h_i^2 q
-            p_top, top = p.max(-1, keepdim=True)
-            mean_w = torch.zeros_like(whole).scatter(-1, at, p) @ w
-            grad = p_top * (w[at.gather(-1, top)[:, 0]] - mean_w)                    # (B,D)
-            grad = last.fc.pull(h, grad) if isinstance(last.fc, TextHead) else grad
-            q = self.dropout / (1 - self.dropout)
-            return z, (q * (grad * h).square().sum(-1)).sqrt()
+    def _closed_form(self, f: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Dropout moves a feature h_i by variance h_i^2 p/(1-p), and p_top to first order by
+        d p_top / d h, which autograd knows for any classifier."""
+        f, found, q = self.tuned.shared(f), [], self.dropout / (1 - self.dropout)
+        for *blocks, last in self.tuned.heads.values():
+            h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
+            with torch.enable_grad(), torch.autocast(f.device.type, enabled=False):
+                h = h.detach().requires_grad_()
+                z = project(last.fc(h).float(), ids)
+                [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)       # image by image
+            found.append((z.detach(), (q * (g * h.detach()).square().sum(-1)).sqrt()))
+        z, sigma = (torch.stack(v, 1) for v in zip(*found))
+        return z.softmax(-1), sigma[:, ::2], z
 
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
         """What the chosen head says.  passes: dropout passes in one batch after one pass of the
@@ -3718,19 +2754,15 @@ class Student(nn.Module):
 
 # ---- losses --------------------------------------------------------------------------------------
 
-def distillation(z: Tensor, teacher: Tensor, t: float) -> Tensor:
-    """t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean."""
-    log_p, log_q = (F.log_softmax(v.float() / t, -1) for v in (teacher, z))
-    return t * t * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
 def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float,
               smoothing: float = 0.0) -> Tensor:
     """(1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean.
 
     Paper: [A] eq. 3-4, "weighted sum of classification and distillation loss"; the form is ours."""
     ce = F.cross_entropy(z.float(), y, label_smoothing=smoothing)
-    return (1 - alpha) * ce + alpha * distillation(z, teacher, t)
+    log_p, log_q = (F.log_softmax(v.float() / t, -1) for v in (teacher, z))
+    kd = t * t * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return (1 - alpha) * ce + alpha * kd
 
 
 def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: float,
@@ -3746,109 +2778,73 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
     clean = {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0)}
     # METHOD [A] eq. 4: augmented images, teacher = the robust small model
     robust = {"robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
+    # METHOD [A] eq. 5: their sum
     return clean | robust
-
-
-def anchor_loss(z: Heads, z0: Tensor, t: float) -> Tensor:
-    """Distillation into every head of what the initial model says of the clean images over a wide
-    vocabulary of texts: it keeps the space in which classes are named that tuning never shows.
-
-    Shapes: as erpm_loss, with one column a text.  Not in [A]."""
-    return (distillation(z.clean, z0, t) + distillation(z.robust, z0, t)
-            + distillation(z.combined, z0.repeat(2, 1), t))
-
-
-def contrastive_loss(z: Tensor, pair: Tensor, entails: Tensor) -> Tensor:
-    """Symmetric cross-entropy of images and captions, each true pair against the false ones.
-
-    Shapes: z (B,K) scaled cosines; pair (B,) each image's caption; entails (K,K): caption i says
-    all that caption j says.  A caption that an image's own entails is true of it too, one that
-    entails its own may be, and counts neither way; without such captions this is CLIP's loss."""
-    true = entails[pair]                                                             # (B,K)
-    false = z.masked_fill(true | entails.T[pair], torch.finfo(z.dtype).min)
-    loss = F.softplus(false.logsumexp(1, True) - z) + F.softplus(false.logsumexp(0, True) - z)
-    return loss[true].mean() / 2
 
 
 # ---- files of trained networks -------------------------------------------------------------------
 
-def describe(module: nn.Module, **more) -> dict:
-    """The meta from which `load` builds the module again."""
-    student = {"student": module.meta} if isinstance(module, Student) else {}
-    text = {"prompts": dataclasses.asdict(module.prompts), "towers": module.towers} \
-        if module.prompts else {}
-    return {"name": module.name, "classes": module.n_classes, "size_px": module.size_px, **student,
-            **text, **more}
+def save(path: Path | str, module: nn.Module, **more) -> None:
+    """Writes a Net's or a Student's state as .safetensors, with its Card, from which `load` builds
+    it.  more: fields of the Card to set."""
+    module = module if hasattr(module, "card") else Net(module)
+    module.card = dataclasses.replace(module.card, **more)
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+    meta = {"erpm": json.dumps(dataclasses.asdict(module.card))}
+    write_atomically(Path(path), safetensors_bytes(state, meta))
 
 
-def run_file(run: str | Path) -> Path:
-    """The weights file of a run's folder, or the file itself.  Raises: UserError."""
+def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
+    """The Student or Net that a run or `save` made, in eval mode, ready for `predict`.
+
+    run: a run's folder (its model.safetensors) or a weights file.  net: your own module, where it
+    was made from one.  Nothing is downloaded.  Raises: UserError."""
     path = Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        others = sorted(str(p.parent) for p in Path("runs").glob("*/model.safetensors"))
         raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
-                        "run's folder that holds model.safetensors"
-                        + f" ({', '.join(others)})" * bool(others))
-    return path
-
-
-def load(run: str | Path) -> nn.Module:
-    """The Student (or plain network) that a run made, in eval mode, ready for `predict`.
-
-    run: a run's folder (its model.safetensors) or a weights file.  Nothing is downloaded.
-    Raises: UserError."""
-    path = run_file(run)
-    meta = read_meta(path)
-    if not {"name", "classes"} <= set(meta):
-        raise UserError(f"{path} was not written by erpm.py: use "
-                        f"build(NAME, weights={str(path)!r})")
-    prompts = Prompts(**meta["prompts"]) if "prompts" in meta else None
-    if "both towers" in meta:
-        return freeze(zero_shot_net(meta["name"], prompts, str(path)))
-    net = named(meta["name"], None if prompts else meta["classes"], "random")
-    net.size_px = meta["size_px"]
-    if prompts:
-        towers, width = dict(meta["towers"]), net.net.fc.out_features
-        moved = path.with_name(Path(towers["file"]).name)            # a run's folder may be moved
-        if towers["file"] and not Path(towers["file"]).is_file() and moved.is_file():
-            towers["file"] = str(moved)
-        net = _text_headed(net, TextHead(torch.zeros(meta["classes"], width), 0), prompts, towers)
-    module = Student(net, **meta["student"]) if "student" in meta else net
-    load_weights(module, path)
+                        "run's folder that holds model.safetensors")
+    card, state = read_card(path), read_state(path)
+    if card is None or not card.name and net is None:
+        raise UserError(f"{path} was not made by erpm.py from a network of its names: "
+                        "build(NAME, weights=FILE), or load(FILE, net=MODULE)")
+    if card.clip == "both towers":
+        net = zero_shot(named(card.name, None, str(path)), card.prompts)
+        net.card = dataclasses.replace(card, clip=str(path))
+        return freeze(net)
+    if net is None:
+        net = named(card.name, None if card.prompts else card.n_classes, "random", card.size_px)
+        if card.prompts:
+            width = next(v.shape[1] for k, v in state.items() if k.endswith("fc.weight"))
+            net.net.fc = TextHead(torch.ones(card.n_classes, width))
+    net = net if isinstance(net, Net) else Net(net)
+    module = Student(net, **card.student) if card.student else net
+    load_strictly(module, state, f"{path} does not fit {card.name or 'the module'}")
+    module.card = card
     return freeze(module)
 
 
-def with_text(model: nn.Module, weight: Tensor, prompts: Prompts | None = None) -> nn.Module:
-    """The same zero-shot network or Student for other classes: all weights are shared, the class
-    embeddings (C,D) are new."""
-    out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-    for head in (m for m in out.modules() if isinstance(m, TextHead)):
-        head.weight = F.normalize(weight.float(), dim=-1).to(head.weight.device)
-    out.n_classes, out.prompts = len(weight), prompts
-    return out
-
-
-def build(name: str | nn.Module, classes: int | Sequence[str] | Prompts | None = None,
-          weights: str | None = None) -> nn.Module:
+def build(name: str | nn.Module, classes: int | Sequence[str] | None = None,
+          weights: str | None = None, *, size_px: int = 0,
+          templates: Sequence[str] = ("a photo of a {}.",)) -> nn.Module:
     """The network of that name, in eval mode.
 
     name: "timm:resnet50.tv_in1k", "torchvision:resnet50/IMAGENET1K_V1",
     "open_clip:ViT-B-32-quickgelu/openai" (a tag loads its pretrained weights), "cifar:resnet20-w2",
     "run:runs/x" (what that run made), or your own module, which is returned as it is.
-    classes: number of outputs; None = the network's own.  A tag of other classes, or a file of an
-    encoder alone, comes with a new classifier.  Names of classes, or Prompts (names and templates),
-    make a zero-shot network of one with a text tower.
-    weights: a file of ours, .safetensors or a plain state dict of torch.save, of the network or
-    for open_clip of the whole CLIP model (OpenAI's archives too), loaded strictly; "random" = none.
+    classes: number of outputs; None = the network's own.  A tag or file of other classes comes with
+    a new classifier.  Names of classes make a zero-shot network of an open_clip name.
+    weights: a local file instead of the tag's, loaded strictly; for open_clip one of the whole
+    CLIP; "random" = none.  size_px: side of the images that it is to see; 0 = its own.
     Raises: UserError on an unknown name and on weights that do not fit."""
     if isinstance(name, nn.Module):
         return name
     if name.startswith("run:"):
         return load(name[4:])
     if classes is None or isinstance(classes, int):
-        return named(name, classes, weights)
-    prompts = classes if isinstance(classes, Prompts) else Prompts(tuple(classes))
-    return zero_shot_net(name, prompts, weights)
+        return named(name, classes, weights, size_px)
+    if not name.startswith("open_clip:"):
+        raise UserError(f"{name} has no text tower: names of classes want an open_clip:NAME")
+    return zero_shot(named(name, None, weights, size_px), (tuple(classes), tuple(templates)))
 
 
 # ==== 8. TRAINING ====
@@ -3857,7 +2853,7 @@ def build(name: str | nn.Module, classes: int | Sequence[str] | Prompts | None =
 
 
 class Batch(NamedTuple):
-    """x uint8 (B,3,H,W), y (B,), and a CPU generator that is a function of (seed, step, rank)."""
+    """x uint8 (B,3,S,S), y (B,), and a CPU generator, a function of (seed, step, rank)."""
     x: Tensor
     y: Tensor
     generator: torch.Generator
@@ -3874,10 +2870,10 @@ def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
 
 
-def autocast(amp: str, device: torch.device):
+def autocast(amp: str, device: torch.device) -> torch.autocast:
     """Autocast context of amp_type."""
     dtype = amp_type(amp, device)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
@@ -3892,10 +2888,9 @@ def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    make = choose({"adamw": torch.optim.AdamW,
-                   "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)},
-                  cfg.optimizer, "optimizer")
-    return make(groups, lr=cfg.lr)
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr)
 
 
 class Signals:
@@ -3916,202 +2911,160 @@ class Signals:
             signal.signal(s, handler)
 
 
-def differences(old: dict, new: dict, path: str = "") -> str:
-    """What differs between two nested mappings, as "a.b: 1 -> 2", or ""."""
-    found = []
-    for k in sorted({*old, *new}):
-        a, b = old.get(k), new.get(k)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found.append(differences(a, b, f"{path}{k}."))
-        elif a != b:
-            found.append(f"{path}{k}: {a} -> {b}")
-    return ", ".join(f for f in found if f)
-
-
-class TrainState:
-    """Model, optimizer, scaler, averaged weights and step: all that a checkpoint holds."""
-
-    def __init__(self, model: nn.Module, cfg: Train, scale: bool, path: Path, key: dict):
-        self.model, self.cfg, self.path, self.key = model, cfg, path, key
-        self.opt = make_optimizer(model, cfg)
-        self.scaler = torch.amp.GradScaler(enabled=scale)
-        self.step, self.seconds = 0, 0.0
-        self.ema = {k: v.clone() for k, v in model.state_dict().items()} if cfg.ema else {}
-
-    def save(self) -> None:
-        """Writes the checkpoint, on the first process only."""
-        tensors = {"model": self.model.state_dict(), "opt": self.opt.state_dict(), "ema": self.ema,
-                   "scaler": self.scaler.state_dict(), "step": self.step, "seconds": self.seconds,
-                   "key": json.dumps(self.key)}
-        if world()[0] == 0:
-            write_atomically(self.path, lambda p: torch.save(tensors, p))
-
-    def resume(self, device: torch.device) -> None:
-        """Goes to the checkpoint's step, if any.  Raises: UserError if it is another job's."""
-        if not self.path.is_file():
-            return
-        try:
-            saved = torch.load(self.path, map_location=device, weights_only=True)
-        except Exception as e:                               # truncated, foreign, or a pickle
-            raise UserError(f"{self.path} is damaged ({type(e).__name__}): delete it to start this "
-                            "stage again") from None
-        changed = differences(json.loads(saved["key"]), self.key)
-        if changed:
-            raise UserError(f"{self.path} is a half-done job with other settings ({changed}): "
-                            "finish it with those, delete it, or take another run=NAME")
-        self.model.load_state_dict(saved["model"])
-        self.opt.load_state_dict(saved["opt"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.ema, self.step, self.seconds = saved["ema"], saved["step"], saved["seconds"]
-
-    def update(self, lr: float) -> None:
-        """One optimizer step on the gradients that have been summed."""
-        for group in self.opt.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.opt)
-        if self.cfg.clip:
-            nn.utils.clip_grad_norm_((p for g in self.opt.param_groups for p in g["params"]),
-                                     self.cfg.clip)
-        self.scaler.step(self.opt)
-        self.scaler.update()
-        self.opt.zero_grad(set_to_none=True)
-        self.step += 1
-        for k, v in (self.model.state_dict() if self.ema else {}).items():
-            if v.is_floating_point():
-                self.ema[k].lerp_(v, 1 - self.cfg.ema)
-            else:
-                self.ema[k].copy_(v)
+def differences(old: dict, new: dict) -> str:
+    """What differs between two mappings, as "a.b: 1 -> 2", or ""."""
+    return ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new})
+                     if old.get(k) != new.get(k))
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """The file's rows; none if it is absent.  A last line cut off by a crash is dropped."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     rows = []
     for i, line in enumerate(lines):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError):
             if i + 1 < len(lines):
-                raise UserError(
-                    f"{path}, line {i + 1}: not JSON; mend or delete the line") from None
+                raise UserError(f"{path}, line {i + 1}: not JSON; mend or delete the line") \
+                    from None
     return rows
 
 
-class Meter:
-    """Means of an interval of steps -> log.jsonl and the terminal.
-
-    A resumed stage drops the lines that lie ahead of it: they will be written again."""
-
-    def __init__(self, path: Path, stage: str, state: TrainState, total: int, cfg: Train):
-        self.path, self.stage, self.state, self.total, self.cfg = path, stage, state, total, cfg
-        self.sums: dict[str, Tensor] = {}
-        self.since, self.first = time.perf_counter(), state.step
-        if world()[0] == 0:
-            keep = [json.dumps(r) + "\n" for r in read_jsonl(path)
-                    if r["stage"] != stage or 0 < r["step"] <= state.step]
-            write_atomically(path, lambda p: p.write_text("".join(keep)))
-
-    def add(self, parts: dict[str, Tensor]) -> None:
-        """Adds the losses of a micro-batch, without waiting for the device."""
-        for k, v in parts.items():
-            self.sums[k] = self.sums.get(k, 0) + v.detach() / self.cfg.accum
-
-    def flush(self, lr: float, per_epoch: int, quiet: bool) -> None:
-        """Writes the interval's line.  Raises: UserError on a loss that is not finite."""
-        step, now = self.state.step, time.perf_counter()
-        n, seconds = step - self.first, now - self.since
-        means = {k: round(float(v) / n, 5) for k, v in self.sums.items()}
-        if not all(map(math.isfinite, means.values())):
-            raise UserError(f"{self.stage}: the loss is not finite at step {step} ({means}); the "
-                            f"last checkpoint stands; try a smaller {self.stage}.lr or "
-                            "runtime.amp=none")
-        self.state.seconds += seconds
-        rate = n * self.cfg.batch / seconds
-        row = {"stage": self.stage, "step": step, "epoch": round(step / per_epoch, 3), "lr": lr,
-               "images_per_s": round(rate, 1), **means}
-        if world()[0] == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        if not quiet:
-            say(f"{self.stage} step {step}/{self.total} loss {means['loss']:.4f} {rate:.0f} "
-                f"images/s {(self.total - step) * self.cfg.batch / rate:.0f} s left")
-        self.sums, self.since, self.first = {}, now, step
+def keep(path: Path | None, parts: dict, step: int, seconds: float, key: dict | None) -> None:
+    """Writes a checkpoint, on the first process; returns when it is there on all."""
+    if path and world()[0] == 0:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": step, "seconds": seconds, "key": json.dumps(key)}
+        write_atomically(path, functools.partial(torch.save, state))
+    any_rank(False)                              # all wait for the file
 
 
-def _agreed(flag: bool, device: torch.device) -> bool:
-    """Whether any process raised its flag."""
-    if world()[1] == 1:
-        return flag
-    t = torch.tensor(float(flag), device=device)
-    dist.all_reduce(t)
-    return bool(t)
+def resume(path: Path | None, parts: dict, key: dict | None, device: torch.device) \
+        -> tuple[int, float]:
+    """(step, seconds) of a checkpoint, whose states go back into the parts; (0, 0) without one.
+
+    Raises: UserError if it is damaged or another job's."""
+    if not path or not path.is_file():
+        return 0, 0.0
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        changed = differences(json.loads(saved["key"]), key)
+    except Exception as e:                                   # truncated, foreign, or a pickle
+        raise UserError(f"{path} is damaged ({type(e).__name__}): delete it to start this stage "
+                        "again") from None
+    if changed:
+        raise UserError(f"{path} is a half-done job with other settings ({changed}): finish it "
+                        "with those, delete it, or take another run=NAME")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["step"], saved["seconds"]
 
 
-def _micro_step(model, step, data, state: TrainState, runtime: Runtime, device: torch.device, *,
-                seed: tuple, last: bool) -> dict[str, Tensor]:
-    """Losses of one micro-batch, whose gradients are added up."""
-    x, y, _ = data
-    torch.manual_seed(fold("dropout", *seed))              # dropout draws from the global generator
-    batch = Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
-                  rng("step", *seed))
-    sync = contextlib.nullcontext() if last or world()[1] == 1 else model.no_sync()
-    with sync:
-        with autocast(runtime.amp, device):
-            loss, parts = step(model, batch)
-        state.scaler.scale(loss / state.cfg.accum).backward()
-    return {"loss": loss, **parts}
+def log_row(checkpoint: Path | None, row: dict, sums: dict[str, Tensor], n: int) -> str:
+    """Appends the means of n steps to log.jsonl beside the checkpoint; what the terminal is told.
+
+    Raises: UserError on a loss that is not finite."""
+    means = {k: round(float(v) / n, 5) for k, v in sums.items()}
+    if not all(map(math.isfinite, means.values())):
+        raise UserError(f"{row['stage']}: the loss is not finite at step {row['step']} ({means}); "
+                        "the last checkpoint stands; try a smaller learning rate or "
+                        "runtime.amp=none")
+    if checkpoint and world()[0] == 0:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        with open(checkpoint.with_name("log.jsonl"), "a") as f:
+            f.write(json.dumps(row | means) + "\n")
+    return f"loss {means['loss']:.4f}"
+
+
+def add_gradients(model: nn.Module, step: Callable, data: Iterator, accum: int, scaler,
+                  amp: str, draw: tuple) -> dict[str, Tensor]:
+    """Losses of a step, means of its micro-batches, whose gradients are added up.
+
+    draw: (seed, step), with micro-batch and rank what everything random is a function of."""
+    device, sums = pick_device(), {}
+    for k in range(accum):
+        x, y, _ = next(data)
+        key = (*draw, k, world()[0])
+        torch.manual_seed(fold("dropout", *key))             # dropout has the global generator
+        batch = Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
+                      rng("step", *key))
+        one_by_one = world()[1] > 1 and k < accum - 1        # processes average their sums once
+        with model.no_sync() if one_by_one else contextlib.nullcontext():
+            with autocast(amp, device):
+                loss, parts = step(model, batch)
+            scaler.scale(loss / accum).backward()
+        for name, v in {"loss": loss, **parts}.items():
+            sums[name] = sums.get(name, 0) + v.detach() / accum
+    return sums
+
+
+def update(opt: torch.optim.Optimizer, scaler, lr: float, clip: float) -> None:
+    """One optimizer step on the gradients that have been added up."""
+    for group in opt.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(opt)
+    if clip:
+        nn.utils.clip_grad_norm_((p for g in opt.param_groups for p in g["params"]), clip)
+    scaler.step(opt)
+    scaler.update()
+    opt.zero_grad(set_to_none=True)
 
 
 def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
-        out: Path, name: str, seed: int, key: dict, workers: int = 0) -> dict[str, float]:
+        name: str, seed: int, checkpoint: Path | None = None, key: dict | None = None,
+        workers: int = 0) -> dict[str, float]:
     """Trains the module in place and returns {"images", "seconds"} of the training.
 
     step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is
-    the module or its DDP wrapper.  out/NAME.ckpt is where it goes on if it was interrupted; key
-    tells whose checkpoint that is.
+    the module or its DDP wrapper.  images: as `training` made them.  checkpoint: where it goes on
+    if it was interrupted, log.jsonl beside it; key tells whose that is; None = nothing is written.
     Raises: UserError on a loss that is not finite; Interrupted on a signal."""
-    device, (rank, size), seed = pick_device(), world(), fold(seed, name)
+    device, size, seed = pick_device(), world()[1], fold(seed, name)
     model.to(device).train()
     batches = Batches(len(images), cfg.batch // cfg.accum, seed)
     per_epoch = max(1, batches.per_epoch // cfg.accum)
     total = max(1, round(cfg.epochs * per_epoch))
-    state = TrainState(model, cfg, amp_type(runtime.amp, device) == torch.float16,
-                       out / f"{name}.ckpt", key)
-    state.resume(device)
-    batches.start = state.step * cfg.accum
+    parts = {"model": model, "opt": make_optimizer(model, cfg),
+             "scaler": torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)}
+    if cfg.ema:
+        swa = torch.optim.swa_utils
+        parts["average"] = swa.AveragedModel(
+            model, multi_avg_fn=swa.get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+    at, seconds = resume(checkpoint, parts, key, device)
+    batches.start = at * cfg.accum
+    data = iter(loader(images, workers, batch_sampler=batches))
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
-    data = iter(loader(images.training(seed), batches, workers))
-    meter = Meter(out / "log.jsonl", name, state, total, cfg)
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    copies = 2 + {"adamw": 2, "sgd": 1}[cfg.optimizer] + bool(cfg.ema)
-    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, {n_trained:,} trained "
-        f"parameters ({4e-6 * copies * n_trained:.1f} MB with gradients and optimizer state)"
-        + (f"; goes on at step {state.step:,}" if state.step else ""))
-    bar = progress(total * cfg.batch, name, state.step * cfg.batch)
-    with Signals() as signals, bar:
-        while state.step < total:
-            lr = lr_at(state.step, total, cfg.warmup * per_epoch, cfg.lr)
-            for k in range(cfg.accum):
-                meter.add(_micro_step(wrapped, step, next(data), state, runtime, device,
-                                      seed=(seed, state.step, k, rank), last=k == cfg.accum - 1))
-            state.update(lr)
+    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, {n:,} trained parameters"
+        + (f"; goes on at step {at:,}" if at else ""))
+    sums, logged, since = {}, at, time.perf_counter()
+    with Progress(total * cfg.batch, name, at * cfg.batch) as bar, Signals() as signals:
+        while at < total:
+            lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
+            losses = add_gradients(wrapped, step, data, cfg.accum, parts["scaler"], runtime.amp,
+                                   (seed, at))
+            update(parts["opt"], parts["scaler"], lr, cfg.clip)
+            if cfg.ema:
+                parts["average"].update_parameters(model)
+            at, sums = at + 1, {k: sums.get(k, 0) + v for k, v in losses.items()}
+            to_save = at % runtime.save_every == 0
+            if to_save or at % runtime.log_every == 0 or at == total or size == 1 and signals.hit:
+                seconds, since = seconds + time.perf_counter() - since, time.perf_counter()
+                row = {"stage": name, "step": at, "epoch": round(at / per_epoch, 3), "lr": lr}
+                bar.set_postfix_str(log_row(checkpoint, row, sums, at - logged), refresh=False)
+                sums, logged = {}, at
+                hit = any_rank(bool(signals.hit)) and at < total
+                if hit or to_save and at < total:
+                    keep(checkpoint, parts, at, seconds, key)
+                if hit:
+                    raise Interrupted(f"{name} stopped at step {at} of {total}; the same command "
+                                      "goes on from here")
             bar.update(cfg.batch)
-            at_save = state.step % runtime.save_every == 0 and state.step < total
-            at_log = state.step % runtime.log_every == 0 or state.step == total
-            if at_log or at_save or size == 1 and signals.hit:
-                tenth = state.step % (10 * runtime.log_every) == 0 or state.step == total
-                meter.flush(lr, per_epoch, quiet=not bar.disable or not tenth)
-                if _agreed(bool(signals.hit), device):
-                    state.save()
-                    barrier()
-                    raise Interrupted(f"{name} stopped at step {state.step} of {total}; the same "
-                                      "command goes on from here")
-            if at_save:
-                state.save()
-    if state.ema:
-        model.load_state_dict(state.ema)
+    if cfg.ema:
+        model.load_state_dict(parts["average"].module.state_dict())
     model.eval()
-    return {"images": total * cfg.batch, "seconds": round(state.seconds, 2)}
+    return {"images": total * cfg.batch, "seconds": round(seconds, 2)}
 
 
 # ---- the steps of the methods --------------------------------------------------------------------
@@ -4123,41 +3076,29 @@ def harden(x: Tensor, cfg: Robustify, generator: torch.Generator) -> Tensor:
                    pixmix={"pictures": cfg.pictures or None}, deepaugment={"strength": strength})
 
 
-def clean_step(smoothing: float) -> Callable:
-    """Cross-entropy on the clean images."""
-    def step(model, batch):
-        return F.cross_entropy(model(batch.x).float(), batch.y, label_smoothing=smoothing), {}
-    return step
+def plain_step(cfg: Train, aug: Robustify | None = None, backbone: nn.Module | None = None,
+               n_classes: int = 0) -> Callable:
+    """Cross-entropy on x, or with aug on x and x~ alike; aug.jsd: on x alone, and AugMix's
+    consistency over three views.  It trains a whole network, or a tail on a frozen backbone:
+    pretraining, robustifying, fine-tuning, APT and linear probes are this step.
 
-
-def contrastive_step(captions: Sequence[str]) -> Callable:
-    """Contrastive training of a TinyClip; the labels of the images are places in captions."""
-    every = word_ids(captions)
-
-    def step(model, batch):
-        used, pair = batch.y.unique(return_inverse=True)
-        words = every[used.cpu()].to(batch.x.device)
-        return contrastive_loss(model(batch.x, words), pair, entailment(words)), {}
-    return step
-
-
-def robust_step(cfg: Robustify, n_classes: int) -> Callable:
-    """AugMix training: cross-entropy on the clean view and JSD over three views; jsd = 0: cross-
-    entropy on clean and augmented views.  mixup and cutmix mix images and labels before that."""
-    ce = functools.partial(F.cross_entropy, label_smoothing=cfg.smoothing)
-    mixes = spec_names(cfg.augment) & set(LABEL_MIXERS)
-
+    n_classes: mixup and cutmix of aug.augment mix images and labels first."""
     def step(model, batch):
         x, y, g = batch
-        if mixes:
-            x, y = mix_labels(x, y, cfg.augment, g, n_classes)
-        n_views = 2 if cfg.jsd else 1
-        views = [harden(x, cfg, g) for _ in range(n_views)]
-        z = model(torch.cat([x, *views])).float().chunk(1 + n_views)
-        if not cfg.jsd:
-            return ce(torch.cat(z), torch.cat([y, y])), {}
-        loss, consistency = ce(z[0], y), jsd(*z)
-        return loss + cfg.jsd * consistency, {"ce": loss, "jsd": consistency}
+        if aug and n_classes and spec_names(aug.augment) & set(LABEL_MIXERS):
+            x, y = mix_labels(x, y, aug.augment, g, n_classes)
+        n_views = 0 if aug is None else 2 if aug.jsd else 1
+        views = torch.cat([x, *(harden(x, aug, g) for _ in range(n_views))])
+        if backbone is not None:
+            with torch.no_grad():
+                views = backbone(views)
+        z = model(views).float()
+        if n_views < 2:
+            y = torch.cat([y] * (1 + n_views))
+            return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
+        z = z.chunk(3)
+        ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
+        return ce + aug.jsd * consistency, {"ce": ce, "jsd": consistency}
     return step
 
 
@@ -4169,236 +3110,216 @@ def erpm_step(student: Student, teacher: nn.Module, cfg: Distill, aug: Robustify
         f = student.features(torch.cat([x, xa]))
         with torch.no_grad():
             z0, zt = student.original(f[:b]), teacher(xa)
-        z, c = model(f, b), zt.shape[-1]      # behind the classes: texts of the vocabulary, if any
-        parts = erpm_loss(Heads(*(h[:, :c] for h in z)), z0[:, :c], zt, y, alpha=cfg.alpha,
-                          t=cfg.temperature, smoothing=cfg.smoothing)
-        if z0.shape[-1] > c:
-            parts["anchor"] = cfg.anchor * anchor_loss(Heads(*(h[:, c:] for h in z)), z0[:, c:],
-                                                       cfg.temperature)
+        parts = erpm_loss(model(f, b), z0, zt, y, alpha=cfg.alpha, t=cfg.temperature,
+                          smoothing=cfg.smoothing)
         return sum(parts.values()), parts
     return step
 
 
-def tail_step(backbone: nn.Module | None, cfg: Train, aug: Robustify | None) -> Callable:
-    """Cross-entropy of a tail on a frozen backbone (APT, linear probes), on x, or on x and x~."""
-    def step(model, batch):
-        x, y, g = batch
-        if aug is not None:
-            x, y = torch.cat([x, harden(x, aug, g)]), y.repeat(2)
-        with torch.no_grad():
-            f = backbone(x)
-        return F.cross_entropy(model(f).float(), y, label_smoothing=cfg.smoothing), {}
-    return step
+# ---- training from another project, without files ------------------------------------------------
+
+def robustify(net: nn.Module, images, *, augment: str = "pixmix+augmix", severity: float = 3.0,
+              jsd: float = 0.0, seed: int = 0, crop: bool = True, flip: bool = True,
+              **training) -> nn.Module:
+    """The network, trained in place to be robust: cross-entropy on images and augmented images.
+
+    images: an ImageSet, (x uint8 (n,3,S,S), y), or any sized data set of (uint8 image, label).
+    net takes images as a Net does.  training: fields of Train (epochs, batch, lr, ...).
+    Raises: UserError."""
+    net = net if isinstance(net, Net) else Net(net)
+    cfg = Robustify(augment=augment, severity=severity, jsd=jsd, **training)
+    images = as_images(images).training(seed, crop, flip)
+    step = plain_step(cfg, cfg, n_classes=len(images.classes))
+    fit(net, step, images, cfg, Runtime(), name="robustify", seed=seed)
+    return freeze(net)
+
+
+def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pixmix+augmix",
+            severity: float = 3.0, alpha: float = 0.5, temperature: float = 2.0, seed: int = 0,
+            crop: bool = True, flip: bool = True, **training) -> Student:
+    """The Student, tuned in place by [A] eq. 5: its clean head learns from the original network,
+    its robust head from the teacher.
+
+    teacher: a robust network, images -> logits of the same classes.  images, training: as for
+    robustify.  Raises: UserError."""
+    teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
+    cfg = Distill(alpha=alpha, temperature=temperature, **training)
+    aug = Robustify(augment=augment, severity=severity)
+    step = erpm_step(student.to(pick_device()), teacher, cfg, aug)
+    images = as_images(images).training(seed, crop, flip)
+    fit(student.tuned, step, images, cfg, Runtime(), name="distill", seed=seed)
+    return student.eval()
 
 
 # ==== 9. EVALUATION ====
-# In: networks, a set.  Out: exact integer sums, a row a cell (model, set, corruption, severity).
-# Always: any number of processes gives the same figures; nothing is padded or counted twice.
-
-FIXED_POINT = 2 ** 20      # means are summed as integers, so that the order of summing is no matter
-N_BINS = 15                # of the calibration error
-
-
-def label_rank(v: Tensor, y: Tensor) -> Tensor:
-    """Number of classes before the label, 0 = top-1; of equals the first class is before, as in
-    argmax, and NaN is before everything.  Shapes: scores v (B,K,C), labels y (B,) -> (B,K)."""
-    y = y[:, None, None].expand(-1, v.shape[1], 1)                                       # (B,K,1)
-    own, later = v.gather(-1, y), torch.arange(v.shape[-1], device=v.device) > y
-    behind = (own > v) | (own == v) & later
-    return v.shape[-1] - 1 - behind.sum(-1)
-
-
-def tally(rank: Tensor, nll: Tensor, confidence: Tensor) -> Tensor:
-    """Integer sums over a batch of K ways to answer, (K, 4 + 2 N_BINS): correct, in the top 5, NLL,
-    not finite, then for each bin of confidence, (lo, hi], correct answers and confidence.
-
-    Shapes: rank of the label, NLL in nats and confidence of the answer, (B,K) each.
-    Source: calibration bins of Guo et al. 2017."""
-    bad = ~(nll.isfinite() & confidence.isfinite())
-    nll, conf = ((v.double().masked_fill(bad, 0) * FIXED_POINT).round().long()
-                 for v in (nll, confidence))
-    edges = torch.linspace(0, 1, N_BINS + 1, device=nll.device)[1:-1]
-    at = torch.bucketize(confidence.float().contiguous(), edges).t()                    # (K,B)
-    right = (rank == 0).long()
-    bins = [torch.zeros(len(at), N_BINS, dtype=torch.long, device=at.device).scatter_add_(
-        1, at, v.t()) for v in (right, conf)]
-    sums = torch.stack([right.sum(0), (rank < 5).sum(0), nll.sum(0), bad.sum(0)], 1)
-    return torch.cat([sums, *bins], 1)
-
-
-def _rules_of(student: Student, passes: int) -> list[str]:
-    """The rules that are scored: those that need sigma only where there is live dropout."""
-    rules = [r for r in RULES if student.dropout or r not in NEEDS_SIGMA]
-    return [*rules, *["product (closed form)"] * bool(passes and student.dropout)]
-
-
-def _score_student(student: Student, x: Tensor, y: Tensor, project,
-                   passes: int) -> dict[str, Tensor]:
-    """Sums over the batch.  Each answer (three heads, their soft mixture, three heads in closed
-    form) is looked at once; a rule then picks among these."""
-    f, rules = student.features(x), _rules_of(student, passes)
-    mean, sigma, logits = student.moments(f, passes, project)
-    p, kl = [mean], divergence(mean)
-    heads = [select(mean, sigma, r, logits=logits, y=y) for r in rules if r in RULES]
-    picks = list(heads)
-    if "soft" in rules:
-        p.append(answer(mean, sigma, heads[0], "soft")[:, None])
-        picks[rules.index("soft")] = torch.full_like(heads[0], 3)
-    if len(rules) > len(heads):
-        closed, spread, _ = student.moments(f, 0, project)
-        p.append(closed)
-        heads.append(select(closed, spread, "product"))
-        picks.append(heads[-1] + 4)
-    p, heads, picks = torch.cat(p, 1).float(), torch.stack(heads), torch.stack(picks, 1)
-    own = p.gather(-1, y[:, None, None].expand(-1, p.shape[1], 1))[..., 0]
-    facts = (label_rank(p, y), -own.clamp_min(torch.finfo(p.dtype).tiny).log(), p.amax(-1))
-    shares = (heads[..., None] == torch.arange(3, device=heads.device)).sum(1)        # (rules,3)
-    moments = (torch.cat([sigma, kl], 1).nan_to_num().double() * FIXED_POINT).round().long().sum(0)
-    return {"answers": tally(*(v.gather(1, picks) for v in facts)), "heads": shares,
-            "moments": moments}
-
-
-def _score_plain(predict: Callable, x: Tensor, y: Tensor, project) -> dict[str, Tensor]:
-    z = predict(x)
-    z = (project(z) if project else z).float()[:, None]
-    norm, own = z.logsumexp(-1), z.gather(-1, y[:, None, None])[..., 0]
-    return {"answers": tally(label_rank(z, y), norm - own, (z.amax(-1) - norm).exp())}
-
-
-def _figures(n: int, sums: list[int]) -> dict:
-    """What a row of `tally`, summed over the set, says."""
-    correct, correct5, nll, _, *bins = sums
-    gap = sum(abs(FIXED_POINT * right - conf)
-              for right, conf in zip(bins[:N_BINS], bins[N_BINS:]))
-    return {"correct": correct, "correct5": correct5, "nll": round(nll / FIXED_POINT / n, 6),
-            "ece": round(gap / FIXED_POINT / n, 6)}
-
-
-def _results(label: str, model: Callable, n: int, passes: int, sums: dict[str, Tensor]) -> dict:
-    """The sums of all processes as plain numbers.  Raises: UserError on outputs of NaN or inf."""
-    flat = torch.cat([v.flatten() for v in sums.values()])
-    if world()[1] > 1:
-        dist.all_reduce(flat)
-    flat = flat.cpu().split([v.numel() for v in sums.values()])
-    parts = {k: f.view(v.shape).tolist() for (k, v), f in zip(sums.items(), flat)}
-    bad = max(row[3] for row in parts["answers"])
-    if bad:
-        raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
-                        f"{bad} of {n} images; try runtime.amp=none")
-    if "heads" not in parts:
-        return {"n": n, **_figures(n, parts["answers"][0])}
-    rules = {rule: _figures(n, row) | {"heads": heads} for rule, row, heads in zip(
-        _rules_of(model, passes), parts["answers"], parts["heads"])}
-    moments = [round(v / FIXED_POINT / n, 6) for v in parts["moments"]]
-    return {"n": n, "rules": rules, "sigma": moments[:2], "kl": moments[2:]}
-
-
-def device_of(*models: Callable) -> torch.device:
-    """Where the networks' parameters lie."""
-    weights = (p for m in models if isinstance(m, nn.Module) for p in m.parameters())
-    return next((p.device for p in weights), pick_device())
+# In: networks, a set.  Out: facts about every image, and of these a row a cell (network, set,
+# corruption, severity).  Always: any number of processes gives the same figures.
 
 
 @torch.no_grad()
+def over(images: ImageSet, f: Callable, *, device: torch.device | None = None, batch: int = 256,
+         workers: int = 0, bar: Progress | None = None) -> dict:
+    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, run on every batch of
+    this rank's share, and put together in the set's order on every process.
+
+    A batch holds the same images for any number of processes, so the facts agree to the last bit;
+    nothing is padded or counted twice."""
+    (rank, size), out, device = world(), {}, device or pick_device()
+    starts = range(rank * batch, len(images), batch * size)
+    lists = [[(0, p) for p in range(s, min(s + batch, len(images)))] for s in starts or [0]]
+    for keys, (x, y, index) in zip(lists, loader(images, workers, batch_sampler=lists)):
+        found = f(x.to(device, non_blocking=True), y.to(device, non_blocking=True), index)
+        for k, v in found.items():
+            if k not in out:
+                out[k] = torch.zeros(len(images), *v.shape[1:])
+            if starts:                           # a rank without a batch learns the shapes alone
+                out[k][keys[0][1]:keys[-1][1] + 1] = v.float().cpu()
+        if bar is not None:
+            bar.update(len(keys) * size)
+    for k, v in out.items() if size > 1 else ():
+        v = v.to(pick_device())                  # every row is one rank's, 0 on the others: exact
+        dist.all_reduce(v)
+        out[k] = v.cpu()
+    return {k: v.numpy() for k, v in out.items()}
+
+
+def facts(v: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
+    """(B,4) float32 of each image: right, label among the first five, NLL in nats, confidence.
+
+    Shapes: scores v (B,C), their log probabilities, labels y (B,).  Of equal scores the first class
+    is before, as in argmax; topk would break ties differently on GPUs."""
+    own, later = v.gather(-1, y[:, None]), torch.arange(v.shape[-1], device=v.device) > y[:, None]
+    rank = v.shape[-1] - 1 - ((own > v) | (own == v) & later).sum(-1)         # NaN: before all
+    nll = -log_p.gather(-1, y[:, None])[:, 0]
+    return torch.stack([rank == 0, rank < 5, nll, log_p.amax(-1).exp()], 1)
+
+
+def figures_of(v: np.ndarray, label: str) -> dict:
+    """{"correct", "correct5", "nll", "ece"} of facts (n,4+), in float64, in one order.
+
+    ECE: 15 bins of confidence, (lo, hi].  Source: Guo et al. 2017.
+    Raises: UserError on outputs of NaN or inf."""
+    bad = int((~np.isfinite(v)).any(1).sum())
+    if bad:
+        raise UserError(f"{label}: its outputs are not finite (NaN or inf) for {bad} of {len(v)} "
+                        "images; try runtime.amp=none")
+    edges = torch.linspace(0, 1, 16)[1:-1]
+    at = torch.bucketize(torch.from_numpy(v[:, 3].copy()), edges).numpy()
+    right, top5, nll, confidence = v[:, :4].astype(np.float64).T
+    gap = np.bincount(at, right - confidence, 15)
+    return {"correct": int(right.sum()), "correct5": int(top5.sum()),
+            "nll": round(nll.mean(), 6), "ece": round(np.abs(gap).sum() / len(v), 6)}
+
+
+CLOSED = "product (closed form)"
+
+
+def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
+                  passes: int) -> dict:
+    """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}, of the
+    rules that need sigma only where there is live dropout."""
+    f, out, live = student.features(x), {}, student.dropout > 0
+    drawn = student.moments(f, passes, ids)
+    closed = student.moments(f, 0, ids) if live and passes else None
+    for name in [r for r in RULES if live or r not in NEEDS_SIGMA] + [CLOSED] * bool(closed):
+        mean, sigma, logits = closed if name == CLOSED else drawn
+        rule = "product" if name == CLOSED else name
+        head = select(mean, sigma, rule, logits=logits, y=y)
+        p = answer(mean, sigma, head, rule).float()
+        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+        out[name] = torch.cat([facts(p, log_p, y), head[:, None]], 1)
+    return out | {"moments": torch.cat([drawn[1], divergence(drawn[0])], 1).nan_to_num()}
+
+
+def row_figures(model: Callable, found: dict, label: str) -> dict:
+    """The figures of a network on a set, from its facts: of a Student for every rule."""
+    if not isinstance(model, Student):
+        return figures_of(found[""], label)
+    means = found.pop("moments").mean(0, dtype=np.float64).round(6).tolist()
+    rules = {rule: figures_of(v, label) | {
+        "heads": np.bincount(v[:, 4].astype(int), minlength=3).tolist()}
+        for rule, v in found.items()}
+    return {"rules": rules, "sigma": means[:2], "kl": means[2:]}
+
+
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
-                 *, batch: int = 256, passes: int = 10, jpeg: bool = True, frost_dir: str = "",
-                 amp: str = "auto", workers: int = 0, bar: tqdm | None = None) -> dict[str, dict]:
+                 *, passes: int = 10, jpeg: bool = True, frost_dir: str = "", amp: str = "auto",
+                 **options) -> dict[str, dict]:
     """{label: figures} of several networks on the same pixels; see `evaluate`."""
-    device = device_of(*models.values())
-    totals: dict[str, dict[str, Tensor]] = {label: {} for label in models}
-    project = images.project
-    idle = world()[0] * batch >= len(images)   # no batch of its own: the first one, counted 0 times
-    for x, y, index in eval_batches(images, batch, workers):
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    weights = (p for m in models.values() if isinstance(m, nn.Module) for p in m.parameters())
+    device = next((p.device for p in weights), pick_device())
+
+    def f(x, y, index):
         if cell:
             x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg, frost_dir=frost_dir or None)
+        out = {}
         with autocast(amp, device):
-            for label, model in models.items():
-                sums = _score_student(model, x, y, project, passes) if isinstance(model, Student) \
-                    else _score_plain(model, x, y, project)
-                for k, v in sums.items():
-                    totals[label][k] = totals[label].get(k, 0) + v * (not idle)
-        if bar is not None:
-            bar.update(len(x) * world()[1])
-    return {label: _results(label, models[label], len(images), passes, sums)
-            for label, sums in totals.items()}
+            for label, m in models.items():
+                if isinstance(m, Student):
+                    found = student_facts(m, x, y, images.ids, passes)
+                else:
+                    z = project(m(x), images.ids).float()
+                    found = {"": facts(z, z.log_softmax(-1), y)}
+                out |= {(label, k): v for k, v in found.items()}
+        return out
+
+    found = over(images, f, device=device, **options)
+    return {label: {"n": len(images), **row_figures(m, {
+        k: v for (of, k), v in found.items() if of == label}, label or "the network")}
+        for label, m in models.items()}
 
 
-def evaluate(predict: Callable, images: ImageSet | str, cell: tuple[str, int] | None = None,
-             **options) -> dict:
+def aligned(images: ImageSet, card: Card) -> ImageSet:
+    """The set with its classes looked up in a network's outputs, where these are the same classes
+    in another order: a folder's are sorted by name."""
+    if images.outputs == card.classes or set(images.outputs) != set(card.classes):
+        return images
+    ids = torch.tensor([[card.classes.index(c)] for c in images.classes])
+    return dataclasses.replace(images, ids=ids, outputs=card.classes)
+
+
+def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **options) -> dict:
     """Figures of a network on a set, exact for any number of processes: {"n", "correct",
     "correct5" (counts), "nll" (mean, nats), "ece" (15 bins)}, of the classes that the set scores.
 
     predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
     {rule: the same figures and "heads", the images that clean, combined and robust answered},
     "sigma", "kl" (means, of the clean and the robust head)}.
-    images: an ImageSet, or the name of a set in ./data.  cell: (corruption, severity), made on the
-    fly.  options: batch, passes, jpeg, amp, workers.
+    images: what as_images takes, or the name of a set in ./data; picture files are cut as the
+    network wants them.  cell: (corruption, severity), made on the fly.
+    options: batch, passes, jpeg, amp, workers.
     Raises: UserError, on outputs that are not finite too."""
-    images = open_set(images, Data()) if isinstance(images, str) else images
-    return evaluate_all({"": predict}, images, cell, **options)[""]
-
-
-def zero_shot(model: nn.Module, images: ImageSet, templates: str = "",
-              cache: Path | None = None) -> nn.Module:
-    """A network with a text head for the classes of that set; itself where these are its classes,
-    and where it has no text head.
-
-    templates: as prompts_of.  cache: folder that keeps class embeddings.
-    Raises: UserError without the text tower's file."""
-    if getattr(model, "prompts", None) is None:
-        return model
-    prompts = prompts_of(images, templates)
-    if prompts == model.prompts:
-        return model
-    weight = class_embeddings(model.name, model.towers, prompts, cache)
-    return with_text(model, weight, prompts)
+    card = getattr(predict, "card", Card())
+    images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
+    if hasattr(predict, "card") and images.images is None and not images.own_view:
+        images = dataclasses.replace(images, view=card.view)
+    if isinstance(predict, nn.Module):
+        predict.eval()
+    return evaluate_all({"": predict}, aligned(images, card), cell, **options)[""]
 
 
 # ---- linear probes -------------------------------------------------------------------------------
 
-PROBE_L2 = tuple(10 ** (k / 2) for k in range(2, -13, -1))     # 10 ... 1e-6
-PROBE_LOGITS = 2 ** 24                                         # at most in one chunk
+PROBE_L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
-def held_out(y: np.ndarray, seed: int = 0, share: float = 0.15) -> np.ndarray:
-    """Whether an image is held out, (n,): that share of every class with two images or more, at
-    least one, drawn by the seed."""
-    order = np.lexsort((uniforms(seed, np.arange(len(y)), 1)[:, 0], y))
-    _, first, count = np.unique(y[order], return_index=True, return_counts=True)
-    quota = np.where(count > 1, np.maximum(1, np.round(share * count)), 0)
-    out = np.zeros(len(y), bool)
-    out[order] = np.arange(len(y)) - np.repeat(first, count) < np.repeat(quota, count)
-    return out
-
-
-def _softmax_loss(theta: Tensor, x: Tensor, y: Tensor, l2: float) -> Tensor:
-    """Mean cross-entropy + l2/2 |W|^2 of theta = (W | b), chunk by chunk; its gradient, where it is
-    asked for, is added to theta.grad.  Shapes: theta (C,D+1), x (n,D), y (n,)."""
-    rows = max(1, PROBE_LOGITS // len(theta))
-    total = torch.zeros((), device=theta.device, dtype=theta.dtype)
-    for s in range(0, len(y), rows):
-        xs, ys = x[s:s + rows].to(theta), y[s:s + rows].to(theta.device)
-        part = F.cross_entropy(F.linear(xs, theta[:, :-1], theta[:, -1]), ys,
-                               reduction="sum") / len(y)
-        if theta.requires_grad:
-            part.backward()
-        total += part.detach()
-    penalty = l2 / 2 * theta[:, :-1].square().sum()
-    if theta.requires_grad:
-        penalty.backward()
-    return total + penalty.detach()
-
-
-def _fit_softmax(theta: Tensor, x: Tensor, y: Tensor, l2: float, tolerance: float) -> Tensor:
-    """The theta that minimises _softmax_loss, from a start; tolerance: of the largest gradient."""
-    theta = theta.clone().requires_grad_()
-    opt = torch.optim.LBFGS([theta], max_iter=1000, tolerance_grad=tolerance,
-                            tolerance_change=1e-12, line_search_fn="strong_wolfe")
+def _fit_softmax(theta: Tensor, x: Tensor, y: Tensor, l2: float) -> Tensor:
+    """The theta = (W | b) that minimises mean cross-entropy + l2/2 |W|^2, from a start, by L-BFGS;
+    chunk by chunk, so that no (n,C) stands in memory.  Shapes: theta (C,D+1), x (n,D), y (n,)."""
+    theta, rows = theta.clone().requires_grad_(), max(1, 2 ** 24 // len(theta))
+    opt = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-10,
+                            line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         opt.zero_grad()
-        return _softmax_loss(theta, x, y, l2)
+        total = l2 / 2 * theta[:, :-1].square().sum()
+        total.backward()
+        for xs, ys in zip(x.split(rows), y.split(rows)):
+            z = F.linear(xs, theta[:, :-1], theta[:, -1])
+            part = F.cross_entropy(z, ys, reduction="sum") / len(y)
+            part.backward()
+            total = total.detach() + part.detach()
+        return total
 
     with torch.enable_grad():
         opt.step(closure)
@@ -4411,36 +3332,24 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, *, seed: int = 0,
 
     It minimises mean cross-entropy + l2/2 |W|^2 on standardised features (the standardisation is
     then folded into weight and bias) by L-BFGS, full batch, in float64 on a CPU and float32 on a
-    GPU.  l2: the one of l2s, from strong to weak with warm starts, with the least loss on a held
-    out 15 %; refitted on all.  Two losses in a row above the least end the search.
-    Shapes: features (n,D) float32 in any memory, labels y (n,)."""
+    GPU.  l2: the one of l2s with the least loss on a tenth that is held out; refitted on all.
+    Shapes: features (n,D) float32, labels y (n,)."""
     device = pick_device()
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    fits = device.type == "cpu" or features.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    out = torch.from_numpy(held_out(y.cpu().numpy(), seed))
-    order = torch.cat([(~out).nonzero()[:, 0], out.nonzero()[:, 0]])         # held out come last
     var, mean = torch.var_mean(features, 0, correction=0)
     std = torch.where(var > 1e-12, var, 1.0).sqrt()
-    x = torch.empty(features.shape, device=device if fits else "cpu", dtype=dtype)
-    for s in range(0, len(x), 2 ** 14):
-        x[s:s + 2 ** 14] = (features[order[s:s + 2 ** 14]] - mean) / std
-    y = y[order].to(device)
-    n = len(y) - int(out.sum())
-    theta = torch.zeros(n_classes, x.shape[1] + 1, device=device, dtype=dtype, requires_grad=True)
-    with torch.enable_grad():
-        _softmax_loss(theta, x, y, 0.0)
-    scale, theta = float(theta.grad.abs().max()), theta.detach()
-    best, worse = (math.inf, l2s[0], theta), 0
-    for l2 in l2s if n < len(y) else ():
-        theta = _fit_softmax(theta, x[:n], y[:n], l2, 1e-2 * scale)
-        loss = float(_softmax_loss(theta, x[n:], y[n:], 0.0))
-        best, worse = ((loss, l2, theta), 0) if loss < best[0] else (best, worse + 1)
-        if worse == 2:
-            break
-    theta = _fit_softmax(best[2], x, y, best[1], 1e-5 * scale).cpu()
-    weight = theta[:, :-1] / std.cpu()
-    bias = theta[:, -1] - weight @ mean.cpu().to(dtype)
-    return weight.float(), bias.float(), best[1]
+    order = torch.from_numpy(np.random.default_rng(fold("probe", seed)).permutation(len(y)))
+    x, y = ((features - mean) / std)[order].to(device, dtype), y[order].to(device)
+    n, best = len(y) - len(y) // 10, (math.inf, l2s[0])
+    theta = torch.zeros(n_classes, x.shape[1] + 1, device=device, dtype=dtype)
+    for l2 in sorted(l2s, reverse=True) if len(l2s) > 1 and n < len(y) else ():
+        theta = _fit_softmax(theta, x[:n], y[:n], l2)          # from strong to weak, warm starts
+        loss = float(F.cross_entropy(F.linear(x[n:], theta[:, :-1], theta[:, -1]), y[n:]))
+        say(f"linear probe: l2 = {l2:g}, loss on the held-out tenth {loss:.4f}")
+        best = min(best, (loss, l2))
+    theta = _fit_softmax(theta, x, y, best[1]).cpu()
+    weight = theta[:, :-1] / std
+    return weight.float(), (theta[:, -1] - weight @ mean.to(dtype)).float(), best[1]
 
 
 def frozen_features(model: nn.Module, head: str = "clean") -> nn.Module:
@@ -4448,6 +3357,8 @@ def frozen_features(model: nn.Module, head: str = "clean") -> nn.Module:
     of a Student: clean, combined, robust, or original (before tuning).
 
     It holds the model's own modules and freezes them.  Raises: UserError on what cannot be cut."""
+    if isinstance(model, Net) and not model.card.n_classes:        # an encoder
+        return freeze(model)
     if isinstance(model, Student):
         tail = [*model.original] if head == "original" else [
             *model.tuned.shared, *choose(dict(model.tuned.heads.items()), head, "head")]
@@ -4457,1038 +3368,555 @@ def frozen_features(model: nn.Module, head: str = "clean") -> nn.Module:
     return freeze(nn.Sequential(*body, last.features))
 
 
-@torch.no_grad()
-def extract(features: nn.Module, images: ImageSet, *, batch: int = 256, amp: str = "auto",
-            workers: int = 0) -> Tensor | None:
-    """Features (n,D) float32 of a whole set, the same for any number of processes, in the first
-    one's memory; None in the others.  Images come as they are scored: without augmentation."""
-    device, (rank, size), out = device_of(features), world(), None
-    batches, f = iter(eval_batches(images, batch, workers)), torch.empty(0)
-    with progress(len(images), "features") as bar:
-        for start in range(0, len(images), batch * size):
-            found = next(batches, None)
-            if found is not None:
-                with autocast(amp, device):
-                    f = features(found[0].to(device, non_blocking=True)).float()
-                f = F.pad(f, (0, 0, 0, batch - len(f)))
-            parts = [f]
-            if size > 1:                                  # one without a batch sends an old one
-                parts = [torch.empty_like(f) for _ in range(size)]
-                dist.all_gather(parts, f)
-            if rank == 0:
-                out = torch.empty(len(images), f.shape[1]) if out is None else out
-                here = out[start:start + batch * size]
-                here.copy_(torch.cat(parts)[:len(here)])
-            bar.update(min(batch * size, len(images) - start))
-    return out
+def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
+    """The linear layer for the set's classes on what `features` makes of its images."""
+    device = next(features.parameters()).device
 
+    def f(x, y, index):
+        with autocast(cfg.runtime.amp, device):
+            return {"f": features(x)}
 
-def from_first(make: Callable):
-    """What make() gives on the first process, on every process: files are looked at once, and all
-    do the same.  The others wait for as long as it takes (a collective gives up after minutes)."""
-    if world()[1] == 1:
-        return make()
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    box = [make() if world()[0] == 0 else None]
-    dist.broadcast_object_list(box, 0, group)
-    return box[0]
-
-
-def fit_probe(features: nn.Module, images: ImageSet, *, seed: int = 0, **options) \
-        -> tuple[Tensor, Tensor, float]:
-    """linear_probe on what `features` makes of the set's images, on every process.
-
-    options: batch, amp, workers."""
-    x, y = extract(features, images, **options), torch.from_numpy(images.y[images.index])
-    return from_first(lambda: linear_probe(x, y, len(images.classes), seed=seed))
-
-
-def _kept_probe(cache: Path | None) -> tuple[Tensor, Tensor, float] | None:
-    """(weight, bias, l2) from the file that `probed` left, if any."""
-    if cache is None or not cache.is_file():
-        return None
-    with safe_open(cache, "pt") as f:
-        return f.get_tensor("weight"), f.get_tensor("bias"), read_meta(cache)["l2"]
-
-
-def probed(model: nn.Module, images: ImageSet, head: str = "clean", *, seed: int = 0,
-           cache: Path | None = None, **options) -> nn.Module:
-    """A plain network: the frozen features of `model` and a linear layer for the set's classes,
-    fitted on its images (see `linear_probe`); .l2 is the strength that was chosen.
-
-    head: of a Student, see `frozen_features`.  cache: file that keeps weight and bias.
-    options: batch, amp, workers."""
-    features = frozen_features(model, head)
-    weight, bias, l2 = (from_first(lambda: _kept_probe(cache))
-                        or fit_probe(features, images, seed=seed, **options))
+    with Progress(len(images), "linear probe: features") as bar:
+        x = over(images, f, device=device, batch=cfg.eval.batch, workers=cfg.data.workers,
+                 bar=bar)["f"]
+    weight, bias, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
+                                    len(images.classes), seed=cfg.seed)
+    say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
     fc = nn.Linear(weight.shape[1], len(weight))
     fc.load_state_dict({"weight": weight, "bias": bias})
-    if cache is not None and world()[0] == 0 and not cache.is_file():
-        save_weights(cache, fc, {"l2": l2})
-    net = freeze(nn.Sequential(features, Classifier(nn.Identity(), fc).to(device_of(features))))
-    net.n_classes, net.l2 = len(weight), l2
-    return net
-
-
-# ---- which head answers on a set -----------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Entry:
-    """A network to score: label in the tables, its weights' hash, what its training cost (meta),
-    and the set whose classes its outputs are ("" = none).  probe: only its features count."""
-    label: str
-    model: nn.Module
-    weights: str
-    meta: dict
-    home: str = ""
-    probe: bool = False
-
-
-def family(name: str) -> str:
-    """The set with the training images of this set's classes: imagenet for imagenet-r, shapes for
-    shapes-c; a set of its own classes is its own."""
-    base = base_name(name)[0].partition("@")[0]
-    if base.startswith(("imagenet", "objectnet")):
-        return "imagenet"
-    return "shapes" if base.startswith("shapes") else base
-
-
-@functools.cache
-def _class_names(name: str, data: Data) -> tuple[str, ...]:
-    """The names of a set's classes; none if it is not there to tell."""
-    if name == "imagenet":
-        return synsets()
-    with contextlib.suppress(UserError):
-        return tuple(open_set(name, data).classes)
-    return ()
-
-
-def head_for(entry: Entry, name: str, images: ImageSet, cfg: Config) -> str:
-    """How a network answers on a set: "zero-shot" with a text head, made for the set's classes;
-    "own" where its outputs are the set's classes, that is on sets of the family that it was
-    trained on and on folders of the same class names; otherwise
-    "linear probe (HEAD)", HEAD being eval.probe of a Student and clean of a plain network.
-
-    Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
-    Raises: UserError where the number of outputs contradicts the network's own training set, and
-    where a network that needs a probe cannot be cut."""
-    if getattr(entry.model, "prompts", None) and not entry.probe:
-        return "zero-shot"
-    own = bool(entry.home) and not entry.probe and (
-        family(name) == family(entry.home) or name.startswith("folder")
-        and tuple(images.classes) == _class_names(entry.home, cfg.data))
-    if own:
-        n = len(synsets()) if images.project is not None else len(images.classes)
-        if entry.model.n_classes != n:
-            raise UserError(f"{entry.label} has {entry.model.n_classes} classes and {name} needs "
-                            f"{n}: {entry.home} is not what it was when the network was trained")
-        return "own"
-    head = cfg.eval.probe if isinstance(entry.model, Student) else "clean"
-    try:                                       # what cannot be cut says so before any work
-        frozen_features(entry.model, head)
-    except UserError as e:
-        raise Absent(f"{name}: {entry.label} needs a linear probe there: {e}",
-                     f"{entry.label} cannot be cut for a linear probe") from None
-    return f"linear probe ({head})"
+    return fc.to(device)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
-def cells(name: str) -> list[tuple[str, int] | None]:
-    """The cells of a set: [None], or the 15 corruptions x 5 severities of a -c set."""
-    if not base_name(name)[1]:
-        return [None]
-    return [(c, s) for c in CORRUPTIONS_15 for s in range(1, 6)]
+def weights_sha(net: nn.Module) -> str:
+    """First 12 hex digits of a hash of the network's tensors, but class embeddings of prompts,
+    which change with the set."""
+    texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
+    h = hashlib.sha256()
+    for k, v in net.state_dict().items():
+        if k not in texts:
+            h.update(k.encode())
+            h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()[:12]
 
 
-class Job(NamedTuple):
-    """A set to score: its images, how each label answers, the images that teach the probes, and a
-    hash of the prompts of zero-shot heads."""
-    images: ImageSet
-    heads: dict[str, str]
-    train: ImageSet | None = None
-    prompts: str = ""
+def kind_of(card: Card, images: ImageSet) -> str:
+    """What a set is to a network: "home" = trained on, "part" = of home's classes, "shift" = the
+    same classes otherwise, "transfer" = other classes.  A public network's home is ImageNet."""
+    if images.base == (card.home or "imagenet") and not images.corrupted:
+        return "home"
+    if images.base == card.home or images.outputs == (card.classes or synsets()):
+        return "part" if "@" in images.base else "shift"
+    return "transfer"
 
 
-ROW_KEY = ("label", "weights", "set", "corruption", "severity", "n", "limit", "transform", "head",
-           "probe", "prompts", "made", "passes", "amp", "versions")
+def training_set(name: str, images: ImageSet, cfg: Config, view: View) -> ImageSet:
+    """The training images of a set's classes, for a linear probe.  Raises: UserError."""
+    home = name.replace("folder-c:", "folder:")
+    if images.base in SETS:
+        home = "imagenet" if SETS[images.base].part is not None else images.base.removesuffix("-r")
+    try:
+        return open_set(home, cfg.data, "train", view)
+    except UserError as e:
+        raise type(e)(f"{name}: its classes are not the network's outputs, and there are no "
+                      f"training images for a linear probe: {e}") from None
 
 
-def row_key(row: dict) -> tuple:
-    """What makes a result another result."""
-    return tuple(row[k] for k in ROW_KEY)
+def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Config,
+           probes: dict) -> tuple[str, nn.Module]:
+    """(label, network) that answers on a set: with its own head where its outputs are the set's
+    classes, by prompts where it has a text tower, else by a linear probe on frozen features.
+
+    Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
+    probes: those fitted so far.  Raises: UserError."""
+    card, auto = model.card, cfg.eval.head == "auto"
+    own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
+    if auto and card.has_text:
+        prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
+        return label if own else f"{label}, zero-shot", zero_shot(model, prompts, cfg.dir / "text")
+    if auto and own:
+        if card.n_classes != len(images.outputs):
+            raise UserError(f"{label} has {card.n_classes} classes and {name} needs "
+                            f"{len(images.outputs)}: {card.home} is not what it was when the "
+                            "network was trained")
+        return label, model
+    train = training_set(name, images, cfg, card.view)
+    key, head = (label, train.base), cfg.eval.probe if isinstance(model, Student) else "clean"
+    if key not in probes:
+        try:
+            features = frozen_features(model, head)
+        except UserError as e:
+            raise Absent(f"{name}: {label} needs a linear probe there: {e}") from None
+        fc = fit_probe(features, train, cfg)
+        probes[key] = freeze(nn.Sequential(features, Classifier(nn.Identity(), fc)))
+        probes[key].card = dataclasses.replace(
+            card, probe=f"{head} head, {len(train):,} images of {train.base}")
+    return f"{label}, linear probe", probes[key]
 
 
-def read_rows(run: Path) -> list[dict]:
-    """The rows of a run's results.jsonl.  Raises: UserError on rows of another form."""
+def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dict:
+    """The columns of a row that are known before it is computed, corruption and severity apart.
+
+    "of" is a hash of everything that makes it another evaluation."""
+    card, ev, transform = model.card, cfg.eval, images.transform
+    if images.corrupted and not images.archive:
+        transform += (f", corrupted on the fly{', jpeg 85' if ev.jpeg else ''}, "
+                      f"{frost_source(ev.frost_dir or None)} frost")
+    if card.size_px not in (0, images.view.size_px):
+        transform += f", network {card.size_px} px"
+    passes = ev.passes if isinstance(model, Student) else None
+    amp = str(amp_type(cfg.runtime.amp, pick_device()))
+    of = fold(label, weights_sha(model), card.prompts, card.probe, images.name, transform,
+              len(images), cfg.seed, passes, amp, versions()["erpm"])
+    return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
+            "kind": kind_of(card, images), "n": len(images), "transform": transform,
+            "rule": ev.rule if isinstance(model, Student) else "", "passes": passes, "amp": amp,
+            "train": card.train, "source": images.source}
+
+
+def read_rows(run: Path, rule: str = "") -> list[dict]:
+    """The rows of a run's results.jsonl; rule: that of the headline figures, "" = each row's own.
+
+    Raises: UserError on rows of another form."""
     rows = read_jsonl(run / "results.jsonl")
-    if any(not {*ROW_KEY, "run", "seed", "trained_on"} <= set(r) for r in rows):
+    if any(not {"of", "label", "seed", "set", "kind", "corruption", "severity"} <= set(r)
+           for r in rows):
         raise UserError(f"{run / 'results.jsonl'} holds rows of another version of erpm.py: "
                         "move it away and run eval again")
-    return [r | {"run": str(run)} for r in rows]           # a folder may be moved and renamed
+    return [r | {"run": str(run)} | ({"rule": rule} if rule and r["rule"] else {}) for r in rows]
 
 
-def _done(out: Path) -> set[tuple]:
-    """The keys of the rows that are there.  A last line that a crash left without its end is cut
-    off: the next row would continue it."""
-    file = out / "results.jsonl"
-    text = file.read_text() if file.is_file() else ""
-    if text and not text.endswith("\n"):
-        write_atomically(file, lambda p: p.write_text(text[:text.rfind("\n") + 1]))
-    return {row_key(r) for r in read_rows(out)}
+def done_cells(run: Path) -> set[tuple]:
+    """(of, corruption, severity) of the rows that are there, as the first process sees them.  A
+    last line that a crash left without its end is cut off: the next row would continue it."""
+    box, file = [set()], run / "results.jsonl"
+    if world()[0] == 0 and file.is_file():
+        whole = file.read_text().rpartition("\n")
+        if whole[2]:
+            write_atomically(file, whole[0] + whole[1])
+        box = [{(r["of"], r["corruption"], r["severity"]) for r in read_rows(run)}]
+    if world()[1] > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
-def _identity(e: Entry, name: str, job: Job, images: ImageSet, corruption: tuple[str, int] | None,
-              cfg: Config) -> dict:
-    """The columns of a row that are known before it is computed, corruption and severity apart."""
-    transform, probe, ev = images.transform, "", cfg.eval
-    size = getattr(e.model, "size_px", 0)
-    if corruption:
-        transform += f", corrupted on the fly{', jpeg 85' * ev.jpeg}"
-        transform += f", {frost_source(ev.frost_dir)} frost" * (corruption[0] == "frost")
-    transform += f", network {size} px" * (size not in (0, images.view.size_px))
-    head = job.heads[e.label]
-    if head.startswith("linear probe"):
-        probe = (f"{job.train.name}, {len(job.train):,} images, {job.train.transform}, seed "
-                 f"{cfg.seed}")
-    student = isinstance(e.model, Student) and not probe
-    return {"label": e.label, "weights": e.weights, "set": name, "n": len(images),
-            "limit": corruption and ev.n_cell or cfg.data.n_test, "transform": transform,
-            "head": head, "probe": probe, "prompts": job.prompts * (head == "zero-shot"),
-            "made": "regenerated" if corruption else images.made, "partial": images.partial,
-            "passes": ev.passes if student else None, "versions": versions()["erpm"],
-            "amp": str(amp_type(cfg.runtime.amp, pick_device()))}
+def score_cell(models: dict[str, nn.Module], rows: dict[str, dict], images: ImageSet,
+               cell: tuple[str, int], cfg: Config, bar: Progress) -> None:
+    """Scores networks on a cell and appends their rows.  Raises: Interrupted after a signal."""
+    ev, made, since = cfg.eval, images.corrupted and not images.archive, time.perf_counter()
+    images = open_cell(images.base, cfg.data, *cell) if images.archive else images
+    with Signals() as signals:
+        found = evaluate_all(models, images, cell if made else None, passes=ev.passes, jpeg=ev.jpeg,
+                             frost_dir=ev.frost_dir, amp=cfg.runtime.amp, batch=ev.batch,
+                             workers=cfg.data.workers, bar=bar)
+        seconds = time.perf_counter() - since
+        where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
+                 "images_per_s": round(len(images) / seconds, 1), "processes": world()[1],
+                 "device": pick_device().type, "packages": versions()}
+        if world()[0] == 0:
+            cfg.dir.mkdir(parents=True, exist_ok=True)
+            with open(cfg.dir / "results.jsonl", "a") as f:
+                f.writelines(json.dumps(rows[label] | where | figures) + "\n"
+                             for label, figures in found.items())
+        if any_rank(bool(signals.hit)):
+            raise Interrupted("eval stopped after a whole cell; the same command goes on from here")
 
 
-def _provenance(entry: Entry, cfg: Config, images: ImageSet, seconds: float) -> dict:
-    """The columns of a row that say where it comes from; images_per_s counts each image once,
-    however many networks were scored on it together."""
-    return {"rule": cfg.eval.rule, "seed": cfg.seed, "run": cfg.run, "trained_on": entry.home,
-            "source": images.source, "seconds": seconds,
-            "images_per_s": round(len(images) / max(seconds, 1e-3), 1),
-            "device": pick_device().type, "processes": world()[1],
-            "packages": versions(), "train": entry.meta.get("train", {})}
-
-
-def _probe(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
-    """The network of a row whose head is a probe: from out/probes, or fitted now and kept there."""
-    key = [row[k] for k in ("weights", "head", "probe", "amp", "versions")]
-    cache = out / f"probes/{fold(*key):016x}.safetensors"
-    kept = cache.is_file()
-    head = row["head"].removeprefix("linear probe (").rstrip(")")
-    net = probed(e.model, job.train, head, seed=cfg.seed, cache=cache, batch=cfg.eval.batch,
-                 amp=cfg.runtime.amp, workers=cfg.data.workers)
-    say(f"{row['set']}: linear probe of the {head} head's features of {e.label}, l2 = {net.l2:.3g},"
-        f" from {len(job.train):,} training images of {job.train.name}{' (kept)' * kept}")
-    return net
-
-
-def _headed(e: Entry, row: dict, job: Job, cfg: Config, out: Path) -> nn.Module:
-    """The network of a row with the head that the row names."""
-    if row["probe"]:
-        return _probe(e, row, job, cfg, out)
-    return zero_shot(e.model, job.images, cfg.model.templates, out / "text")
-
-
-def score(entries: Sequence[Entry], jobs: dict[str, Job], cfg: Config, out: Path) -> set[tuple]:
-    """Appends to out/results.jsonl the missing rows: a row a cell, as soon as it is known.  A probe
-    is fitted when the first row that needs it is missing.  Returns the keys of what was asked."""
-    file, done, asked = out / "results.jsonl", from_first(lambda: _done(out)), set()
-    todo = [(name, cell) for name in jobs for cell in cells(name)]
-    n_of = {name: len(job.images) for name, job in jobs.items()}
-    headed: dict[tuple, nn.Module] = {}
-    with progress(sum(min(n_of[n], cfg.eval.n_cell or n_of[n]) if cell else n_of[n]
-                      for n, cell in todo), "eval") as bar:
-        for i, (name, cell) in enumerate(todo):
-            images, corruption = open_cell(jobs[name].images, cell)
-            images = images.subset(cfg.eval.n_cell) if corruption else images
-            place = {"corruption": cell[0] if cell else "", "severity": cell[1] if cell else 0}
-            rows = {e.label: _identity(e, name, jobs[name], images, corruption, cfg) | place
-                    for e in entries if e.label in jobs[name].heads}
-            asked |= set(map(row_key, rows.values()))
-            pending = [e for e in entries
-                       if e.label in rows and row_key(rows[e.label]) not in done]
-            if not pending:
+def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
+    """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
+    soon as it is known.  Returns the "of" of what was asked."""
+    if images.corrupted and not images.archive:
+        images = images.subset(cfg.eval.n_cell)
+    rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
+    done, todo = done_cells(cfg.dir), cells(images)
+    with Progress(len(todo) * len(images), f"eval: {images.name}") as bar:
+        for cell in todo:
+            pending = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
+            if pending:
+                score_cell(pending, rows, images, cell, cfg, bar)
+            else:
                 bar.update(len(images))
-                continue
-            models = {}
-            for e in pending:
-                key = (e.label, rows[e.label]["probe"] or name)
-                if key not in headed:
-                    headed[key] = _headed(e, rows[e.label], jobs[name], cfg, out)
-                models[e.label] = headed[key]
-            with Signals() as signals:
-                since = time.perf_counter()
-                found = evaluate_all(models, images, corruption, batch=cfg.eval.batch,
-                                     passes=cfg.eval.passes, jpeg=cfg.eval.jpeg,
-                                     frost_dir=cfg.eval.frost_dir, amp=cfg.runtime.amp,
-                                     workers=cfg.data.workers, bar=bar)
-                seconds = round(time.perf_counter() - since, 3)
-                if world()[0] == 0:
-                    lines = [json.dumps(rows[e.label] | found[e.label] | _provenance(
-                        e, cfg, images, seconds)) + "\n" for e in pending]
-                    with open(file, "a") as f:
-                        f.write("".join(lines))
-                if _agreed(bool(signals.hit), pick_device()):
-                    raise Interrupted("eval stopped after a whole cell; the same command goes on "
-                                      "from here")
-            if bar.disable and (i % 15 == 14 or i + 1 == len(todo)):
-                say(f"eval: {i + 1} of {len(todo)} cells ({name})")
-    return asked
+    return {row["of"] for row in rows.values()}
 
 
 # ==== 10. REPORT ====
 # In: rows of results.jsonl.  Out: Markdown and figures.  Always: a pure function of the rows (the
 # picture grid alone looks at images); what is missing is called missing, never a smaller mean.
 
-LABELS = {"erpm": "ERPM", "apt": "APT", "lp": "LP"}
+KINDS = ("home", "shift", "part", "transfer")
 PAPER_SHIFTS = ("imagenet-c", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch",
                 "objectnet", "objectnet-c")                              # [A] Tables 1 to 3
-PAPER_TRANSFER = ("tiny-imagenet", "flowers102", "places205", "inaturalist2021", "sun397")
-DAD_SETS = ("imagenet", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c")
-# sets of some of ImageNet's classes, and the clean images of the same classes
-SAME_CLASSES = {"imagenet-a": "imagenet@a", "imagenet-r": "imagenet@r",
-                "objectnet": "imagenet@objectnet"}
-# AlexNet's errors in percent, means of 5 severities, and the clean one (Hendrycks & Dietterich
-# 2019)
-ALEXNET = dict(zip(CORRUPTIONS_15, (
-    88.6428, 89.4468, 92.2640, 81.9880, 82.6268, 78.5948, 79.8360, 86.6816, 82.6572, 81.9324,
-    56.4592, 85.3204, 64.6056, 71.7840, 60.6500)))
-ALEXNET_CLEAN = 43.478
-# Networks trained on ImageNet alone in the plain way, top-1 in percent at 224 px: imagenet, -v2,
-# imagenet@a, -a, imagenet@r, -r, -sketch.  From timm's published results (huggingface/
-# pytorch-image-models, results/results-*.csv, commit aa4b585).  ResNet-50 is not among them:
-# ImageNet-A holds what it gets wrong.
-REFERENCE = {
-    "vgg11.tv_in1k": (69.050, 55.850, 86.570, 1.613, 87.340, 26.620, 15.715),
-    "vgg16.tv_in1k": (71.594, 58.640, 88.540, 2.560, 89.400, 27.960, 17.534),
-    "vgg19_bn.tv_in1k": (74.230, 61.880, 90.100, 2.853, 90.980, 33.310, 21.637),
-    "resnet18.tv_in1k": (69.752, 57.350, 87.380, 1.120, 88.200, 33.023, 20.238),
-    "resnet34.tv_in1k": (73.298, 61.210, 89.930, 1.840, 90.290, 36.140, 23.494),
-    "resnet101.tv_in1k": (77.404, 65.940, 92.810, 4.560, 92.890, 39.297, 26.974),
-    "resnet152.tv_in1k": (78.330, 67.040, 93.330, 6.053, 93.270, 41.340, 28.550),
-    "densenet121.tv_in1k": (74.750, 62.760, 90.900, 2.467, 91.440, 36.767, 23.836),
-    "densenet161.tv_in1k": (77.384, 65.720, 92.550, 4.627, 92.950, 39.630, 28.116),
-    "resnext50_32x4d.tv_in1k": (77.632, 65.950, 92.750, 4.680, 92.900, 37.787, 25.481),
-    "resnext101_32x8d.tv_in1k": (79.308, 67.750, 93.810, 10.133, 93.780, 42.600, 29.445),
-    "regnety_008.pycls_in1k": (76.334, 63.800, 91.730, 3.747, 91.890, 34.883, 22.131),
-    "regnety_040.pycls_in1k": (79.246, 67.650, 93.880, 9.027, 93.610, 38.837, 25.923),
-    "regnety_320.pycls_in1k": (80.796, 69.950, 94.580, 15.453, 94.500, 40.840, 28.067)}
-# shift -> (the clean set of the same classes, columns of the two in REFERENCE)
-REFERENCE_SETS = {"imagenet-v2": ("imagenet", 0, 1), "imagenet-a": ("imagenet@a", 2, 3),
-                  "imagenet-r": ("imagenet@r", 4, 5), "imagenet-sketch": ("imagenet", 0, 6)}
-# Published figures in percent: top-1, on imagenet-c the mCE.  The key is the label in the rows.
-KNOWN = {
-    "timm:resnet50.tv_in1k": {
-        "imagenet": 76.13, "imagenet-a": 0.00, "imagenet-r": 36.17, "imagenet-sketch": 24.09,
-        "imagenet-v2": 63.21, "objectnet": 35.75, "imagenet-c": 76.7},
-    "timm:resnet101.tv_in1k": {
-        "imagenet": 77.37, "imagenet-a": 4.72, "imagenet-r": 39.31, "imagenet-sketch": 26.97,
-        "imagenet-v2": 65.45, "objectnet": 38.38},
-    "AugMix ResNet-50": {"imagenet-c": 65.3},
-    "DeepAugment+AugMix ResNet-50": {
-        "imagenet": 75.82, "imagenet-a": 3.88, "imagenet-r": 46.77, "imagenet-sketch": 32.62,
-        "imagenet-v2": 63.54, "objectnet": 35.15, "imagenet-c": 53.6},
-    "open_clip:ViT-B-32-quickgelu/openai": {
-        "imagenet": 63.30, "imagenet-a": 31.39, "imagenet-r": 69.26, "imagenet-sketch": 42.37,
-        "imagenet-v2": 55.77, "objectnet": 43.96}}
-KNOWN_IMAGES = {"imagenet": 50000, "imagenet-a": 7500, "imagenet-r": 30000,
-                "imagenet-sketch": 50889, "imagenet-v2": 10000, "objectnet": 18574,
-                "imagenet-c": 50000}
-PARTIAL = "\\* of a part of the set's images (data.allow_partial)"
-
-
-# ---- rows and measures ---------------------------------------------------------------------------
-
-def _transform(row: dict) -> str:
-    """The transform without the source of frost's textures, which is frost's alone."""
-    return re.sub(", [a-z]+ frost", "", row["transform"])
+SAME_CLASSES = {"imagenet@a": "imagenet-a", "imagenet@r": "imagenet-r",
+                "imagenet@objectnet": "objectnet"}
+ALEXNET = dict(zip(CORRUPTIONS, (       # its errors, means of 5 severities (Hendrycks 2019)
+    0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572,
+    0.819324, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500)))
+NAN = math.nan
+KNOWN = {            # published, in percent: top-1 on imagenet, the mCE, top-1 on PAPER_SHIFTS[1:6]
+    "timm:resnet50.tv_in1k": (76.13, 76.7, 63.21, 0.00, 36.17, 24.09, 35.75),
+    "timm:resnet101.tv_in1k": (77.37, NAN, 65.45, 4.72, 39.31, 26.97, 38.38),
+    "ResNet-50, DeepAugment+AugMix": (75.82, 53.6, 63.54, 3.88, 46.77, 32.62, 35.15),
+    "ResNet-50, AugMix": (NAN, 65.3, NAN, NAN, NAN, NAN, NAN),
+    "CLIP ViT-B/32, zero-shot": (63.30, NAN, 55.77, 31.39, 69.26, 42.37, 43.96)}
+RIGHT_HEAD = {"home": 0, "part": 0, "shift": 2}          # index into HEADS, for [A] Table 6
+# name: (a row and the figures of the rule that answers -> number, scale in the tables, format)
+MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
+    "top-1": (lambda r, f: f["correct"] / r["n"], 100, ".2f"),
+    "top-5": (lambda r, f: f["correct5"] / r["n"], 100, ".2f"),
+    "NLL": (lambda r, f: f["nll"], 1, ".3f"),
+    "ECE": (lambda r, f: f["ece"], 100, ".2f"),
+    # all severities weigh alike, so the mean over the cells is the mCE
+    "mCE": (lambda r, f: (1 - f["correct"] / r["n"]) / ALEXNET[r["corruption"]], 100, ".2f"),
+    "clean": (lambda r, f: f["heads"][0] / r["n"], 100, ".2f"),
+    "combined": (lambda r, f: f["heads"][1] / r["n"], 100, ".2f"),
+    "robust": (lambda r, f: f["heads"][2] / r["n"], 100, ".2f"),
+    "F": (lambda r, f: f["heads"][RIGHT_HEAD[r["kind"]]] / r["n"], 100, ".2f"),
+    "sigma clean": (lambda r, f: r["sigma"][0], 1, ".4f"),
+    "sigma robust": (lambda r, f: r["sigma"][1], 1, ".4f"),
+    "KL clean": (lambda r, f: r["kl"][0], 1, ".4f"),
+    "KL robust": (lambda r, f: r["kl"][1], 1, ".4f"),
+    "training, s": (lambda r, f: r["train"]["seconds"], 1, ".0f"),
+    "ms / training image": (
+        lambda r, f: r["train"]["seconds"] / r["train"]["images"], 1000, ".2f"),
+    "GFLOPs": (lambda r, f: r["gflops"], 1, ".2f"),
+    "images/s": (lambda r, f: r["images_per_s"], 1, ".0f"),
+    "images a cell": (lambda r, f: r["n"], 1, ",.0f")}
+RULE_NAMES = {"oracle": "either head right", **{head: f"always {head}" for head in HEADS}}
+PERFECT, APPENDIX = "perfect routing", "Every cell: "
+BY_CORRUPTION = {c: {"corruption": c} for c in CORRUPTIONS}                 # lines of a pivot
+BY_SEVERITY = {str(k): {"severity": k} for k in range(1, 6)}
 
 
 def latest(rows: list[dict]) -> list[dict]:
-    """One row a cell.  Kept are, in this order: of each (run, label, head) the newest weights and
-    code; of each set the newest way it was made (from disk or on the fly: never both in a
-    column); of each (label, head, set) the most images, then the newest transform.  Raises:
-    UserError on two runs that are no two seeds."""
-    probed = lambda r: r["set"] if r["head"] != "own" else ""   # such a head is made for each set
-    by_set, size = lambda r: (r["label"], r["head"], r["set"]), lambda r: r["limit"] or math.inf
-    for group, same in (
-            (lambda r: (r["run"], r["seed"], r["label"], r["head"], probed(r)),
-             lambda r: (r["weights"], r["versions"], r["prompts"])),
-            (lambda r: r["set"], lambda r: r["made"]),
-            (by_set, size),
-            (by_set, lambda r: (r["passes"], r["amp"], _transform(r))),
-            (lambda r: (r["label"], r["head"], r["set"], r["corruption"]),
-             lambda r: r["transform"])):
-        newest = {group(r): same(r) for r in (sorted(rows, key=size) if same is size else rows)}
-        rows = [r for r in rows if newest[group(r)] == same(r)]
-    runs: dict[tuple, str] = {}
+    """One row a cell: of each (label, seed, set) those of the evaluation with the most images, of
+    equal ones the newest.  Two never mix, not even where the newer one is not whole.
+    Raises: UserError where two runs hold the same label and seed."""
+    place, runs = operator.itemgetter("label", "seed", "set"), {}
     for r in rows:
         other = runs.setdefault((r["label"], r["seed"]), r["run"])
         if other != r["run"]:
             raise UserError(f"{other} and {r['run']} both hold {r['label']} of seed {r['seed']}: a "
                             "report averages over seeds; give it runs that differ in nothing else")
-    return list({(r["run"], r["seed"], r["label"], r["head"], r["set"], r["corruption"],
-                  r["severity"]): r for r in rows}.values())
+    last = {place(r): r["of"] for r in sorted(rows, key=operator.itemgetter("n"))}
+    return list({(*place(r), r["corruption"], r["severity"]): r
+                 for r in rows if r["of"] == last[place(r)]}.values())
 
 
-def labelled(rows: list[dict]) -> list[dict]:
-    """The rows with the head in the label where it is not the network's own: "x, zero-shot"."""
-    return [r if r["head"] == "own" else r | {"label": f"{r['label']}, {r['head']}"} for r in rows]
+def plain(name: str) -> str:
+    """A set's name without its qualification: imagenet-c (regenerated) -> imagenet-c."""
+    return name.partition(" (")[0]
 
 
-def metric(row: dict, name: str, rule: str | None = None):
-    """A figure of a row; of a Student under a rule (by default the row's own)."""
-    return (choose(row["rules"], rule or row["rule"], "rule in the results") if "rules" in row
-            else row)[name]
+def sets_of(rows: list[dict], kind: str) -> list[str]:
+    """The sets of a kind, the papers' shifts in their order; home to one model is home to all."""
+    ranked = sorted(rows, key=lambda r: KINDS.index(r["kind"]), reverse=True)
+    kinds = {r["set"]: r["kind"] for r in ranked}
+    found = [s for s in dict.fromkeys(r["set"] for r in rows) if kinds[s] == kind]
+    order = {name: i for i, name in enumerate(PAPER_SHIFTS)}
+    return sorted(found, key=lambda s: order.get(plain(s), len(order)))
 
 
-def accuracy(row: dict, rule: str | None = None) -> float:
-    """Top-1 accuracy of a row under a rule (plain networks have none)."""
-    return metric(row, "correct", rule) / row["n"]
+def corrupted(rows: Iterable[dict]) -> list[str]:
+    """The -c sets."""
+    return list(dict.fromkeys(r["set"] for r in rows if r["corruption"]))
 
 
-def in_distribution(row: dict) -> bool:
-    """Whether the images are clean ones of the training set's kind."""
-    return row["set"].partition("@")[0] == row["trained_on"]
+def published(rows: list[dict]) -> list[dict]:
+    """KNOWN as rows of the sets that were scored: in the tables they stand beside ours."""
+    scored = {plain(s): s for kind in ("home", "shift") for s in sets_of(rows, kind)}
+    return [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
+             "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent / 100}
+            for label, known in KNOWN.items()
+            for s, percent in zip(("imagenet", *PAPER_SHIFTS), known) if s in scored]
 
 
-def f_correct(row: dict, rule: str) -> float:
-    """Share of images with the right head: clean in distribution, robust under shift ([A] T6)."""
-    return row["rules"][rule]["heads"][0 if in_distribution(row) else 2] / row["n"]
+def measured(row: dict, rule: str | None, measure: str) -> float:
+    """A measure of a row, of a Student under a rule (by default the row's own); NaN where the row
+    lacks what the measure looks for: it does not apply."""
+    found = row
+    if "rules" in row:
+        if rule == PERFECT:
+            rule = HEADS[RIGHT_HEAD.get(row["kind"], 0)]
+        found = row["rules"].get(rule or row["rule"], {})
+    try:
+        return row[measure] if measure in row else MEASURES[measure][0](row, found)
+    except KeyError:
+        return NAN
 
 
-def averaged(pick: Callable[[dict], float]) -> Callable[[list[dict]], float]:
-    """The measure "mean over the sets of the mean of pick over a set's cells"."""
-    def measure(rows: list[dict]) -> float:
-        sets: dict[str, list[float]] = {}
-        for r in rows:
-            sets.setdefault(r["set"], []).append(pick(r))
-        return float(np.mean([np.mean(v) for v in sets.values()]))
-    return measure
+def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str | None = None,
+               measure: str = "top-1", **where) -> list[float]:
+    """A measure of a model, a number a seed: the mean over sets of the mean over a set's cells;
+    [] when a cell is missing for a seed.  where: the rows that count, such as severity=3."""
+    own = [r for r in rows if r["label"] == label]
+    seeds, wide = dict.fromkeys(r["seed"] for r in own), corrupted(own)
+    cells = (1 if "corruption" in where else len(CORRUPTIONS)) * (1 if "severity" in where else 5)
+    found = {(seed, s): [] for seed in seeds for s in sets}
+    for r in own:
+        if r["set"] in sets and all(r[k] == v for k, v in where.items()):
+            found[r["seed"], r["set"]].append(measured(r, rule, measure))
+    if any(len(v) < (cells if s in wide else 1) for (_, s), v in found.items()):
+        return []
+    return [float(np.mean([np.mean(found[seed, s]) for s in sets])) for seed in seeds]
 
 
-TOP1 = averaged(accuracy)
-MEASURES = {"top-1": (TOP1, 100),                         # name: (measure, scale for the tables)
-            "top-5": (averaged(lambda r: metric(r, "correct5") / r["n"]), 100),
-            "NLL": (averaged(lambda r: metric(r, "nll")), 1),
-            "ECE": (averaged(lambda r: metric(r, "ece")), 100)}
-
-
-def corruption_errors(rows: list[dict]) -> dict[str, float]:
-    """{corruption: error in percent, mean over its severities}."""
-    found: dict[str, list[float]] = {}
-    for r in rows:
-        if r["corruption"]:
-            found.setdefault(r["corruption"], []).append(100 * (1 - accuracy(r)))
-    return {c: float(np.mean(v)) for c, v in found.items()}
-
-
-def mce(rows: list[dict]) -> float:
-    """Mean over the corruptions of the error as a share of AlexNet's, from the cells of imagenet-c.
-
-    Paper: Hendrycks & Dietterich 2019; 1 = as AlexNet, less is better."""
-    return float(np.mean([e / ALEXNET[c] for c, e in corruption_errors(rows).items()]))
-
-
-def relative_mce(rows: list[dict]) -> float:
-    """mCE of what an error adds to the clean one, from the cells of imagenet-c and imagenet."""
-    clean = 100 * (1 - TOP1([r for r in rows if not r["corruption"]]))
-    return float(np.mean([(e - clean) / (ALEXNET[c] - ALEXNET_CLEAN)
-                          for c, e in corruption_errors(rows).items()]))
-
-
-def effective_robustness(clean: float, shift: float,
-                         reference: Sequence[tuple[float, float]]) -> float:
-    """Accuracy under a shift beyond what standard networks of the same clean accuracy have.
-
-    reference: (clean, shift) accuracies of such networks; the expected value is a line through
-    their logits.  Units: fractions.  Paper: Taori et al. 2020, rho = shift - beta(clean)."""
-    def logit(p):
-        p = np.clip(p, 1e-6, 1 - 1e-6)
-        return np.log(p / (1 - p))
-    x, y = logit(np.array(reference)).T
-    slope, offset = np.polyfit(x, y, 1)
-    return float(shift - 1 / (1 + np.exp(-(slope * logit(clean) + offset))))
-
-
-def rho(shift: str) -> Callable[[list[dict]], float]:
-    """The measure effective_robustness of the cells of a shift and its clean set."""
-    _, a, b = REFERENCE_SETS[shift]
-    reference = [(v[a] / 100, v[b] / 100) for v in REFERENCE.values()]
-    return lambda rows: effective_robustness(TOP1([r for r in rows if r["set"] != shift]),
-                                             TOP1([r for r in rows if r["set"] == shift]),
-                                             reference)
-
-
-def cells_of(rows: list[dict], label: str, names: str | Sequence[str], **where) -> list[dict]:
-    """The rows of a model on a set or on several; where: corruption=..., severity=... narrow."""
-    names = (names,) if isinstance(names, str) else names
-    return [r for r in rows if r["label"] == label and r["set"] in names
-            and all(r[k] == v for k, v in where.items())]
-
-
-def measured(rows: list[dict], label: str, names: str | Sequence[str],
-             measure: Callable[[list[dict]], float] = TOP1, **where) -> list[float]:
-    """The measure of a model's cells, a value a seed; [] when a cell or a seed is missing."""
-    seeds: dict[tuple, list[dict]] = {(r["run"], r["seed"]): [] for r in rows
-                                      if r["label"] == label}
-    for r in cells_of(rows, label, names, **where):
-        seeds[r["run"], r["seed"]].append(r)
-    n = len([c for name in ((names,) if isinstance(names, str) else names) for c in cells(name)
-             if c is None or all(dict(corruption=c[0], severity=c[1])[k] == v
-                                 for k, v in where.items())])
-    full = [v for v in seeds.values() if len(v) == n > 0]
-    return [measure(v) for v in full] if len(full) == len(seeds) else []
-
-
-def column(rows: list[dict], label: str, names: str | Sequence[str],
-           measure: Callable[[list[dict]], float] = TOP1, *, scale: float = 100.0,
-           form: str = ".2f", **where) -> str:
-    """"mean ± standard deviation" over the seeds of a measure, "missing" when a cell is missing;
-    with * when a set was scored in part."""
-    values = scale * np.array(measured(rows, label, names, measure, **where))
+def cell(rows: list[dict], *, measure: str = "top-1", **what) -> str:
+    """What stands in a table: "mean ± standard deviation" over the seeds, "missing", or "-"."""
+    _, scale, form = MEASURES[measure]
+    values = scale * np.array(seed_means(rows, measure=measure, **what))
     if not len(values):
         return "missing"
-    spread = f" ± {np.std(values, ddof=1):{form.lstrip('+')}}" if len(values) > 1 else ""
-    star = "*" * any(r["partial"] for r in cells_of(rows, label, names, **where))
-    return f"{np.mean(values):{form}}{spread}{star}"
+    if np.isnan(values).any():
+        return "-"
+    spread = f" ± {values.std(ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{spread}"
 
 
-def training_cost(rows: list[dict], label: str, per_image: bool = True) -> float | None:
-    """Seconds of training, in all or a training image, mean over the runs; None = not known."""
-    cost = {r["run"]: r["train"]["seconds"] / (r["train"]["images"] if per_image else 1)
-            for r in rows if r["label"] == label and r["train"].get("images")}
-    return float(np.mean(list(cost.values()))) if cost else None
-
-
-class Groups(NamedTuple):
-    """The sets of a report: the one trained on, its shifts in the papers' order, the others."""
-    home: str
-    shifts: tuple[str, ...]
-    transfer: tuple[str, ...]
-
-
-def groups(rows: list[dict]) -> Groups:
-    """The sets that are in the rows.  The clean images of a shift's classes (imagenet@a) are in no
-    group; after tuning on a part of the classes these are home, and the unseen ones transfer."""
-    sets = list(dict.fromkeys(
-        r["set"] for r in rows if r["set"].partition("@")[2] not in PARTS))
-    is_imagenet = any(re.match("imagenet[-@]|imagenet$|objectnet", s) for s in sets)
-    home = next((r["trained_on"] for r in rows if r["trained_on"]),
-                "imagenet" if is_imagenet else "")
-    whole, home = home, f"{home}@seen" if f"{home}@seen" in sets else home
-    shifts = [s for s in PAPER_SHIFTS if s in sets] + [
-        s for s in sets if s not in (home, *PAPER_SHIFTS)
-        and class_side(s)[1] == class_side(home)[1]
-        and (s.startswith(f"{whole}-") or base_name(s)[0] == home)]
-    transfer = [s for s in PAPER_TRANSFER if s in sets]
-    return Groups(home, tuple(shifts), (*transfer, *(s for s in sets if s not in (
-        home, *shifts, *transfer))))
-
-
-# ---- Markdown ------------------------------------------------------------------------------------
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence, body: Sequence[Sequence]) -> str:
     """A Markdown table, columns aligned."""
-    rows = [list(map(str, head)), *[list(map(str, r)) for r in body]]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    line = lambda r: "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |"   # noqa: E731
-    return "\n".join([line(rows[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|",
-                      *map(line, rows[1:])])
+    table = [[str(c) for c in line] for line in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * w for w in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
+                     for line in table)
 
 
-def part(title: str, head: Sequence[str], body: Sequence[Sequence[str]], note: str = "") -> str:
-    """A titled table with a line above it, and below it what a * means where there is one."""
-    starred = any(str(c).endswith("*") for line in body for c in line)
-    return "\n\n".join([f"## {title}", *filter(None, [note]), table(head, body),
-                        *[PARTIAL] * starred])
+def pivot(rows: list[dict], title: str, lines: dict[str, dict], columns: dict[str, dict],
+          note: str = "") -> str:
+    """A titled Markdown table of `cell`s, each with the keywords of its column and of its line (a
+    line wins); "" without lines or columns."""
+    if not lines or not columns:
+        return ""
+    body = [[heading, *(cell(rows, **column | line) for column in columns.values())]
+            for heading, line in lines.items()]
+    return "\n\n".join(filter(None, (f"## {title}", note, markdown(["", *columns], body))))
 
 
-def heading(rows: list[dict], name: str) -> str:
-    """A set's name in the head of a column, with "(regenerated)" where it was made on the fly."""
-    made = {r["made"] for r in rows if r["set"] == name}
-    return f"{name} (regenerated)" if "regenerated" in made else name
+def models(rows: list[dict], scored: Sequence[str], **more) -> dict[str, dict]:
+    """Lines or columns of a pivot: the models that were scored on some of the sets."""
+    return {r["label"]: {"label": r["label"], **more} for r in rows if r["set"] in scored}
 
 
-def models_on(rows: list[dict], sets: Sequence[str]) -> list[str]:
-    """The models that were scored on some of the sets, in the order of the rows."""
-    return list(dict.fromkeys(r["label"] for r in rows if r["set"] in sets))
+def on(sets: Iterable[str]) -> dict[str, dict]:
+    """Lines or columns of a pivot: the sets."""
+    return {s: {"sets": (s,)} for s in sets}
 
 
-def students_of(rows: list[dict]) -> list[str]:
-    """The models with three heads."""
-    return list(dict.fromkeys(r["label"] for r in rows if "rules" in r))
+def mean_on(sets: Sequence[str]) -> dict[str, dict]:
+    """The column of a pivot for the mean over shifts, where there are several."""
+    return {f"mean of {len(sets)} shifts": {"sets": sets}} if len(sets) > 1 else on(sets)
 
 
-def set_columns(rows: list[dict], sets: Sequence[str]) -> list[tuple[str, Callable[[str], str]]]:
-    """(title, label -> cell) of the top-1 accuracy on each set."""
-    return [(heading(rows, s), lambda x, s=s: column(rows, x, s)) for s in sets]
+def severities(rows: list[dict], name: str) -> dict[str, dict]:
+    """Lines of a pivot: the severities of a -c set, 0 = its clean set as the rows name it."""
+    base = base_name(plain(name))[0]
+    clean = [r["set"] for r in rows if plain(r["set"]) == base] or [base]
+    return {"0 (clean)": {"sets": clean[:1]}} | BY_SEVERITY
 
 
-def by_model(title: str, labels: Sequence[str], columns: Sequence[tuple[str, Callable]],
-             note: str = "") -> str:
-    """A part with a line a model."""
-    return part(title, ["model", *[c for c, _ in columns]],
-                [[x, *[cell(x) for _, cell in columns]] for x in labels], note)
+def main_tables(rows: list[dict]) -> list[str]:
+    """[A] Tables 1 to 3: the models at home, under shift and on other classes."""
+    home, shifts, parts, transfer = (sets_of(rows, kind) for kind in KINDS)
+    known, first = rows + published(rows), home + shifts or parts or transfer
+    cost = {"ms / training image": {"sets": first[:1], "measure": "ms / training image"}}
+    mce = {s.replace("imagenet-c", "mCE"): {"sets": (s,), "measure": "mCE"}
+           for s in shifts if plain(s) == "imagenet-c"}
+    absent = [s for s in PAPER_SHIFTS if s not in map(plain, shifts)]
+    note = ""
+    if "imagenet" in map(plain, home):
+        note = "Published figures are those of whole sets from disk. "
+        note += f"No result for {', '.join(absent)}." if absent else ""
+    same = []
+    for part in parts:
+        same += [part, *(s for s in shifts if plain(s) == SAME_CLASSES.get(plain(part)))]
+    return [pivot(known, "Models", models(known, first), on(first) | cost),
+            pivot(known, "Distribution shifts", models(known, shifts),
+                  on(home) | mean_on(shifts) | on(shifts) | mce, note),
+            pivot(rows, "Transfer", models(rows, transfer), on(transfer)),
+            pivot(rows, "The same classes, clean and shifted", models(rows, same), on(same))]
 
 
-def mean_column(rows: list[dict], shifts: Sequence[str]) -> tuple[str, Callable[[str], str]]:
-    """The column of the mean over the shifts, which says how many there are."""
-    return (f"mean of {len(shifts)} shift{'s' * (len(shifts) > 1)}",
-            lambda x: column(rows, x, shifts))
-
-
-def mce_columns(rows: list[dict], relative: bool = True) -> list[tuple[str, Callable[[str], str]]]:
-    """The columns mCE and relative mCE of imagenet-c."""
-    return [("mCE", lambda x: column(rows, x, "imagenet-c", mce))] + [
-        ("relative mCE", lambda x: column(rows, x, ("imagenet-c", "imagenet"), relative_mce))
-    ] * relative
-
-
-def models_part(rows: list[dict], g: Groups) -> list[str]:
-    """The small first table: every model on its own set and the shifts, and its training cost."""
-    unseen = [s for s in g.transfer if class_side(s)[1]]
-    sets = [s for s in (g.home, *g.shifts, *unseen) if models_on(rows, [s])] or g.transfer
-    sets = sets or list(dict.fromkeys(r["set"] for r in rows))
-
-    def cost(label: str) -> str:
-        seconds = training_cost(rows, label)
-        return f"{1000 * seconds:.3g}" if seconds is not None else "-"
-    return [by_model("Models", models_on(rows, sets),
-                     [*set_columns(rows, sets), ("ms / training image", cost)])]
-
-
-def shift_parts(rows: list[dict], g: Groups) -> list[str]:
-    """[A] Tables 1 to 3, left half: clean, the mean over the shifts, every shift, mCE."""
-    if not g.shifts:
-        return []
-    sets = list(dict.fromkeys((*(PAPER_SHIFTS if g.home == "imagenet" else ()), *g.shifts)))
-    absent = [s for s in sets if s not in g.shifts]
-    note = (f"The mean is that of {', '.join(g.shifts)}; no result at all for "
-            f"{', '.join(absent)}.") if absent else ""
-    return [by_model("Distribution shifts", models_on(rows, (g.home, *g.shifts)), [
-        *set_columns(rows, [g.home]), mean_column(rows, g.shifts), *set_columns(rows, sets),
-        *(mce_columns(rows) if "imagenet-c" in sets else ())], note)]
-
-
-def transfer_parts(rows: list[dict], g: Groups) -> list[str]:
-    """[A] Tables 1 to 3, right half: other data sets; the head is named behind the model."""
-    if not g.transfer:
-        return []
-    paper = PAPER_TRANSFER if g.home == "imagenet" else ()
-    sets = list(dict.fromkeys((*paper, *g.transfer)))
-    return [by_model("Transfer", models_on(rows, sets), set_columns(rows, sets))]
-
-
-def dad_parts(rows: list[dict], g: Groups) -> list[str]:
-    """[B]'s table of the plain networks: clean, the shifts, and mCE for -c."""
-    students = students_of(rows)
-    labels = [x for x in models_on(rows, DAD_SETS) if x not in students]
-    if not labels or g.home != "imagenet":
-        return []
-    return [by_model("Plain networks ([B])", labels, [
-        *set_columns(rows, DAD_SETS), *mce_columns(rows, False)])]
-
-
-def same_class_parts(rows: list[dict]) -> list[str]:
-    """Sets of some of ImageNet's classes beside the clean images of the same classes."""
-    pairs = [(a, b) for a, b in SAME_CLASSES.items() if models_on(rows, (a, b))]
-    columns = [(title, cell) for shift, clean in pairs for title, cell in (
-        *set_columns(rows, [clean, shift]),
-        ("drop", lambda x, pair=(shift, clean): column(rows, x, pair, lambda found: TOP1(
-            [r for r in found if "@" in r["set"]]) - TOP1(
-            [r for r in found if "@" not in r["set"]]))))]
-    sets = [s for pair in pairs for s in pair]
-    return [by_model("The same classes, clean and shifted", models_on(rows, sets), columns,
-                     "imagenet@x: the clean images of the classes of x, scored over those classes "
-                     "alone.")] if pairs else []
-
-
-def effective_parts(rows: list[dict]) -> list[str]:
-    """Effective robustness on the sets for which REFERENCE has figures."""
-    sets = [s for s in REFERENCE_SETS if models_on(rows, [s])]
-    columns = [(s, lambda x, s=s: column(rows, x, (s, REFERENCE_SETS[s][0]), rho(s), form="+.2f"))
-               for s in sets]
-    note = ("Points above the accuracy that standard networks of the same clean accuracy have "
-            f"(Taori et al. 2020; a line through the logits of {len(REFERENCE)} networks). For -a "
-            "and -r the clean accuracy is that on their classes, imagenet@a and imagenet@r.")
-    return [by_model("Effective robustness", models_on(rows, sets), columns, note)] if sets else []
-
-
-def corruption_parts(rows: list[dict], name: str) -> list[str]:
-    """A -c set by corruption and by severity, and the error relative to AlexNet's."""
-    labels, title = models_on(rows, [name]), heading(rows, name)
-    clean = base_name(name)[0]
-    parts = [part(f"{title} by corruption (mean of 5 severities)", ["corruption", *labels], [
-        [c, *[column(rows, x, name, corruption=c) for x in labels]] for c in CORRUPTIONS_15]),
-        part(f"{title} by severity (mean of 15 corruptions)", ["severity", *labels], [
-            ["0 (clean)", *[column(rows, x, clean) for x in labels]],
-            *[[k, *[column(rows, x, name, severity=k) for x in labels]] for k in range(1, 6)]])]
-    if name == "imagenet-c":
-        parts.append(part(f"{title}: error relative to AlexNet's", ["corruption", *labels], [
-            *[[c, *[column(rows, x, name, mce, corruption=c) for x in labels]]
-              for c in CORRUPTIONS_15],
-            *[[head, *map(cell, labels)] for head, cell in mce_columns(rows)]],
-            "In percent: 100 = as many errors as AlexNet."))
-    return parts
-
-
-def rule_lines(rows: list[dict], label: str, accuracies: Sequence, routings: Sequence) -> list:
-    """A line a selection rule and one for perfect routing: the accuracy over each group of sets of
-    `accuracies`, and F_correct over each of `routings`."""
-    found = [r["rules"] for r in rows if r["label"] == label]
-    lines = []
-    for rule in [k for k in found[0] if all(k in rules for rules in found)]:
-        name = {"oracle": "either head right"}.get(
-            rule, f"always {rule}" if rule in HEADS else rule)
-        scored = [column(rows, label, s, averaged(lambda r: accuracy(r, rule)))
-                  for s in accuracies]
-        routed = ["-" if rule in (*HEADS, "oracle") else
-                  column(rows, label, s, averaged(lambda r: f_correct(r, rule))) for s in routings]
-        lines.append([name, *scored, *routed])
-    perfect = averaged(lambda r: accuracy(r, "clean" if in_distribution(r) else "robust"))
-    return [*lines, ["perfect routing", *[column(rows, label, s, perfect) for s in accuracies],
-                     *["100.00"] * len(routings)]]
-
-
-def rule_parts(rows: list[dict], label: str, g: Groups) -> list[str]:
-    """[A] Table 7: which rule picks the head; below it every shift alone."""
-    home = [g.home] * bool(cells_of(rows, label, g.home))
-    shifts = [s for s in g.shifts if cells_of(rows, label, s)]
-    sets = [*home, *[tuple(shifts)] * bool(shifts)]
-    if not sets:
-        return []
-    mean = mean_column(rows, shifts)[0] if len(shifts) > 1 else "".join(shifts)
-    heads = [*home, *[mean] * bool(shifts)]
-    parts = [part(f"{label}: which rule picks the head",
-                  ["rule", *heads, *[f"F {s}" for s in heads]],
-                  rule_lines(rows, label, sets, sets),
-                  "F = share of images sent to the right head: clean in distribution, robust under "
-                  "shift.")]
-    if len(shifts) > 1:
-        parts.append(part(f"{label}: every rule on every shift",
-                          ["rule", *[heading(rows, s) for s in shifts]],
-                          rule_lines(rows, label, shifts, ())))
-    return parts
-
-
-def head_parts(rows: list[dict], label: str, g: Groups) -> list[str]:
-    """Share of each head, F_correct, mean sigma and mean KL, by set and severity."""
+def student_tables(rows: list[dict], label: str) -> list[str]:
+    """[A] Tables 6 and 7: which rule picks the head of a Student, and what its heads do."""
     own = [r for r in rows if r["label"] == label]
-    rule = own[0]["rule"]
-    split = lambda name, i: averaged(lambda r: r[name][i])                             # noqa: E731
-    share = lambda i: averaged(lambda r: metric(r, "heads")[i] / r["n"])               # noqa: E731
-    body = []
-    for name in dict.fromkeys(r["set"] for r in own):
-        for k in (range(1, 6) if len(cells(name)) > 1 else ("-",)):
-            at = {} if k == "-" else {"severity": k}
-            body.append([heading(rows, name), k,
-                         *[column(own, label, name, share(i), **at) for i in range(3)],
-                         "-" if name in g.transfer else column(
-                             own, label, name, averaged(lambda r: f_correct(r, rule)), **at),
-                         *[column(own, label, name, split(v, i), scale=1, form=".4f", **at)
-                           for v in ("sigma", "kl") for i in (0, 1)]])
-    return [part(f"{label}: the heads ({rule})", [
-        "set", "severity", *HEADS, "F", "sigma clean", "sigma robust", "KL clean", "KL robust"],
-        body, "Share of the images that each head answered; F as above; sigma of the clean and of "
-              "the robust head and their KL divergence to the combined one, means over the "
-              "images.")]
+    rules = {RULE_NAMES.get(rule, rule): {"label": label, "rule": rule}
+             for rule in (*own[0]["rules"], PERFECT)}
+    shifts = sets_of(own, "shift")
+    places = on(sets_of(own, "home")) | mean_on(shifts)
+    routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
+    heads = on(dict.fromkeys(r["set"] for r in own if not r["corruption"]))
+    for s in corrupted(own):
+        heads |= {f"{s}, severity {k}": {"sets": (s,)} | at for k, at in BY_SEVERITY.items()}
+    columns = (*HEADS, "F", "sigma clean", "sigma robust", "KL clean", "KL robust")
+    return [pivot(own, f"{label}: which rule picks the head", rules, places | on(shifts) | routed,
+                  "F = share of images sent to the right head: clean at home, robust under shift."),
+            pivot(own, f"{label}: the heads ({own[0]['rule']})", heads,
+                  {measure: {"label": label, "measure": measure} for measure in columns},
+                  "Share of the images that each head answered; sigma of the clean and the robust "
+                  "head and their KL divergence to the combined one, means over the images.")]
 
 
-def every_set_part(rows: list[dict]) -> str:
-    """Top-1, top-5, NLL, ECE and speed of every model on every set."""
-    rate = averaged(lambda r: r["images_per_s"])
-    return part("Every model on every set", ["set", "model", *MEASURES, "images/s"], [
-        [heading(rows, s), x,
-         *[column(rows, x, s, m, scale=scale, form=".3f" if scale == 1 else ".2f")
-           for m, scale in MEASURES.values()], column(rows, x, s, rate, scale=1, form=".0f")]
-        for s in dict.fromkeys(r["set"] for r in rows) for x in models_on(rows, [s])],
-        "NLL in nats; ECE in percent, 15 bins; means over the cells of a -c set.")
+def corruption_tables(rows: list[dict], name: str) -> list[str]:
+    """A -c set by corruption and by severity; imagenet-c also relative to AlexNet."""
+    columns = models(rows, [name], sets=(name,))
+    tables = [pivot(rows, f"{name} by corruption (mean of 5 severities)", BY_CORRUPTION, columns),
+              pivot(rows, f"{name} by severity (mean of 15 corruptions)", severities(rows, name),
+                    columns)]
+    if plain(name) == "imagenet-c":
+        tables.append(pivot(rows, f"{name}: error relative to AlexNet's",
+                            BY_CORRUPTION | {"mCE": {}},
+                            models(rows, [name], sets=(name,), measure="mCE"),
+                            "In percent: 100 = as many errors as AlexNet."))
+    return tables
 
 
-def sets_part(rows: list[dict]) -> str:
-    """What each set is: images, cells, transform, where from; a line for each way it was scored."""
-    lines = {(r["set"], f"{r['n']}{'*' * r['partial']}", len(cells(r["set"])), _transform(r),
-              r["made"] or "-"): None for r in rows}
-    return part("Sets", ["set", "images a cell", "cells", "transform", "made"], list(lines))
-
-
-APPENDIX = "Every cell: "
-
-
-def cell_parts(rows: list[dict], name: str) -> list[str]:
-    """A table a model: the 15 corruptions x 5 severities of a -c set."""
-    parts = []
-    for x in models_on(rows, [name]):
-        own = [r for r in rows if r["label"] == x]
-        parts.append(part(f"{APPENDIX}{heading(rows, name)}, {x}", [
-            "corruption", *map(str, range(1, 6))], [
-            [c, *[column(own, x, name, corruption=c, severity=k) for k in range(1, 6)]]
-            for c in CORRUPTIONS_15]))
-    return parts
+def summary(rows: list[dict]) -> str:
+    """The figures of every network on every set."""
+    rows = latest(rows)
+    lines = {f"{r['label']} on {r['set']}": {"label": r["label"], "sets": (r["set"],)}
+             for r in rows}
+    columns = ("top-1", "top-5", "NLL", "ECE", "images/s", "images a cell")
+    return pivot(rows, "Every model on every set", lines, {m: {"measure": m} for m in columns},
+                 "NLL in nats; ECE in percent, 15 bins; means over the cells of a -c set.")
 
 
 def report_text(rows: list[dict]) -> str:
     """The whole report in Markdown, a pure function of the rows."""
-    rows = labelled(latest(rows))
-    g, seeds = groups(rows), len({r["seed"] for r in rows})
-    wide = [s for s in dict.fromkeys(r["set"] for r in rows) if len(cells(s)) > 1]
-    intro = ("Top-1 accuracy in percent; mean over the cells of a -c set; "
-             + (f"± = standard deviation over {seeds} seeds." if seeds > 1 else "one seed."))
-    parts = [f"# {g.home or ', '.join(g.transfer)}", intro,
-             *models_part(rows, g), *shift_parts(rows, g), *transfer_parts(rows, g),
-             *dad_parts(rows, g), *same_class_parts(rows), *effective_parts(rows)]
-    for x in students_of(rows):
-        parts += [*rule_parts(rows, x, g), *head_parts(rows, x, g)]
-    for name in wide:
-        parts += corruption_parts(rows, name)
-    parts += [every_set_part(rows), sets_part(rows)]
-    for name in wide:
-        parts += cell_parts(rows, name)
-    return "\n\n".join(parts) + "\n"
+    rows = latest(rows)
+    seeds, title = len({r["seed"] for r in rows}), sets_of(rows, "home") or ["Results"]
+    spread = f"± = standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    parts = [f"# {', '.join(title)}",
+             f"Top-1 accuracy in percent; mean over the cells of a -c set; {spread}.",
+             *main_tables(rows)]
+    for label in dict.fromkeys(r["label"] for r in rows if "rules" in r):
+        parts += student_tables(rows, label)
+    for name in corrupted(rows):
+        parts += corruption_tables(rows, name)
+    ways = dict.fromkeys(f"- {r['set']}: {'75 cells of ' if r['corruption'] else ''}{r['n']:,} "
+                         f"images, {r['transform']}" for r in rows)
+    parts += [summary(rows), "\n".join(["## Sets\n", *ways])]
+    for name in corrupted(rows):
+        for x, label in models(rows, [name], sets=(name,)).items():
+            columns = {k: label | severity for k, severity in BY_SEVERITY.items()}
+            parts.append(pivot(rows, f"{APPENDIX}{name}, {x}", BY_CORRUPTION, columns))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def check_known(rows: list[dict]) -> str:
-    """Markdown table of our figures beside the published ones of KNOWN, with a verdict a line.
-
-    "agrees": within 0.5 points on sets of at most 10,000 images and 0.3 on larger ones, which is
-    what another version of the image library moves (timm's own figures of one ResNet-101 on V2 lie
-    within 0.26); for the mCE 0.3 from disk and 1.0 regenerated.  Otherwise "differs"; "missing"
-    where there is no figure of the whole set."""
-    rows = [r for r in latest(rows) if not r["head"].startswith("linear probe")]
-    body = []
-    for label in [x for x in dict.fromkeys(r["label"] for r in rows) if x in KNOWN]:
-        for name, published in KNOWN[label].items():
-            own, is_c = cells_of(rows, label, name), name == "imagenet-c"
-            title = f"{heading(own, name)}{', mCE' * is_c}"
-            values = measured(rows, label, name, mce if is_c else TOP1)
-            if not values or any(r["n"] != KNOWN_IMAGES[name] for r in own):
-                seen = f" ({own[0]['n']:,} of {KNOWN_IMAGES[name]:,} images)" if values else ""
-                body.append([label, title, f"{published:.2f}", "-", "-", f"missing{seen}"])
-                continue
-            gap = round(100 * float(np.mean(values)) - published, 4)
-            room = (1.0 if own[0]["made"] == "regenerated" else 0.3) if is_c else \
-                0.5 if KNOWN_IMAGES[name] <= 10000 else 0.3
-            body.append([label, title, f"{published:.2f}", f"{published + gap:.2f}", f"{gap:+.2f}",
-                         f"agrees (within {room})" if abs(gap) <= room else
-                         f"differs (by more than {room})"])
-    if not body:
-        return f"no published figures for these networks (there are for {', '.join(KNOWN)})"
-    return table(["network", "set", "published", "measured", "difference", "verdict"], body)
+# A method looks the same in the figures of every run (colours of Okabe & Ito, and two more)
+STYLES = {"original": ("#000000", "s"), "teacher": ("#888888", "D"), "ERPM": ("#D55E00", "o"),
+          "APT": ("#0072B2", "^"), "LP": ("#56B4E9", "v"), "FT": ("#009E73", "P"),
+          "WiSE": ("#E69F00", "X"), "LP-FT": ("#CC79A7", "<"), "VPT": ("#8C6D31", ">")}
 
 
-# ---- figures -------------------------------------------------------------------------------------
-
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")   # Okabe & Ito
-STUDENT_COLOUR = "#D55E00"
-HEAD_COLOURS = dict(zip(HEADS, ("#56B4E9", "#BBBBBB", "#D55E00")))
-MARKERS = "osD^vPX"
-
-
-def line_styles(rows: list[dict], labels: Sequence[str]) -> dict[str, dict]:
-    """{model: colour, marker and line}: the same in every figure, Students stand out."""
-    students, plain = students_of(rows), 0
-    styles = {}
-    for x in labels:
-        lead = x in students and students.index(x) == 0
-        plain += not lead
-        colour = STUDENT_COLOUR if lead else COLOURS[(plain - 1) % len(COLOURS)]
-        marker = "o" if lead else MARKERS[plain % len(MARKERS)]
-        styles[x] = {"color": colour, "marker": marker, "linewidth": 2.4 if lead else 1.5,
-                     "linestyle": "-" if plain <= len(COLOURS) or lead else "--",
-                     "zorder": 3 if lead else 2}
-    return styles
+def styles(rows: list[dict]) -> dict[str, dict]:
+    """{model: how it is drawn}; models that are no method take turns, dashed and hollow."""
+    looks = {x: {"color": c, "marker": m, "linestyle": "-"} for x, (c, m) in STYLES.items()}
+    turns = [look | {"linestyle": "--", "markerfacecolor": "white"} for look in looks.values()]
+    others = [x for x in dict.fromkeys(r["label"] for r in rows) if x not in STYLES]
+    return looks | dict(zip(others, itertools.cycle(turns)))
 
 
-def panels(n_rows: int, n_columns: int, width: float = 4.2, height: float = 3.4):
-    """(figure, axes (n_rows, n_columns)) without frames; drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def panels(n: int, labels: Iterable[str]):
+    """(figure, n axes side by side), with room for a legend of the labels on the right."""
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(0.8 + width * n_columns, 0.7 + height * n_rows), dpi=150,
-                 layout="constrained")
-    FigureCanvasAgg(fig)
-    axes = fig.subplots(n_rows, n_columns, squeeze=False, sharey=True)
-    for ax in axes.flat:
+    width = 2.2 + 4.4 * n + 0.075 * max(map(len, labels))
+    fig = Figure((width, 4.2), dpi=150, layout="constrained")
+    axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.set_axisbelow(True)
-        ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+        ax.grid(axis="y", color="#E5E5E5")
     return fig, axes
 
 
-def severity_figure(rows: list[dict], wide: Sequence[str]):
-    """Accuracy against severity ([A] Fig. 3), a panel a -c set, a line a model; band = spread."""
-    fig, axes = panels(1, len(wide))
-    labels = models_on(rows, wide)
-    styles = line_styles(rows, labels)
-    for ax, name in zip(axes[0], wide):
-        for x in labels:
-            own = [r for r in rows if r["label"] == x]
-            values = [measured(own, x, base_name(name)[0])] + [
-                measured(own, x, name, severity=k) for k in range(1, 6)]
-            mean = np.array([100 * np.mean(v) if v else np.nan for v in values])
-            spread = np.array([100 * np.std(v, ddof=1) if len(v) > 1 else 0 for v in values])
-            ax.plot(range(6), mean, label=x, markersize=5, **styles[x])
-            if spread.any():
-                ax.fill_between(range(6), mean - spread, mean + spread, linewidth=0, alpha=0.18,
-                                color=styles[x]["color"])
-        ax.set_title(heading(rows, name), fontsize=11)
-        ax.set_xlabel("severity (0 = clean)")
-        ax.set_xticks(range(6))
-    axes[0, 0].set_ylabel("top-1 accuracy, %")
-    handles = {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles, loc="outside lower center", frameon=False,
-               ncols=min(len(handles), 3 * len(wide)))
+def severity_figure(rows: list[dict], names: Sequence[str]):
+    """[A] Fig. 3: accuracy against severity, a panel a -c set; band = spread over the seeds."""
+    looks, legend = styles(rows), {}
+    fig, axes = panels(len(names), models(rows, names))
+    for ax, name in zip(axes, names):
+        for x in models(rows, [name]):
+            found = [100 * np.array(seed_means(rows, label=x, **{"sets": (name,)} | at) or [NAN])
+                     for at in severities(rows, name).values()]
+            mean = np.array([v.mean() for v in found])
+            spread = np.array([v.std(ddof=len(v) > 1) for v in found])
+            legend[x], = ax.plot(range(6), mean, markersize=5, **looks[x])
+            ax.fill_between(range(6), mean - spread, mean + spread, color=looks[x]["color"],
+                            alpha=0.15, linewidth=0)
+        ax.set(title=name, xlabel="severity (0 = clean)", xticks=range(6))
+    axes[0].set_ylabel("top-1 accuracy, %")
+    fig.legend(legend.values(), legend, loc="outside right center", frameon=False)
     return fig
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, gain) points that no other beats: none costs less and gains as much."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
-    return front
-
-
-def place_labels(ax, points: Sequence[tuple[float, float]], names: Sequence[str],
-                 line: Sequence[tuple[float, float]]) -> None:
-    """Writes each name beside its point, where it covers no point, no other name and no piece of
-    the line, whose pieces are level or upright."""
-    from matplotlib.transforms import Bbox
-    ax.figure.draw_without_rendering()                            # settles the layout
-    pixels = ax.transData.transform(line)
-    taken = [Bbox([np.minimum(a, b) - 2, np.maximum(a, b) + 2]) for a, b in
-             zip(pixels, pixels[1:])]
-    taken += [Bbox([at - 12, at + 12]) for at in ax.transData.transform(points)]
-    x0, y0, x1, y1 = ax.get_window_extent().extents
-    spots = [(-8, 8, "right"), (9, -1, "left"), (0, 13, "center"), (8, 10, "left"),
-             (8, -10, "left"), (-8, -10, "right"), (-9, -1, "right"), (0, -14, "center")]
-    for at, name in zip(points, names):
-        texts = [ax.annotate(name, at, (dx, dy), textcoords="offset points", ha=side, va="center",
-                             fontsize=9.5) for dx, dy, side in spots]
-        boxes = [text.get_window_extent() for text in texts]
-        free = [not any(box.overlaps(t) for t in taken) and box.x0 >= x0 and box.x1 <= x1
-                and box.y0 >= y0 and box.y1 <= y1 for box in boxes]
-        best = free.index(True) if any(free) else 0
-        taken.append(boxes[best])
-        for text in texts[:best] + texts[best + 1:]:
-            text.remove()
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, gain) points that no other beats, the cheapest first."""
+    return sorted(p for p in set(points)
+                  if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
 
 
 def pareto_figure(rows: list[dict], shifts: Sequence[str]):
-    """Mean accuracy over the shifts against training time ([A] Fig. 1), with the Pareto front;
-    None without a model whose training time is known."""
-    labels = models_on(rows, shifts)
-    values = {x: 100 * np.array(v) for x in labels if (v := measured(rows, x, shifts))}
-    seconds = {x: s for x in values if (s := training_cost(rows, x, per_image=False))}
-    if not seconds:
-        return None
-    unit, each = next((u, e) for u, e, most in (("s", 1, 600), ("min", 60, 7200),
-                                                ("h", 3600, math.inf))
-                      if max(seconds.values()) < most)
-    fig, axes = panels(1, 1, 5.6, 3.9)
-    ax, styles = axes[0, 0], line_styles(rows, labels)
-    points = {x: (s / each, float(values[x].mean())) for x, s in seconds.items()}
-    for x, (cost, gain) in points.items():
-        spread = values[x].std(ddof=1) if len(values[x]) > 1 else None
-        ax.errorbar(cost, gain, spread, color=styles[x]["color"], marker=styles[x]["marker"],
-                    markersize=8, linestyle="", elinewidth=1.2, capsize=3, zorder=3)
-    for x in [x for x in values if x not in points]:
-        ax.axhline(values[x].mean(), color=styles[x]["color"], linestyle=":", linewidth=1.6,
-                   label=f"{x} (not trained here)")
-    ax.margins(0.16, 0.14)
-    if max(seconds.values()) > 15 * min(seconds.values()):
-        from matplotlib.ticker import LogLocator
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front."""
+    points, looks = {}, styles(rows)
+    fig, (ax,) = panels(1, models(rows, shifts))
+    for x in models(rows, shifts):
+        gain = 100 * np.array(seed_means(rows, label=x, sets=shifts))
+        minutes = np.array(seed_means(rows, label=x, sets=shifts, measure="training, s")) / 60
+        if np.isnan(minutes).any():
+            ax.axhline(gain.mean(), color=looks[x]["color"], linestyle=":",
+                       label=f"{x} (not trained)")
+        elif len(gain):
+            points[x] = float(minutes.mean()), float(gain.mean())
+            ax.errorbar(*points[x], gain.std(ddof=len(gain) > 1), capsize=3, markersize=8,
+                        label=x, **looks[x] | {"linestyle": ""})
+    if points:
+        ax.step(*zip(*pareto_front(points.values())), where="post", color="#999999", zorder=1,
+                label="Pareto front")
+        costs = [cost for cost, _ in points.values()]
+        ax.set_xscale("log" if max(costs) > 15 * min(costs) else "linear")
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter("")
-    front, right = pareto_front(list(points.values())), ax.get_xlim()[1]
-    steps = [corner for (x, y), (after, _) in zip(front, [*front[1:], (right, 0)])
-             for corner in ((x, y), (after, y))]
-    ax.plot(*zip(*steps), color="#999999", linewidth=1.2, zorder=1, label="Pareto front")
-    ax.set_xlim(right=right)
-    ax.set_xlabel(f"training time, {unit} (the model's own stage)")
-    ax.set_ylabel(f"top-1 accuracy, %, {mean_column(rows, shifts)[0]}")
-    fig.legend(loc="outside lower center", frameon=False, ncols=2)
-    place_labels(ax, list(points.values()), list(points), steps)
+    ax.set(xlabel="training time of the model's own stage, minutes",
+           ylabel=f"top-1 accuracy, %, {next(iter(mean_on(shifts)))}")
+    fig.legend(loc="outside right center", frameon=False)
     return fig
-
-
-def heads_figure(rows: list[dict], wide: Sequence[str]):
-    """Share of each head by severity, a row a Student, a column a -c set; None without any."""
-    students = [x for x in students_of(rows) if cells_of(rows, x, wide)]
-    if not students:
-        return None
-    fig, axes = panels(len(students), len(wide), 3.6, 2.8)
-    for ax, (x, name) in zip(axes.flat, [(x, name) for x in students for name in wide]):
-        own = [r for r in rows if r["label"] == x]
-        bottom = np.zeros(6)
-        for i, head in enumerate(HEADS):
-            share = averaged(lambda r: metric(r, "heads")[i] / r["n"])
-            values = [measured(own, x, base_name(name)[0], share)] + [
-                measured(own, x, name, share, severity=k) for k in range(1, 6)]
-            height = np.array([100 * np.mean(v) if v else 0 for v in values])
-            ax.bar(range(6), height, 0.8, bottom, color=HEAD_COLOURS[head], label=head)
-            bottom += height
-        ax.set_title(f"{x} ({own[0]['rule']})\n{heading(rows, name)}", fontsize=10)
-        ax.set_xticks(range(6))
-        ax.set_ylim(0, 100)
-    for ax in axes[-1]:
-        ax.set_xlabel("severity (0 = clean)")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("share of the images, %")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-               frameon=False, title="head that answered")
-    return fig
-
-
-FIGURES = {"severity.png": "accuracy against severity",
-           "pareto.png": "accuracy against training time", "heads.png": "head that answered"}
 
 
 def figures(rows: list[dict]) -> dict:
-    """{name in FIGURES: matplotlib figure} of what the rows hold.  Raises: ImportError without
-    matplotlib."""
-    rows = labelled(latest(rows))
-    g = groups(rows)
-    wide = [s for s in dict.fromkeys(r["set"] for r in rows) if len(cells(s)) > 1]
-    made = (severity_figure(rows, wide) if wide else None,
-            pareto_figure(rows, g.shifts) if g.shifts else None,
-            heads_figure(rows, wide) if wide else None)
-    return {name: figure for name, figure in zip(FIGURES, made) if figure is not None}
+    """{file name: matplotlib figure}.  Raises: ImportError without matplotlib."""
+    rows, found = latest(rows), {}
+    names, shifts = corrupted(rows), sets_of(rows, "shift")
+    if names:
+        found["severity.png"] = severity_figure(rows, names)
+    if any(r["set"] in shifts and r["train"] for r in rows):
+        found["pareto.png"] = pareto_figure(rows, shifts)
+    return found
 
 
 @torch.no_grad()
-def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int, rule: str,
-                 columns: int = 8) -> Image.Image:
-    """Sample pictures, clean, corrupted and shifted: what each head said and which one answered."""
-    conditions = [(name, None) for name in sets] + [
-        (next(iter(sets)), (c, 4))
-        for c in ("gaussian_noise", "glass_blur", "snow", "contrast", "pixelate")]
-    side, font = 96, ImageFont.load_default(9)
-    sheet = Image.new("RGB", (110 + columns * (side + 34), len(conditions) * (side + 44)), "white")
+def picture_grid(student, pictures: dict[str, tuple[Tensor, Tensor]], classes: Sequence[str],
+                 passes: int, rule: str, columns: int = 8) -> Image.Image:
+    """Sample pictures: the true class, and what each head said, green where it is right; > = the
+    head that answered.  Shapes: pictures {heading: (x (k,3,H,W) uint8, y (k,))}."""
+    side, line, font = 112, 15, ImageFont.load_default(12)
+    left = 16 + int(max(map(font.getlength, pictures)))
+    said = [font.getlength(f"> combined {name} 0.00") for name in classes]
+    wide, tall = max(side, int(max(said))) + 16, side + 4 * line + 16
+    sheet = Image.new("RGB", (left + columns * wide, len(pictures) * tall), "white")
     pen = ImageDraw.Draw(sheet)
-    for row, (name, cell) in enumerate(conditions):
-        images, top = sets[name], row * (side + 44)
-        picks = np.linspace(0, len(images) - 1, columns).astype(int)
-        x, y, index = images.__getitems__([(0, int(p)) for p in picks])
-        x = corrupt(x, *cell, index=index.tolist()) if cell else x
+    for row, (heading, (x, y)) in enumerate(pictures.items()):
+        x, y, top = x[:columns], y[:columns], row * tall + 6
         f = student.features(x.to(pick_device()))
-        mean, sigma, logits = (m.cpu() for m in student.moments(f, passes, images.project))
+        mean, sigma, logits = (m.cpu() for m in student.moments(f, passes))
         head = select(mean, sigma, rule, logits=logits, y=y)
-        pen.text((4, top + side // 2), f"{cell[0]} {cell[1]}" if cell else name, "black", font)
+        pen.text((6, top + side // 2), heading, "black", font)
         for i in range(len(x)):
-            left = 110 + i * (side + 34)
-            picture = Image.fromarray(x[i].permute(1, 2, 0).numpy()).resize((side, side))
-            sheet.paste(picture, (left, top))
-            for h, probs in enumerate(mean[i]):
-                p, k = probs.max(0)
-                text = (f"{'>' if h == head[i] else ' '}{HEADS[h][:5]} "
-                        f"{images.classes[k][:10]} {p:.2f}")
-                pen.text((left, top + side + 1 + 12 * h), text,
-                          "darkgreen" if k == y[i] else "firebrick", font)
+            at, below = left + i * wide, top + side + 2
+            picture = Image.fromarray(x[i].permute(1, 2, 0).cpu().numpy())
+            sheet.paste(picture.resize((side, side)), (at, top))
+            pen.text((at, below), classes[y[i]], "black", font)
+            for h, (p, k) in enumerate(zip(*mean[i].max(-1))):
+                mark = ">" if h == head[i] else "  "
+                pen.text((at, below + (h + 1) * line), f"{mark} {HEADS[h]} {classes[k]} {p:.2f}",
+                         "darkgreen" if k == y[i] else "firebrick", font)
     return sheet
 
 
@@ -5497,25 +3925,27 @@ def picture_grid(student: Student, sets: dict[str, ImageSet], passes: int, rule:
 # and settings, in turns within one run, so that a busy machine slows both alike.
 
 
+def seconds(call: Callable) -> float:
+    """How long the call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, rounds: int = 5) -> dict:
     """{"ours", "theirs", "ratio", "spread"}: median images/s and ratio over the rounds, and the
     least and largest ratio; None for theirs where there is no such package."""
-    seconds = []
-    for _ in range(rounds + 1):                       # the first round warms up
-        marks = [time.perf_counter()]
-        for call in filter(None, (ours, theirs)):
-            call()
-            marks.append(time.perf_counter())
-        seconds.append(np.diff(marks))
-    rates = np.array([n, n_theirs])[:len(seconds[0])] / np.array(seconds[1:])
-    if theirs is None:
-        return {"ours": round(float(np.median(rates)), 1), "theirs": None, "ratio": None,
-                "spread": None}
-    ratios = rates[:, 0] / rates[:, 1]
-    mine, other = np.median(rates, 0).tolist()
-    return {"ours": round(mine, 1), "theirs": round(other, 1),
-            "ratio": round(float(np.median(ratios)), 2),
-            "spread": [round(float(f(ratios)), 2) for f in (np.min, np.max)]}
+    sides = [(ours, n), (theirs, n_theirs)] if theirs else [(ours, n)]
+    rates = np.array([[images / seconds(call) for call, images in sides]
+                      for _ in range(rounds + 1)])[1:]                # the first round warms up
+    row = {"ours": np.median(rates[:, 0]).round(1).item(), "theirs": None, "ratio": None,
+           "spread": None}
+    if theirs:
+        ratios = rates[:, 0] / rates[:, 1]
+        row |= {"theirs": np.median(rates[:, 1]).round(1).item(),
+                "ratio": np.median(ratios).round(2).item(),
+                "spread": np.array([ratios.min(), ratios.max()]).round(2).tolist()}
+    return row
 
 
 def bench_images(n: int, size: int) -> Tensor:
@@ -5534,27 +3964,25 @@ def _if_it_runs(call: Callable) -> Callable | None:
 
 
 def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[dict]:
-    """Every corruption against the PyPI package imagecorruptions or imagenet_c, where installed."""
-    x = bench_images(n, size)
-    package = next((p for p in ("imagecorruptions", "imagenet_c")
-                    if importlib.util.find_spec(p)), None)
-    other = importlib.import_module(package) if package else None
+    """Every corruption against the PyPI package imagecorruptions, where installed, and all of them
+    as one: images/s of a sample that gets each once."""
+    x, rows, package = bench_images(n, size), [], "imagecorruptions"
     pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).numpy()]
-    rows = []
     for name in CORRUPTIONS:
         few = pictures[:1] if name == "glass_blur" else pictures     # a Python loop over the pixels
-        theirs = other and _if_it_runs(
-            lambda: [other.corrupt(p, severity=severity, corruption_name=name) for p in few])
+        theirs = _if_it_runs(lambda: [
+            importlib.import_module(package).corrupt(p, severity, name) for p in few])
         row = paired(lambda: corrupt(x, name, severity), theirs, n, len(few), 3)
         rows.append({"part": name, "against": package, **row})
-    for part, names in (("the 15", CORRUPTIONS_15), ("the 14 without glass_blur", [
-            c for c in CORRUPTIONS_15 if c != "glass_blur"])):
-        some = [r for r in rows if r["part"] in names]
-        ours, theirs = (len(some) / sum(1 / r[k] for r in some) if all(r[k] for r in some) else None
-                        for k in ("ours", "theirs"))
-        rows.append({"part": part, "against": package, "ours": round(ours, 1), "spread": None,
-                     "theirs": theirs and round(theirs, 1),
-                     "ratio": theirs and round(ours / theirs, 2)})
+    sums = {"the 15": rows[:], "the 14 without glass_blur": [
+        r for r in rows if r["part"] != "glass_blur"]}
+    for part, some in sums.items():
+        row = {"part": part, "against": package, "theirs": None, "ratio": None, "spread": None}
+        row["ours"] = round(len(some) / sum(1 / r["ours"] for r in some), 1)
+        if all(r["theirs"] for r in some):
+            row["theirs"] = round(len(some) / sum(1 / r["theirs"] for r in some), 1)
+            row["ratio"] = round(row["ours"] / row["theirs"], 2)
+        rows.append(row)
     return rows
 
 
@@ -5592,766 +4020,437 @@ def write_config(cfg: Config) -> None:
     """runs/NAME/config.yaml: the resolved config."""
     if world()[0] == 0:
         text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
-        write_atomically(cfg.dir / "config.yaml", lambda p: p.write_text(text))
-    barrier()
+        write_atomically(cfg.dir / "config.yaml", text)
 
 
-def _made(path: Path, key: dict) -> bool:
-    """Whether a stage's file is there.  Raises: UserError when it was made with other settings."""
-    if not path.is_file():
-        return False
-    changed = differences(read_meta(path).get("key", {}), key)
-    if changed:
-        raise UserError(f"{path} was made with other settings ({changed}): take another run=NAME, "
-                        "or delete it to make it again")
-    say(f"{key['stage']}: {path} is there, kept")
-    return True
+def training_images(cfg: Config) -> ImageSet:
+    """The training images, in the student's own view, for which it is built without memory."""
+    m, size = cfg.model, cfg.data.size_px
+    card = read_card(m.student_weights) if m.student_weights else None
+    with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
+        card = card or named(m.student, None, "random", size).card
+    return open_set(cfg.data.name, cfg.data, "train", card.view)
 
 
-def _stage_key(cfg: Config, stage: str, **more) -> dict:
-    """The settings that a stage's result depends on."""
-    data = {k: getattr(cfg.data, k) for k in ("name", "size_px", "n_train")}
-    if cfg.data.classes and not (stage == "pretrain" and cfg.model.head == "text"):
-        data["classes"] = cfg.data.classes
-    if cfg.model.head == "text":
-        more["prompts"] = [f and file_sha(f) for f in (
-            cfg.data.names, cfg.model.templates, cfg.model.vocabulary)]
-    return {"seed": cfg.seed, "data": data, "stage": stage,
-            stage: dataclasses.asdict(getattr(cfg, stage)), **more}
+CHECKS = [None, *((c, 3) for c in ("gaussian_noise", "defocus_blur", "fog", "contrast",
+                                   "jpeg_compression"))]
 
 
-def _finish(path: Path, module: nn.Module, stats: dict, key: dict, **more) -> Path:
-    """Writes a stage's weights and drops its checkpoint."""
-    if world()[0] == 0:
-        save_weights(path, module, describe(module, key=key, train=stats, **more))
-        ckpt = path.parent / f"{key['stage']}.ckpt"
-        ckpt.unlink(missing_ok=True)
-    barrier()
-    say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s")
-    return path
-
-
-@functools.cache
-def own_view(name: str) -> View:
-    """How the network of that name wants picture files to be cut."""
-    return named(name, 2, "random").view
-
-
-def training_images(cfg: Config, part: str = "") -> ImageSet:
-    """The training images of all classes or of a part, in the student's own view."""
-    return open_set(cfg.data.name + part, cfg.data, "train", own_view(cfg.model.student))
-
-
-def tuning_set(cfg: Config) -> ImageSet:
-    """The training images of the classes to tune on."""
-    return training_images(cfg, "@seen" if cfg.data.classes else "")
-
-
-def _train(cfg: Config, key: dict, module: nn.Module, step: Callable, images: ImageSet) -> dict:
-    """fit with the settings of the stage that key names."""
-    return fit(module, step, images, getattr(cfg, key["stage"]), cfg.runtime, out=cfg.dir,
-               name=key["stage"], seed=cfg.seed, key=key, workers=cfg.data.workers)
-
-
-def _train_tail(cfg: Config, key: dict, net: Net, tune: int, images: ImageSet,
-                aug: Robustify | None) -> dict:
-    """Trains the last `tune` stages and the classifier of a plain network, in place; tune = 0: the
-    linear layer alone."""
-    backbone, tail = cut(net.to(pick_device()), tune)
-    part = Tail(tail.requires_grad_(True))
-    tail[-1].features.requires_grad_(tune > 0)
-    return _train(cfg, key, part, tail_step(backbone, getattr(cfg, key["stage"]), aug), images)
-
-
-def _fit_probe(cfg: Config, net: Net, images: ImageSet) -> dict:
-    """Puts a linear probe in the place of the network's classifier: features once, then L-BFGS."""
-    since, fc = time.perf_counter(), stages(net)[-1].fc
-    weight, bias, l2 = fit_probe(
-        frozen_features(net.to(pick_device())), images, seed=cfg.seed, batch=cfg.eval.batch,
-        amp=cfg.runtime.amp, workers=cfg.data.workers)
-    fc.load_state_dict({"weight": weight, "bias": bias})
-    say(f"pretrain: linear probe on {len(images):,} images, l2 = {l2:.3g}")
-    return {"images": len(images), "seconds": round(time.perf_counter() - since, 2)}
-
-
-def net_for(cfg: Config, name: str, images: ImageSet, weights: str | None) -> Net:
-    """The network for the classes of a set: with a text head if model.head asks for it and the
-    network has a text tower, else with a linear one."""
-    if cfg.model.head != "text" or not has_text(name):
-        return build(name, len(images.classes), weights)
-    cache = cfg.dir / "text"
-    if weights and "prompts" in read_meta(weights) and "both towers" not in read_meta(weights):
-        return zero_shot(load(weights), images, cfg.model.templates, cache)
-    return zero_shot_net(name, prompts_of(images, cfg.model.templates), weights, cache)
-
-
-def _pretrain_towers(cfg: Config, path: Path, key: dict) -> Path:
-    """Trains both towers of a clip-tiny: network on captions, those of all classes."""
-    if not cfg.model.student.startswith("clip-tiny:"):
-        raise UserError(f"{cfg.model.student} cannot be pretrained with a text head: name a tag "
-                        "(open_clip:ViT-B-32-quickgelu/openai) or give model.student_weights")
-    images = training_images(cfg)
-    captioned = images.captioned().subset(cfg.pretrain.n_images)
-    towers = TinyClip(build(cfg.model.student))
-    towers.name, towers.n_classes, towers.towers = cfg.model.student, len(images.classes), {}
-    towers.size_px = 0
-    towers.prompts = prompts_of(images, cfg.model.templates)
-    stats = _train(cfg, key, towers, contrastive_step(captioned.classes), captioned)
-    return _finish(path, towers, stats, key, **{"both towers": True})
-
-
-def pretrain(cfg: Config, images: ImageSet | None = None) -> Path:
-    """Trains the student on clean data -> student.safetensors (kept if it is there)."""
-    path = cfg.dir / "student.safetensors"
-    weights = cfg.model.student_weights
-    key = _stage_key(cfg, "pretrain", model=cfg.model.student,
-                     **({"weights": file_sha(weights)} if weights else {}))
-    if _made(path, key):
-        return path
-    write_config(cfg)
-    torch.manual_seed(fold(cfg.seed, "init student"))
-    if cfg.model.head == "text":
-        return _pretrain_towers(cfg, path, key)
-    images = images or tuning_set(cfg)
-    net = build(cfg.model.student, len(images.classes), weights or None)
-    stage, images = cfg.pretrain, images.subset(cfg.pretrain.n_images)
-    if stage.tune == 0:
-        stats = _fit_probe(cfg, net, images)
-    elif stage.tune > 0:
-        stats = _train_tail(cfg, key, net, stage.tune, images, None)
-    else:
-        stats = _train(cfg, key, net, clean_step(stage.smoothing), images)
-    return _finish(path, net, stats, key)
-
-
-def student_path(cfg: Config, images: ImageSet) -> str | None:
-    """The student's weights file, made by pretrain when there is none; None = by the name's tag."""
-    weights, name = cfg.model.student_weights, cfg.model.student
-    if cfg.model.head == "text":
-        return weights or (None if has_tag(name) else str(pretrain(cfg)))
-    if weights and (read_meta(weights) or not lacks_head(named(name, 2, "random"), weights)):
-        return weights
-    if not weights and tag_classes(name) == len(images.classes):
-        return None
-    if not (cfg.dir / "student.safetensors").is_file():
-        say(f"{weights or name} has no classifier for these {len(images.classes)} classes: "
-            "pretrain comes first")
-    return str(pretrain(cfg, images))
-
-
-def robustify(cfg: Config, images: ImageSet | None = None) -> Path:
-    """Trains the small teacher to be robust -> teacher.safetensors (kept if it is there)."""
-    path = cfg.dir / "teacher.safetensors"
-    key = _stage_key(cfg, "robustify", model=cfg.model.teacher)
-    if _made(path, key):
-        return path
-    write_config(cfg)
-    images = images or tuning_set(cfg)
-    torch.manual_seed(fold(cfg.seed, "init teacher"))
-    net = net_for(cfg, cfg.model.teacher, images, None)
-    stats = _train(cfg, key, net, robust_step(cfg.robustify, len(images.classes)),
-                   extended(images.subset(cfg.robustify.n_images), cfg.robustify.extra))
-    return _finish(path, net, stats, key)
-
-
-def vocabulary(cfg: Config, images: ImageSet) -> list[str]:
-    """The texts that anchor a zero-shot student (distill.anchor), none for other students."""
-    if cfg.model.head != "text" or cfg.distill.method != "erpm" or not cfg.distill.anchor:
-        return []
-    if cfg.model.vocabulary:
-        return read_lines(cfg.model.vocabulary, "model.vocabulary")
-    if not images.captions:
-        raise UserError(f"distill.anchor: {images.name} has no captions: give model.vocabulary, a "
-                        "file of texts, a line each, or distill.anchor=0")
-    return sorted(set(images.captions))
-
-
-def distill(cfg: Config, images: ImageSet | None = None) -> Path:
-    """Tunes the large network -> model.safetensors; a missing student or teacher is made first."""
-    images = images or tuning_set(cfg)
-    d, path = cfg.distill, cfg.dir / "model.safetensors"
-    student_file = student_path(cfg, images)
-    teacher_file = cfg.model.teacher_weights
-    if d.method == "erpm" and not teacher_file:
-        if not (cfg.dir / "teacher.safetensors").is_file():
-            say("distill: no robust teacher yet: robustify comes first")
-        teacher_file = str(robustify(cfg, images))
-    key = _stage_key(cfg, "distill", augment=cfg.robustify.augment,
-                     severity=cfg.robustify.severity, student=cfg.model.student,
-                     files=[file_sha(f) if f else "" for f in (student_file, teacher_file)])
-    if _made(path, key):
-        return path
-    write_config(cfg)
-    net = net_for(cfg, cfg.model.student, images, student_file)
-    texts = vocabulary(cfg, images)
-    images = images.subset(d.n_images)
-    if d.method != "erpm":
-        stats = _train_tail(cfg, key, net, d.tune if d.method == "apt" else 0, images,
-                            cfg.robustify)
-        return _finish(path, net, stats, key)
-    device = pick_device()
-    student = Student(net, d.tune, d.head, d.dropout, len(images.classes), dropout_in=d.dropout_in)
-    teacher = freeze(net_for(cfg, cfg.model.teacher, images, teacher_file)).to(device)
-    wide = student.to(device)
-    if texts:                    # the same weights, with the vocabulary behind the classes
-        more = class_embeddings(net.name, net.towers, Prompts(texts, ("{}",)), cfg.dir / "text")
-        wide = with_text(student, torch.cat([student.original[-1].fc.weight.cpu(), more]))
-    stats = _train(cfg, key, wide.tuned, erpm_step(wide, teacher, d, cfg.robustify), images)
-    return _finish(path, student, stats, key)
-
-
-def corrupted(name: str) -> str:
-    """The name of a set's ImageNet-C-like copy."""
-    return (name.replace("folder:", "folder-c:", 1) if name.startswith("folder:") else f"{name}-c")
-
-
-def default_sets(cfg: Config) -> list[str]:
-    """eval.sets, or the training set, its corrupted copy and its renditions."""
-    if cfg.eval.sets:
-        return [s.strip() for s in cfg.eval.sets.split(",") if s.strip()]
-    name, side = cfg.data.name, "@seen" * bool(cfg.data.classes)
-    names = [name, corrupted(name), *([f"{name}-r"] if f"{name}-r" in SETS else [])]
-    return [n + side for n in names]
-
-
-def all_sets(home: str) -> list[str]:
-    """Every set, and the corrupted copies of a network's own (ImageNet's: and ObjectNet's): on sets
-    of other classes [A] looks at clean images alone."""
-    own = [home, *["objectnet"] * (home == "imagenet")]
-    return list(dict.fromkeys([*SETS, home, *map(corrupted, own)]))
-
-
-def with_companions(names: Sequence[str]) -> list[str]:
-    """The names, each set of some of ImageNet's classes followed by the clean images of the same
-    classes: imagenet-a, imagenet@a."""
-    return list(dict.fromkeys(n for name in names for n in (name, SAME_CLASSES.get(name)) if n))
-
-
-def preflight(cfg: Config, training: bool) -> None:
-    """Raises: UserError for what would stop a long job late: unknown names, absent weights files,
-    networks that cannot be cut, rules without sigma."""
-    choose(dict.fromkeys(RULES), cfg.eval.rule, "rule")
-    spec_names(cfg.robustify.augment)
-    for base in (base_name(name)[0] for name in default_sets(cfg) if name != "all"):
-        if not base.startswith("folder:"):
-            set_row(base)
-    for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates),
-                      ("model.vocabulary", cfg.model.vocabulary)):
-        if file:
-            read_lines(file, key)
-    if training and cfg.model.head == "text" and not has_text(cfg.model.student):
-        two_towers(cfg.model.student)                                            # says what has
-    if training:
-        for path in filter(None, (cfg.model.student_weights, cfg.model.teacher_weights)):
-            read_meta(path)
-        for name in (cfg.model.student, cfg.model.teacher):
-            tag_classes(name)
-        cut(named(cfg.model.student, 2, "random"), cfg.distill.tune)
-        teacher, weights = named(cfg.model.teacher, 2, "random"), cfg.model.teacher_weights
-        text = cfg.model.head == "text" and has_text(cfg.model.teacher)
-        if weights and not text and lacks_head(teacher, weights):
-            raise UserError(f"{weights} has no classifier: model.teacher_weights wants those of a "
-                            "whole network, or leave it empty and let robustify make them")
-        d = cfg.distill
-        if cfg.eval.rule in NEEDS_SIGMA and d.method == "erpm" and not d.dropout:
-            raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={cfg.eval.rule} "
-                            "needs it; set a rate above 0, or eval.rule=kl")
-    lost = [f for f in ICE_FILES if not (Path(cfg.eval.frost_dir) / f).is_file()]
-    if cfg.eval.frost_dir and lost:
-        raise UserError(f"eval.frost_dir: no {lost[0]} in {cfg.eval.frost_dir} (the textures are "
-                        f"{', '.join(ICE_FILES)})")
-
-
-def weights_sha(net: nn.Module) -> str:
-    """First 12 hex digits of a hash of the network's tensors."""
-    h, texts = hashlib.sha256(), {f"{n}.weight" for n, m in net.named_modules()
-                                  if isinstance(m, TextHead)}
-    for k, v in net.state_dict().items():
-        if k in texts:                                   # they change with the set: see "prompts"
-            continue
-        h.update(k.encode())
-        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:12]
-
-
-def entry(label: str, net: nn.Module, meta: dict, home: str) -> Entry:
-    """A network ready to be scored."""
-    return Entry(label, net.to(pick_device()), weights_sha(net), meta, home)
-
-
-def entries_of(cfg: Config) -> list[Entry]:
-    """The networks of a run: original student, teacher, baselines, model."""
-    run, m, home, files = cfg.dir, cfg.model, cfg.data.name, []
-    for f in filter(Path.is_file, [*sorted(run.glob("*/model.safetensors")),
-                                   run / "model.safetensors"]):
-        key = read_meta(f).get("key", {})
-        if key.get("stage", "distill") != "distill":
-            raise UserError(f"{f} was made by {key['stage']}, not by distill: put it back in its "
-                            "place, and run distill")
-        files.append((LABELS[key.get("distill", {}).get("method", "erpm")], f))
-    own = [(label, run / f"{name}.safetensors") for label, name in
-           (("original", "student"), ("teacher", "teacher"))]
-    entries = [entry(label, load(f), read_meta(f), home) for label, f in own if f.is_file()]
-    models = [entry(label, load(f), read_meta(f), home) for label, f in files]
-    if not entries and not models:
-        raise UserError(f"no trained network in {run}: run `python erpm.py distill` first, or name "
-                        "another run")
-    labels = {e.label for e in entries}
-    for label, name, weights in (("original", m.student, m.student_weights),
-                                 ("teacher", m.teacher, m.teacher_weights)):
-        if models and label not in labels and (weights or label == "original" and has_tag(name)):
-            own = getattr(models[-1].model, "prompts", None)
-            net = zero_shot_net(name, own, weights or None, run / "text") \
-                if own and has_text(name) else \
-                named(name, models[-1].model.n_classes, weights or None)
-            entries.append(entry(label, freeze(net), {}, home))
-    return [*entries, *models]
-
-
-class Token(NamedTuple):
-    """A network of eval.models: [LABEL@][probe:]NAME[=WEIGHTS_FILE]."""
-    label: str
-    probe: bool
-    name: str
-    path: str
-
-
-def read_token(token: str) -> Token:
-    """The parts of a token.  Raises: UserError on an unknown name, on one without weights and on an
-    absent file."""
-    front, _, path = token.partition("=")
-    label, _, front = front.rpartition("@")
-    name = front.removeprefix("probe:")
-    if path:
-        named(name, None, "random")
-        read_meta(path)
-    elif name.startswith("run:"):
-        read_meta(run_file(name[4:]))
-    elif has_tag(name):
-        tag_classes(name)
-    else:
-        named(name)
-        raise UserError(f"--model {name} has no weights: add a pretrained tag "
-                        "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a "
-                        "run made (run:runs/x)")
-    return Token(label or token, name != front, name, path)
-
-
-def file_classes(name: str, path: str) -> int | None:
-    """Number of outputs of the classifier in a weights file; None where it has none."""
-    state = read_state(path)
-    return next((len(state[k]) for k in _head_keys(named(name, None, "random").net)
-                 if k in state), None)
-
-
-def model_entry(token: str) -> Entry:
-    """A network of eval.models.  With a text tower it is zero-shot: it takes the classes of each
-    set.  Else its classes are those of the set that it was trained on, where it is ours, and
-    ImageNet's, where it is a public one with 1000 outputs.  probe: only its features count."""
-    label, probe, name, path = read_token(token)
-    meta = read_meta(path) if path else {}
-    if name.startswith("run:"):
-        meta = read_meta(run_file(name[4:]))
-    headless = not path and has_tag(name) and tag_classes(name) == 0     # MAE, DINOv2: for a probe
-    if not has_text(name) or probe:
-        n = meta.get("classes") or path and file_classes(name, path) or None
-        net = build(name, 1 if headless else n, path or None)
-    elif "prompts" in meta and "both towers" not in meta:
-        net = load(path)
-    else:
-        net = zero_shot_net(name, Prompts(("object", "place"), ("{}",)), path or None)
-    home = meta.get("key", {}).get("data", {}).get("name", "")
-    if not home and name.startswith(("timm:", "torchvision:")) and net.n_classes == len(synsets()):
-        home = "imagenet"
-    return dataclasses.replace(entry(label, freeze(net), meta, home), probe=probe)
-
-
-def networks(cfg: Config) -> Iterator[tuple[list[Entry], View]]:
-    """The networks to score, in groups that see the same pixels: those of a run, with the student's
-    own view of picture files; or one by one eval.models."""
-    if not cfg.eval.models:
-        entries = entries_of(cfg)
-        views = [e.model.view for e in entries if e.model.name == cfg.model.student]
-        yield entries, views[0] if views else own_view(cfg.model.student)
-        return
-    tokens = list(dict.fromkeys(t.strip() for t in cfg.eval.models.split(",") if t.strip()))
-    for token in tokens:
-        read_token(token)
-    for token in tokens:
-        try:
-            e = model_entry(token)
-        except UserError as error:
-            others = ",".join(t for t in tokens if t != token)
-            raise UserError(f"{token}: {error}" + (
-                f"; what is scored is kept; to leave it out: --model {others}" if others else "")
-            ) from None
-        yield [e], getattr(e.model, "view", View())
-
-
-def _job(name: str, entries: list[Entry], view: View, cfg: Config,
-         trains: dict[str, ImageSet]) -> Job:
-    """A set ready to be scored; trains: the training splits that are open already."""
-    images, home = open_set(name, cfg.data, view=view), family(name)
-    able = [e for e in entries if getattr(e.model, "prompts", None)] \
-        if class_side(name)[1] == "unseen" else entries      # other heads know seen classes only
-    heads = {e.label: head_for(e, name, images, cfg) for e in able}
-    prompts = f"{fold(prompts_of(images, cfg.model.templates)):016x}" \
-        if "zero-shot" in heads.values() else ""
-    strange = [label for label, head in heads.items() if head.startswith("linear probe")]
-    if not strange:
-        return Job(images, heads, None, prompts)
-    why, few = (f"{name}: its classes are not the outputs of {', '.join(strange)}, and there are "
-                "no training images for a linear probe"), "no training images for a linear probe"
-    if home in SETS and not SETS[home].n_train:
-        raise Absent(f"{why}: {home} has no training split", few)
+def validate(label: str, net: nn.Module, cfg: Config) -> float:
+    """Accuracy under five corruptions, told after every stage with that on clean test images (of up
+    to 500); used for nothing but a warning.  NaN without test images."""
     try:
-        trains[home] = trains.get(home) or open_set(home, cfg.data, "train", view)
-    except Absent as e:
-        raise Absent(f"{why}: {e}", few) from None
+        images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
     except UserError as e:
-        raise UserError(f"{why}: {e}") from None
-    return Job(images, heads, trains[home], prompts)
+        say(f"{label}: no validation ({e})")
+        return math.nan
+    found = []
+    for cell in CHECKS:
+        row = evaluate_all({"": net.to(pick_device())}, images, cell, passes=cfg.eval.passes,
+                           amp=cfg.runtime.amp, batch=cfg.eval.batch, workers=cfg.data.workers)[""]
+        found.append((row["rules"][cfg.eval.rule] if "rules" in row else row)["correct"] / row["n"])
+    clean, shifted = found[0], float(np.mean(found[1:]))
+    say(f"{label}: {100 * clean:.1f} % of {len(images)} test images right, {100 * shifted:.1f} % "
+        "under corruption")
+    return shifted
 
 
-def plan(entries: list[Entry], view: View, cfg: Config) -> tuple[dict[str, Job], dict[str, str]]:
-    """(the sets to score, {name: reason} of those that nobody named and that cannot be).
+def stage(cfg: Config, file: str, label: str, images: ImageSet, inputs: dict,
+          make: Callable) -> nn.Module:
+    """The network of runs/NAME/FILE.safetensors: kept if it is there, else made and saved.
 
-    Raises: UserError on a set that was asked for by name and is absent, on one that is half
-    unpacked, and on one that needs a linear probe and has no training images."""
-    asked, jobs, lost = default_sets(cfg), {}, {}
-    home = next((e.home for e in entries if e.home), "imagenet")
-    names = [n for name in asked for n in (all_sets(home) if name == "all" else [name])]
-    trains: dict[str, ImageSet] = {}
-    companion_of = {b: a for a, b in SAME_CLASSES.items() if b not in names}
-    for name in with_companions(names):
-        if name in companion_of and companion_of[name] not in jobs:
-            continue
-        try:
-            jobs[name] = _job(name, entries, view, cfg, trains)
-        except UserError as e:
-            if name in asked or not isinstance(e, Absent) and name not in companion_of:
-                raise
-            lost[name] = e.reason if isinstance(e, Absent) else str(e)
-    return jobs, lost
+    make(train) -> (network, {"images", "seconds"}), where train is fit with this stage's settings.
+    inputs: what the result depends on beside the settings of data, seed and stage.
+    Raises: UserError when the file was made with other settings."""
+    name = {"student": "pretrain", "teacher": "robustify"}.get(file, "distill")
+    path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
+    used = {f"data.{k}" for k in ("name", "size_px", "fit", "crop", "flip", "n_train")} | {"seed"}
+    key = {k: v for k, v in flat(cfg).items() if k in used or k.startswith(f"{name}.")} | inputs
+    if path.is_file():
+        changed = differences(getattr(read_card(path), "key", {}), key)
+        if changed:
+            raise UserError(f"{path} was made with other settings ({changed}): take another "
+                            "run=NAME, or delete it to make it again")
+        say(f"{name}: {path} is there, kept")
+        return load(path)
+    write_config(cfg)
+
+    def train(module: nn.Module, step: Callable, some: ImageSet) -> dict:
+        some = some.training(fold(cfg.seed, name), cfg.data.crop, cfg.data.flip)
+        return fit(module, step, some, getattr(cfg, name), cfg.runtime, name=name, seed=cfg.seed,
+                   checkpoint=checkpoint, key=key, workers=cfg.data.workers)
+
+    net, stats = make(train)
+    if world()[0] == 0:
+        save(path, net, size_px=net.card.size_px or images.view.size_px, view=images.view,
+             classes=images.outputs, home=images.base, label=label, key=key, train=stats,
+             fresh=False)
+        checkpoint.unlink(missing_ok=True)
+    any_rank(False)                                  # all wait for the file
+    net = load(path)
+    say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
+        f"{path}: as it comes")
+    net.robustness = validate(label, net, cfg)
+    return net
 
 
-def headline(rows: list[dict], rule: str) -> list[dict]:
-    """The rows with the rule of the headline figures set to `rule`."""
-    return [r | {"rule": rule} for r in rows]
+# ---- the student and the teacher -----------------------------------------------------------------
+
+def tail_of(net: Net, tune: int) -> tuple[Tuned, nn.Module]:
+    """(the last stages and the classifier to be trained, the frozen rest); 0: the Linear alone."""
+    backbone, tail = cut(net.to(pick_device()), tune)
+    part = Tuned(tail.requires_grad_(True))
+    tail[-1].features.requires_grad_(tune > 0)
+    return part, backbone
 
 
-def summary(rows: list[dict]) -> str:
-    """The figures of every network on every set, means over the cells, in percent but NLL."""
-    groups: dict[tuple, list[dict]] = {}
-    for r in latest(rows):
-        groups.setdefault((r["label"], r["set"], r["head"]), []).append(r)
-    body = []
-    for (label, name, head), some in groups.items():
-        figures = [f"{scale * measure(some):.{4 if scale == 1 else 2}f}"
-                   for measure, scale in MEASURES.values()]
-        whole = len(some) == len(cells(name))
-        how = head + f", rule {some[0]['rule']}" * ("rules" in some[0])
-        body.append([label, name, how, some[0]["n"], *(figures if whole else ["missing"] * 4)])
-    return table(["model", "set", "head", "images a cell", *MEASURES], body)
+def train_clip(cfg: Config, images: ImageSet, train: Callable) -> tuple[nn.Module, dict]:
+    """Trains both towers of an open_clip network by cross-entropy over the prompts of all
+    classes."""
+    import open_clip
+    name, device = cfg.model.student, pick_device()
+    clip = clip_model(name.partition(":")[2], "random", cfg.data.size_px)
+    net = named(name, None, "random", cfg.data.size_px).to(device)       # it knows mean and std
+    names, templates = prompts_of(images, cfg.model.templates, cfg.data.names)
+    texts = open_clip.get_tokenizer(name.partition(":")[2])(
+        [templates[0].replace("{}", c) for c in names]).to(device)
+
+    def step(model, batch):
+        h, t, scale = model(net.prepare(batch.x), texts)[:3]
+        return F.cross_entropy((scale * h @ t.T).float(), batch.y,
+                               label_smoothing=cfg.pretrain.smoothing), {}
+
+    stats = train(clip, step, images.subset(cfg.pretrain.n_images))
+    clip.card = dataclasses.replace(net.card, clip="both towers", n_classes=len(names),
+                                    prompts=(names, templates))
+    return clip, stats
+
+
+def student_net(cfg: Config, images: ImageSet) -> nn.Module:
+    """The network to be tuned -> student.safetensors: as its tag or file gives it where these have
+    a classifier for the classes, or text, and else trained on clean data first."""
+    m, t, size, weights = cfg.model, cfg.pretrain, cfg.data.size_px, cfg.model.student_weights
+    inputs = {"model": m.student, "weights": weights and file_sha(weights)}
+    if m.head == "text" and not m.student.startswith("open_clip:"):
+        raise UserError(f"model.head=text: {m.student} has no text tower; take open_clip:NAME")
+
+    def make(train: Callable) -> tuple[nn.Module, dict]:
+        torch.manual_seed(fold(cfg.seed, "init student"))
+        if m.head == "text" and not weights and not has_tag(m.student):
+            return train_clip(cfg, images, train)
+        net = named(m.student, None if m.head == "text" else len(images.classes), weights or None,
+                    size)
+        if m.head == "text":
+            net = zero_shot(net, prompts_of(images, m.templates, cfg.data.names), cfg.dir / "text")
+        cut(net, cfg.distill.tune)            # what cannot be tuned says so before any training
+        net.requires_grad_(True)
+        some, since = images.subset(t.n_images), time.perf_counter()
+        if not net.card.fresh:
+            return net, {}
+        say(f"{weights or m.student} has no classifier for these {len(images.classes)} classes: it "
+            "is trained first")
+        if t.tune < 0:
+            return net, train(net, plain_step(t), some)
+        if t.tune > 0:
+            part, backbone = tail_of(net, t.tune)
+            return net, train(part, plain_step(t, backbone=backbone), some)
+        fc = fit_probe(frozen_features(net.to(pick_device())), some, cfg)
+        stages(net)[-1].fc.load_state_dict(fc.state_dict())
+        return net, {"images": len(some), "seconds": round(time.perf_counter() - since, 2)}
+
+    return stage(cfg, "student", "original", images, inputs, make)
+
+
+def robust_teacher(cfg: Config, images: ImageSet) -> nn.Module:
+    """The small robust network -> teacher.safetensors; robustify.method=none: as it comes."""
+    m, r = cfg.model, cfg.robustify
+    inputs = {"model": m.teacher, "view": str(images.view),
+              "weights": m.teacher_weights and file_sha(m.teacher_weights)}
+
+    def make(train: Callable) -> tuple[nn.Module, dict]:
+        torch.manual_seed(fold(cfg.seed, "init teacher"))
+        net = named(m.teacher, len(images.classes), m.teacher_weights or None, cfg.data.size_px)
+        if r.method != "none":
+            step = plain_step(r, r, n_classes=len(images.classes))
+            return net, train(net, step, images.subset(r.n_images))
+        if net.card.fresh:
+            raise UserError(f"robustify.method=none: {m.teacher_weights or m.teacher} has no "
+                            f"trained classifier for these {len(images.classes)} classes")
+        return net, {}
+
+    return stage(cfg, "teacher", "teacher", images, inputs, make)
+
+
+# ---- the methods: (net, teacher, cfg, images, train) -> (network, {"images", "seconds"}) ---------
+
+def tune_erpm(net, teacher, cfg, images, train):
+    """[A]: three heads, distilled from the original network and the robust teacher."""
+    d, device = cfg.distill, pick_device()
+    student = Student(net, d.tune, d.head, d.dropout, dropout_in=d.dropout_in).to(device)
+    step = erpm_step(student, freeze(teacher).to(device), d, cfg.robustify)
+    return student, train(student.tuned, step, images)
+
+
+def tune_apt(net, teacher, cfg, images, train, tune: int | None = None):
+    """The same part, one head, no teacher, on clean and augmented images; tune = 0: LP."""
+    part, backbone = tail_of(net, cfg.distill.tune if tune is None else tune)
+    return net, train(part, plain_step(cfg.distill, cfg.robustify, backbone), images)
+
+
+def tune_ft(net, teacher, cfg, images, train):
+    """The whole network, end to end, on clean and augmented images."""
+    net.requires_grad_(True)
+    return net, train(net, plain_step(cfg.distill, cfg.robustify), images)
+
+
+METHODS = {"erpm": ("ERPM", tune_erpm), "apt": ("APT", tune_apt), "ft": ("FT", tune_ft),
+           "lp": ("LP", functools.partial(tune_apt, tune=0))}
+
+
+def tuned_model(cfg: Config, images: ImageSet, file: str = "model") -> nn.Module:
+    """The large network, tuned -> FILE.safetensors; a missing student or teacher is made first."""
+    label, tune = METHODS[cfg.distill.method]
+    net, teacher = student_net(cfg, images), None
+    inputs = {"student": weights_sha(net), "augment": cfg.robustify.augment,
+              "severity": cfg.robustify.severity}
+    if tune is tune_erpm:
+        teacher = robust_teacher(cfg, images)
+        inputs["teacher"] = weights_sha(teacher)
+        ours, theirs = (getattr(n, "robustness", None) or validate(n.card.label, n, cfg)
+                        for n in (net, teacher))
+        if theirs < ours:
+            say(f"warning: the teacher is worse than the student under corruption, "
+                f"{100 * theirs:.1f} against {100 * ours:.1f} %: it has little to teach; train it "
+                "longer, start it from better weights (model.teacher_weights) or take another")
+    return stage(cfg, file, label, images, inputs,
+                 lambda train: tune(net, teacher, cfg, images.subset(cfg.distill.n_images), train))
+
+
+# ---- eval ----------------------------------------------------------------------------------------
+
+def networks_of_run(cfg: Config) -> dict[str, nn.Module]:
+    """{label: network} of a run's folder: original, teacher, baselines, model."""
+    order = {"student": 0, "teacher": 1, "model": 3}
+    files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
+    if not files:
+        raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first, or "
+                        "name another run")
+    return {net.card.label: net.to(pick_device()) for net in map(load, files)}
+
+
+def network_of_token(token: str) -> dict[str, nn.Module]:
+    """{label: network} of [LABEL@]NAME[=WEIGHTS_FILE].  Raises: UserError."""
+    front, _, path = token.partition("=")
+    label, _, name = front.rpartition("@")
+    if not path and not name.startswith("run:") and not has_tag(name):
+        raise UserError(f"--model {name} has no weights: add a pretrained tag "
+                        "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
+                        "made (run:runs/x)")
+    net = build(name, weights=path or None)
+    if not net.card.home and net.card.n_classes == len(synsets()):       # a public network's
+        net.card = dataclasses.replace(net.card, home="imagenet", classes=synsets())
+    return {label or token: freeze(net).to(pick_device())}
+
+
+def set_names(cfg: Config) -> list[str]:
+    """eval.sets, or the training set, its corrupted copy and its renditions."""
+    name = cfg.data.name
+    asked = [s.strip() for s in cfg.eval.sets.split(",") if s.strip()]
+    if asked == ["all"]:
+        return list(dict.fromkeys([*SETS, name, corrupted_name(name), "imagenet-c", "objectnet-c"]))
+    return asked or [name, corrupted_name(name), *([f"{name}-r"] if f"{name}-r" in SETS else [])]
+
+
+def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
+    """Scores networks on all sets; those that want the same pixels see them together.  Returns the
+    "of" of what was asked.  Raises: UserError; under `all` what is absent is passed over."""
+    asked, everything = set(), cfg.eval.sets.strip() == "all"
+    for view in dict.fromkeys(net.card.view for net in nets.values()):
+        opened, probes = {}, {}
+        for name in set_names(cfg):                 # what is not there says so before any scoring
+            try:
+                opened[name] = open_set(name, cfg.data, view=view)
+            except Absent as e:
+                if not everything:
+                    raise
+                say(f"left out: {str(e).partition(':')[0]}")
+        for name, images in opened.items():
+            first = next(net for net in nets.values() if net.card.view == view)
+            images = aligned(images, first.card)
+            try:
+                able = dict(headed(label, net, name, images, cfg, probes)
+                            for label, net in nets.items() if net.card.view == view)
+                asked |= score(able, images, cfg)
+            except Absent as e:
+                if not everything:
+                    raise
+                say(f"left out: {e}")
+    return asked
 
 
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
-    said, asked = "", set()
-    for name in default_sets(cfg):
-        if name != "all":
-            open_set(name, cfg.data)          # told before a network is read: what is not there
-    for entries, view in networks(cfg):
-        jobs, lost = plan(entries, view, cfg)
-        line = "\n".join(f"left out, {reason}: {', '.join(n for n in lost if lost[n] == reason)}"
-                         for reason in dict.fromkeys(lost.values()))
-        if lost and line != said:
-            say(line)
-        said = line
-        cfg.dir.mkdir(parents=True, exist_ok=True)
-        if cfg.eval.models and not from_first((cfg.dir / "config.yaml").is_file):
-            write_config(cfg)                            # `report --run` looks for it
-        asked |= score(entries, jobs, cfg, cfg.dir)
-    if world()[0]:
-        return
-    rows = headline([r for r in read_rows(cfg.dir) if row_key(r) in asked], cfg.eval.rule)
-    say(summary(rows) if rows else "nothing to score")
-    if args.check_known:
-        say(check_known(rows))
-    say(f"results: {cfg.dir / 'results.jsonl'}; for tables and figures: report --run {cfg.dir}")
+    tokens = list(dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(",")))))
+    if tokens and not (cfg.dir / "config.yaml").is_file():
+        write_config(cfg)                                # `report --run` looks for it
+    asked = set() if tokens else score_all(networks_of_run(cfg), cfg)
+    for token in tokens:                             # one by one: they may be large
+        try:
+            asked |= score_all(network_of_token(token), cfg)
+        except UserError as e:
+            raise type(e)(f"{token}: {e}; what is scored is kept") from None
+    if world()[0] == 0:
+        rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
+        say(summary(rows) if rows else "nothing to score")
+        say(f"results: {cfg.dir / 'results.jsonl'}; for tables and figures: report --run {cfg.dir}")
 
 
-def write_figures(rows: list[dict], out: Path) -> list[str]:
-    """Writes the figures and returns their names; without matplotlib says what was left out."""
-    try:
-        drawn = figures(rows)
-    except ImportError:
-        say(f"{', '.join(FIGURES)} left out: matplotlib is not installed (pip install matplotlib)")
-        return []
-    for name, figure in drawn.items():
-        write_atomically(out / name, lambda p: figure.savefig(p, format="png"))
-        say(f"{out / name} written")
-    return list(drawn)
+# ---- the other commands --------------------------------------------------------------------------
 
-
-def write_pictures(rows: list[dict], cfg: Config, run: Path) -> None:
-    """Writes pictures.png of a run's Student, where its images are there."""
-    model, g = run / "model.safetensors", groups(rows)
-    if not model.is_file() or "student" not in read_meta(model):
-        return
-    names = [s for s in dict.fromkeys(r["set"] for r in rows)
-             if s in (g.home, *g.shifts) and len(cells(s)) == 1]
-    try:
-        sets = {n: open_set(n, cfg.data) for n in names}
-    except UserError as e:
-        return say(f"pictures.png left out: {e}")
-    if sets:
-        picture = picture_grid(load(model).to(pick_device()), sets, cfg.eval.passes, cfg.eval.rule)
-        write_atomically(run / "pictures.png", lambda p: picture.save(p, "png"))
-        say(f"{run / 'pictures.png'} written")
+def pictures_of(rows: list[dict], cfg: Config, run: Path) -> Image.Image | None:
+    """The picture grid of a run's Student, where its images are there."""
+    student, pictures, images = None, {}, None
+    if (run / "model.safetensors").is_file():
+        student = load(run).to(pick_device())
+    for name in dict.fromkeys(r["set"] for r in rows if r["kind"] in ("home", "shift")
+                              and not r["corruption"] and isinstance(student, Student)):
+        with contextlib.suppress(UserError):         # a set that is not there is not drawn
+            images = open_set(name, cfg.data, view=student.card.view)
+            picks = np.linspace(0, len(images) - 1, 8).astype(int)
+            x, y, index = images.__getitems__([(0, int(p)) for p in picks])
+            pictures[name] = x, y
+            for c, _ in CHECKS[1:] if len(pictures) == 1 else ():
+                pictures[f"{c} 4"] = corrupt(x, c, 4, index=index.tolist()), y
+    if pictures:
+        return picture_grid(student, pictures, images.classes, cfg.eval.passes, cfg.eval.rule)
 
 
 def run_report(cfg: Config, args) -> None:
     """results.jsonl of one or more runs -> report.md and pictures in the first one."""
-    if world()[0]:
-        return
     runs = [Path(r) for r in (args.run or str(cfg.dir)).split(",")]
-    rows = headline([r for run in runs for r in read_rows(run)], cfg.eval.rule)
+    rows = [r for run in runs for r in read_rows(run, cfg.eval.rule)]
     if not rows:
         raise UserError(f"no results in {', '.join(map(str, runs))}: run `python erpm.py eval` "
                         "first")
-    text = report_text(rows)
+    text, drawn = report_text(rows), {}
     say(text.partition(f"\n## {APPENDIX}")[0])
-    links = [f"![{FIGURES[name]}]({name})" for name in write_figures(rows, runs[0])]
-    text += "\n".join(["\n## Figures\n", *links, ""]) * bool(links)
-    write_atomically(runs[0] / "report.md", lambda p: p.write_text(text))
-    say(f"{runs[0] / 'report.md'} written")
-    write_pictures(rows, cfg, runs[0])
+    try:
+        drawn = figures(rows)
+    except ImportError:
+        say("figures left out: matplotlib is not installed (pip install matplotlib)")
+    for name, figure in drawn.items():
+        write_atomically(runs[0] / name, lambda f: figure.savefig(f, format="png"))
+        text += f"\n![{name}]({name})\n"
+    grid = pictures_of(rows, cfg, runs[0])
+    if grid:
+        write_atomically(runs[0] / "pictures.png", lambda f: grid.save(f, "png"))
+    write_atomically(runs[0] / "report.md", text)
+    say(f"{runs[0]}: report.md, {', '.join([*drawn, *(['pictures.png'] if grid else [])])} written")
 
 
 def run_demo(cfg: Config, args) -> None:
     """Everything: the three stages, the baselines lp and apt, eval and report."""
-    since = time.perf_counter()
-    images = tuning_set(cfg)
-    student = student_path(cfg, images)
-    teacher = cfg.model.teacher_weights or str(robustify(cfg, images))
+    since, images = time.perf_counter(), training_images(cfg)
     for method in ("lp", "apt") if cfg.model.head == "linear" else ():
-        sub = dataclasses.replace(
-            cfg, run=f"{cfg.run}/{method}", distill=dataclasses.replace(cfg.distill, method=method),
-            model=dataclasses.replace(cfg.model, student_weights=student or "",
-                                      teacher_weights=teacher))
-        distill(sub, images)
-    distill(cfg, images)
+        other = dataclasses.replace(cfg.distill, method=method)
+        tuned_model(dataclasses.replace(cfg, distill=other), images, method)
+    tuned_model(cfg, images)
     run_eval(cfg, args)
     run_report(cfg, args)
     say(f"demo: {time.perf_counter() - since:.0f} s in all")
 
 
-class _Opener(torch.utils.data.Dataset):
-    """Item paths: (how many, what is wrong with those that cannot be read)."""
-
-    def __getitem__(self, paths: Sequence[str]) -> tuple[int, list[str]]:
-        broken = []
-        for path in paths:
-            try:
-                read_picture(path)
-            except UserError as e:
-                broken.append(str(e))
-        return len(paths), broken
-
-
-def _paths_of(sets: Sequence[ImageSet], faults: list[str]) -> Iterator[list[str]]:
-    """The image files of the sets, of -c archives those of all cells, in lists of up to 64; what is
-    wrong with their numbers goes to faults."""
-    for images in sets:
-        for cell in cells("folder-c:") if images.cells_dir else [None]:
-            try:
-                found = open_cell(images, cell)[0]
-            except UserError as e:
-                faults.append(str(e))
-                continue
-            if found.partial:
-                faults.append(f"{found.name}: {len(found.y):,} images in {found.source}, expected "
-                              f"{found.expected:,}")
-            for i in range(0, len(found.paths or ()), 64):
-                yield found.paths[i:i + 64]
-
-
-def check_images(sets: Sequence[ImageSet], workers: int) -> tuple[int, list[str]]:
-    """(how many image files were opened, what is wrong with them or their numbers, a line each)."""
-    n, faults = 0, []
-    with progress(0, "check") as bar, Signals() as signals:
-        for opened, broken in forked(_Opener(), workers, batch_size=None,
-                                     sampler=_paths_of(sets, faults)):
-            bar.update(opened)
-            n += opened
-            faults += broken
-            if signals.hit:
-                raise Interrupted("sets --check stopped")
-    return n, faults
-
-
 def run_sets(cfg: Config, args) -> None:
-    """The table of sets: what is there, what is expected, how to get it; --check: opens all."""
-    if world()[0]:
-        return
+    """The table of sets: what is there, what is expected, how to get it."""
     data = dataclasses.replace(cfg.data, allow_partial=True, n_train=0, n_test=0)
-    body, found, faults = [], [], []
-    for name in (*SETS, *(f"{n}-c" for n, r in SETS.items() if r.archive or n == "objectnet")):
-        row, corrupted = set_row(name), base_name(name)[1]
-        count, where = "-", ((row.archive if corrupted else ()) or row.folders or "-")[0]
-        get = row.get.replace("ROOT", cfg.data.root).split("; -c: ")[-1 if corrupted else 0]
+    mine = [n for n in (data.name, *cfg.eval.sets.split(",")) if "folder" in n]
+    body, faults = [], []
+    for name in (*mine, *SETS, *(f"{n}-c" for n, r in SETS.items() if r.archive)):
+        row, (_, is_c) = SETS.get(base_name(name)[0]), base_name(name)
+        found, where, classes, get, n = "-", "", "", "", "any"
+        if row:
+            where, classes, n = row.archive if is_c else row.test, row.n_classes, f"{row.n_test:,}"
+            get = row.get.replace("ROOT", data.root).split("; -c: ")[-1 if is_c else 0]
         try:
             images = open_set(name, data)
-            count, where = f"{len(images.y):,}", str(images.cells_dir or images.source)
-            if images.made == "regenerated":
-                where = f"made from {row.name}"
-            else:
-                found.append(images)
-            if args.check and row.n_train and row.folders and not corrupted:
-                found.append(open_set(name, data, "train"))
-        except Absent:
-            pass
+            found, where, classes = f"{len(images.y):,}", images.source, len(images.classes)
         except UserError as e:
-            count = "spoilt"
-            faults.append(str(e))
-        body.append([name, count, f"{row.n_test:,}", row.n_classes, where, get])
-    if not Path(cfg.data.root).is_dir():
-        say(f"data.root={cfg.data.root} is no folder: only what is made here is found\n")
-    say(table(["set", "found", "expected", "classes", f"where (- : below {cfg.data.root})",
-               "how to get it"], body))
-    say("""
-Counts of -c sets are of one of their 75 cells.  NAME-c of any set is made on the fly, as
-ImageNet-C was, where no archive of it is there.  imagenet@a, imagenet@r and imagenet@objectnet: the
-images of these sets' classes.  folder:PATH and folder-c:PATH take any PATH/CLASS/IMAGE tree, with
-PATH/train and PATH/val to train on it.""")
-    if args.check:
-        n, more = check_images(found, cfg.data.workers or os.cpu_count())
-        faults += more
-        say(f"{n:,} image files opened")
-    for line in faults:
-        say(line)
-    if args.check and faults:
-        raise UserError(f"{len(faults)} faults in the sets below {cfg.data.root}, listed above")
+            found = "-" if isinstance(e, Absent) else "spoilt"
+            faults += [] if isinstance(e, Absent) else [str(e)]
+        body.append([name, found, n, classes, where, get])
+    say(markdown(["set", "found", "expected", "classes", f"where (below {data.root})",
+                  "how to get it"], body))
+    say("\n".join(["NAME-c of any set is made on the fly where no archive of it is there (their "
+                   "counts are of one of 75 cells)", *faults]))
 
 
 def run_bench(cfg: Config, args) -> None:
     """Times our parts against the public ones -> bench.jsonl, and prints the ratios."""
-    threads = torch.get_num_threads()
+    cfg.dir.mkdir(parents=True, exist_ok=True)
     for name in args.paths or BENCHES:
-        bench = choose(BENCHES, name, "bench")
-        torch.set_num_threads(1)
-        rows = bench()
-        torch.set_num_threads(threads)
-        cfg.dir.mkdir(parents=True, exist_ok=True)
+        rows = choose(BENCHES, name, "bench")()
         with open(cfg.dir / "bench.jsonl", "a") as f:
             f.writelines(json.dumps({"bench": name, **r, "packages": versions()}) + "\n"
                          for r in rows)
-        say(table(["part", "ours, images/s", "theirs, images/s", "ratio", "least, most",
-                   "against"], [
-            [r["part"], r["ours"], r["theirs"] or "-", r["ratio"] or "-", r["spread"] or "-",
-             r["against"] or "not installed"] for r in rows]))
+        say(markdown(list(rows[0]), [list(r.values()) for r in rows]))
 
 
-class _CorruptJobs(torch.utils.data.Dataset):
-    """Item k writes the missing copies of image k and returns how many copies an image has."""
+class CorruptCopies(torch.utils.data.Dataset):
+    """Item k writes the missing copies of image k: OUT/corruption/severity/class/name."""
 
     def __init__(self, images: ImageSet, source: Path, out: Path, frost_dir: str | None):
         self.images, self.source, self.out, self.frost_dir = images, source, out, frost_dir
 
-    def __getitem__(self, k: int) -> int:
-        x, todo = None, cells("folder-c:")
+    def __getitem__(self, k: int) -> None:
+        x, _, _ = self.images.__getitems__([(0, k)])
         file = Path(self.images.paths[k]).relative_to(self.source)
         kind = Image.registered_extensions()[file.suffix.lower()]
-        for name, severity in todo:
+        for name, severity in cells(self.images):
             path = self.out / name / str(severity) / file
-            if path.is_file():
-                continue
-            x = self.images.__getitems__([(0, k)])[0] if x is None else x
-            y = corrupt(x, name, severity, index=[k], frost_dir=self.frost_dir)[0]
-            picture = Image.fromarray(y.permute(1, 2, 0).numpy())
-            write_atomically(path, lambda p: picture.save(p, kind, quality=85))
-        return len(todo)
-
-
-def _claim(out: Path, settings: dict) -> None:
-    """Makes the output folder ours, or finds it ours.  Raises: UserError on other content."""
-    marker = out / "corrupt.json"
-    if marker.is_file():
-        changed = differences(json.loads(marker.read_text()), settings)
-        if changed:
-            raise UserError(f"{out} was made with other settings ({changed}): take another folder")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists with other content: nothing was written, take another "
-                        "folder")
-    else:
-        write_atomically(marker, lambda p: p.write_text(json.dumps(settings)))
-
-
-def corruption_grid(path: Path, size_px: int) -> Image.Image:
-    """15 x 5 pictures of one image under every corruption and severity, named."""
-    x = ImageSet("picture", [0], ["-"], View(size_px), paths=[path]).__getitems__([(0, 0)])[0]
-    side, left, font = 112, 120, ImageFont.load_default(12)
-    sheet = Image.new("RGB", (left + 6 * side, 15 * side), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, name in enumerate(CORRUPTIONS_15):
-        pen.text((4, row * side + side // 2), name, "black", font)
-        views = [x, *(corrupt(x, name, s) for s in range(1, 6))]
-        for k, view in enumerate(views):
-            picture = Image.fromarray(view[0].permute(1, 2, 0).numpy()).resize((side - 2, side - 2))
-            sheet.paste(picture, (left + k * side, row * side))
-    return sheet
+            if not path.is_file():
+                y = corrupt(x, name, severity, index=[k], frost_dir=self.frost_dir)[0]
+                picture = v2.functional.to_pil_image(y)
+                write_atomically(path, lambda f: picture.save(f, kind, quality=85))
 
 
 def run_corrupt(cfg: Config, args) -> None:
-    """IN -> OUT/corruption/severity/class/name in parallel; what is there already is kept."""
+    """IN -> OUT in parallel; what is there already is kept."""
     if len(args.paths) != 2:
-        raise UserError("corrupt takes two paths: corrupt IN OUT (folders), or corrupt --grid "
-                        "PICTURE GRID.png")
+        raise UserError("corrupt takes two folders: corrupt IN OUT")
     source, out = map(Path, args.paths)
-    size_px = cfg.data.size_px or 224
-    if args.grid:
-        if out.exists():
-            raise UserError(f"{out} exists: nothing was written, take another name")
-        grid = corruption_grid(source, size_px)
-        return write_atomically(out, lambda p: grid.save(p, "png"))
-    if not source.is_dir():
-        raise UserError(f"no folder {source}: corrupt takes any tree of images")
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
     paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds)
-    if not paths:
-        raise UserError(f"no image below {source}")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{out} lies in {source}: take a folder beside it")
-    if world()[0] == 0:
-        _claim(out, {"source": str(source.resolve()), "images": len(paths), "size_px": size_px,
-                     "seed": 0, "frost": frost_source(cfg.eval.frost_dir)})
-    barrier()
-    images = ImageSet(str(source), [0] * len(paths), ["-"], View(size_px), paths=paths)
-    jobs = _CorruptJobs(images, source, out, cfg.eval.frost_dir or None)
-    work = forked(jobs, cfg.data.workers or os.cpu_count(), batch_size=None,
-                  sampler=range(world()[0], len(paths), world()[1]))
-    with Signals() as signals, progress(len(paths) * len(cells("folder-c:")), "corrupt") as bar:
-        for done in work:
-            bar.update(done * world()[1])
+    if not paths or out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"corrupt: no image below {source}" if not paths else
+                        f"corrupt: {out} lies in {source}, take a folder beside it")
+    view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
+    images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True)
+    jobs = CorruptCopies(images, source, out, cfg.eval.frost_dir or None)
+    share = range(world()[0], len(paths), world()[1])
+    bar = Progress(len(share), "corrupt")
+    with Signals() as signals:
+        for _ in loader(jobs, cfg.data.workers or os.cpu_count(), batch_size=None, sampler=share):
+            bar.update(1)
             if signals.hit:
                 raise Interrupted("corrupt stopped; the same command goes on from here")
-    say(f"{out}: {len(paths):,} images x {len(cells('folder-c:'))} cells")
+    say(f"{out}: {len(paths):,} images x {len(cells(images))} cells")
 
 
 COMMANDS: dict[str, tuple[Callable, str]] = {
     "demo": (run_demo, "pretrain, robustify, distill, baselines, eval and report in one go"),
-    "pretrain": (lambda cfg, args: pretrain(cfg), "train a network on clean data"),
-    "robustify": (lambda cfg, args: robustify(cfg), "make the small teacher robust"),
-    "distill": (lambda cfg, args: distill(cfg), "tune the large network with three heads"),
+    "pretrain": (lambda cfg, args: student_net(cfg, training_images(cfg)),
+                 "train a network on clean data"),
+    "robustify": (lambda cfg, args: robust_teacher(cfg, training_images(cfg)),
+                  "make the small teacher robust"),
+    "distill": (lambda cfg, args: tuned_model(cfg, training_images(cfg)),
+                "tune the large network with three heads"),
     "eval": (run_eval, "score a run or a network on sets"),
     "report": (run_report, "tables and pictures of results"),
     "bench": (run_bench, "speed against the public code, as ratios: bench [corruptions] [augment]"),
-    "corrupt": (run_corrupt, "corrupt IN OUT: the ImageNet-C-like copy of a folder; --grid: of a "
-                             "picture"),
+    "corrupt": (run_corrupt, "corrupt IN OUT: the ImageNet-C-like copy of a folder"),
     "sets": (run_sets, "the data sets: found or not, how to get them"),
 }
-TRAINING = ("demo", "pretrain", "robustify", "distill")
+ON_ONE_PROCESS = ("report", "bench", "sets")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -6364,43 +4463,65 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
     p.add_argument("words", nargs="*", metavar="key=value", help="settings, see below; bench and "
                    "corrupt take names and paths too")
-    p.add_argument("--grid", action="store_true", help="corrupt: one picture of a picture's copies")
-    p.add_argument("--check", action="store_true", help="sets: open every image of every set")
-    p.add_argument("--recipe", default="demo", help="recipe of config.yaml")
+    p.add_argument("--recipe", default="", help="recipe of config.yaml")
     p.add_argument("--config", type=Path, help="file of recipes instead of config.yaml")
     p.add_argument("--run", default="", help="folder of a run (eval, report; report takes several, "
                                              "joined by commas)")
     p.add_argument("--set", default="", help="eval: sets, joined by commas, or all")
     p.add_argument("--model", default="", help="eval: any networks by name instead of a run, "
                                                "joined by commas; see eval.models")
-    p.add_argument("--check-known", action="store_true",
-                   help="eval: compare with published figures")
     args = p.parse_intermixed_args(argv)
     free = args.command in ("bench", "corrupt")
     args.paths = [w for w in args.words if free and "=" not in w]
     args.words = [w for w in args.words if w not in args.paths]
+    args.words += [f"eval.sets={args.set}"] if args.set else []
+    args.words += [f"eval.models={args.model}"] if args.model else []
     return args
 
 
 def configure(args: argparse.Namespace) -> Config:
     """The Config of the command: for eval and report the run's own file, else the recipe."""
-    words = [*args.words, *([f"eval.sets={args.set}"] if args.set else []),
-             *([f"eval.models={args.model}"] if args.model else [])]
-    cfg = resolve(args.recipe, words, args.config)
-    if args.command in (*TRAINING, "bench", "corrupt", "sets"):
-        return cfg
-    if cfg.eval.models and not args.run and not any(w.startswith("run=") for w in words):
-        return dataclasses.replace(cfg, run="models")
+    recipe = args.recipe or ("demo" if args.command == "demo" else "")
+    if args.command not in ("eval", "report"):
+        return resolve(args.words, recipe, args.config)
     if "," in args.run and args.command != "report":
         raise UserError(f"--run {args.run}: {args.command} takes one run, report takes several")
+    cfg = resolve([] if args.run else args.words, "" if args.run else recipe, args.config)
+    named_run = args.run or any(w.startswith("run=") for w in args.words)
+    if cfg.eval.models and not named_run:
+        return dataclasses.replace(cfg, run="models")
     run = Path(args.run.split(",")[0]) if args.run else cfg.dir
     if (run / "config.yaml").is_file():
-        cfg = resolve("", words, run=run)
+        cfg = resolve(args.words, run=run)
     elif args.run:
-        made = sorted(str(p.parent) for p in run.parent.glob("*/config.yaml"))
-        raise UserError(f"no run {run}: it has no config.yaml; runs in {run.parent}: "
-                        f"{', '.join(made) or 'none'}")
+        made = ", ".join(sorted(str(p.parent) for p in run.parent.glob("*/config.yaml")))
+        raise UserError(f"no run {run}: it has no config.yaml (runs in {run.parent}: "
+                        f"{made or 'none'})")
     return dataclasses.replace(cfg, out=str(run.parent), run=run.name)
+
+
+def preflight(cfg: Config, command: str) -> None:
+    """Raises: UserError for what would stop a long job late."""
+    d, rule, frost = cfg.distill, choose(RULES, cfg.eval.rule, "rule"), cfg.eval.frost_dir
+    spec_names(cfg.robustify.augment)
+    for name in set_names(cfg):
+        if "folder" not in name:
+            choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, name, "set")
+    trains = command in ("demo", "pretrain", "robustify", "distill")
+    for name in ("pretrain", "robustify", "distill") if trains else ():
+        batch = getattr(cfg, name).batch // getattr(cfg, name).accum
+        if batch % world()[1]:
+            raise UserError(f"{name}.batch: {batch} images cannot be shared by {world()[1]} "
+                            "processes")
+    tunes = command in ("demo", "distill") and d.method == "erpm"
+    if tunes and rule in NEEDS_SIGMA and not d.dropout:
+        raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={rule} needs it; set a "
+                        "rate above 0, or eval.rule=kl")
+    for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates)):
+        if file:
+            read_lines(file, key)
+    if frost and frost_source(frost) != "original":
+        raise UserError(f"eval.frost_dir: {frost} lacks some of {', '.join(ICE_FILES)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6412,18 +4533,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.cuda.set_device(pick_device())
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         cfg = configure(args)
-        preflight(cfg, args.command in TRAINING)
-        COMMANDS[args.command][0](cfg, args)
+        preflight(cfg, args.command)
+        if world()[0] == 0 or args.command not in ON_ONE_PROCESS:
+            COMMANDS[args.command][0](cfg, args)
         return 0
-    except UserError as e:            # from a loader process it comes with that process's traceback
-        print(f"erpm.py: {str(e).strip().split('UserError: ')[-1]}", file=sys.stderr)
+    except (UserError, OSError) as e:      # from a loader process it comes with its traceback
+        text = " ".join(str(e).strip().split("UserError: ")[-1].split())
+        print(f"erpm.py: {text}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
         print(f"erpm.py: {e or 'interrupted'}", file=sys.stderr)
         return 130
-    except BrokenPipeError:                          # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
