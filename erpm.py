@@ -458,9 +458,10 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | None = Non
         file = file or Path(__file__).with_name("config.yaml")
         tree = choose(read_yaml(file), recipe, f"recipe in {file}")
         values = settings(tree, f"{file}: {recipe}") | {"recipe": recipe}
-    bad = [w for w in words if "=" not in w]
+    bad = [w for w in words if "=" not in w or w.startswith("recipe=") and w != "recipe="]
     if bad:
-        raise UserError(f"{bad[0]!r} is not of the form key=value (see --help)")
+        raise UserError(f"{bad[0]!r} is not of the form key=value (see --help; for a recipe say "
+                        "--recipe NAME)")
     home = values.get("data.name", Data.name)
     values |= settings(dict(w.split("=", 1) for w in words), "command line")
     parts = {name: dataclasses.replace(part, **{
@@ -1436,7 +1437,8 @@ def loader(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, signal.SIG_IGN)
 
-    workers = 0 if getattr(jobs, "images", None) is not None else workers
+    if isinstance(jobs, ImageSet) and jobs.images is not None:
+        workers = 0
     if workers:
         atexit.unregister(_kill_workers)                 # once, and before multiprocessing's own
         atexit.register(_kill_workers)
@@ -2804,9 +2806,11 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
                         "run's folder that holds model.safetensors")
     card, state = read_card(path), read_state(path)
+    if card and (path.parent / Path(card.clip).name).is_file():          # a run may be moved
+        card = dataclasses.replace(card, clip=str(path.parent / Path(card.clip).name))
     if card is None or not card.name and net is None:
         raise UserError(f"{path} was not made by erpm.py from a network of its names: "
-                        "build(NAME, weights=FILE), or load(FILE, net=MODULE)")
+                        f"build(NAME, weights={str(path)!r}), or load({str(path)!r}, net=MODULE)")
     if card.clip == "both towers":
         net = zero_shot(named(card.name, None, str(path)), card.prompts)
         net.card = dataclasses.replace(card, clip=str(path))
@@ -3118,6 +3122,14 @@ def erpm_step(student: Student, teacher: nn.Module, cfg: Distill, aug: Robustify
 
 # ---- training from another project, without files ------------------------------------------------
 
+def checked(section: str, **values) -> dict:
+    """The values of a section's fields, or a UserError."""
+    values = {k: typed(v, f"{section}.{k}", f"erpm.{section}()") for k, v in values.items()}
+    check(Config(**{section: dataclasses.replace(PARTS[section], **values)}))
+    spec_names(values.get("augment", "none"))
+    return values
+
+
 def robustify(net: nn.Module, images, *, augment: str = "pixmix+augmix", severity: float = 3.0,
               jsd: float = 0.0, seed: int = 0, crop: bool = True, flip: bool = True,
               **training) -> nn.Module:
@@ -3127,7 +3139,7 @@ def robustify(net: nn.Module, images, *, augment: str = "pixmix+augmix", severit
     net takes images as a Net does.  training: fields of Train (epochs, batch, lr, ...).
     Raises: UserError."""
     net = net if isinstance(net, Net) else Net(net)
-    cfg = Robustify(augment=augment, severity=severity, jsd=jsd, **training)
+    cfg = Robustify(**checked("robustify", augment=augment, severity=severity, jsd=jsd, **training))
     images = as_images(images).training(seed, crop, flip)
     step = plain_step(cfg, cfg, n_classes=len(images.classes))
     fit(net, step, images, cfg, Runtime(), name="robustify", seed=seed)
@@ -3143,8 +3155,8 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
     teacher: a robust network, images -> logits of the same classes.  images, training: as for
     robustify.  Raises: UserError."""
     teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
-    cfg = Distill(alpha=alpha, temperature=temperature, **training)
-    aug = Robustify(augment=augment, severity=severity)
+    cfg = Distill(**checked("distill", alpha=alpha, temperature=temperature, **training))
+    aug = Robustify(**checked("robustify", augment=augment, severity=severity))
     step = erpm_step(student.to(pick_device()), teacher, cfg, aug)
     images = as_images(images).training(seed, crop, flip)
     fit(student.tuned, step, images, cfg, Runtime(), name="distill", seed=seed)
@@ -3224,7 +3236,8 @@ def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
     for name in [r for r in RULES if live or r not in NEEDS_SIGMA] + [CLOSED] * bool(closed):
         mean, sigma, logits = closed if name == CLOSED else drawn
         rule = "product" if name == CLOSED else name
-        head = select(mean, sigma, rule, logits=logits, y=y)
+        # a saturated network may have a sigma of 0 on a whole batch, live dropout or not
+        head = select(mean, sigma.clamp_min(TINY) if live else sigma, rule, logits=logits, y=y)
         p = answer(mean, sigma, head, rule).float()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
         out[name] = torch.cat([facts(p, log_p, y), head[:, None]], 1)
@@ -3492,7 +3505,7 @@ def done_cells(run: Path) -> set[tuple]:
     last line that a crash left without its end is cut off: the next row would continue it."""
     box, file = [set()], run / "results.jsonl"
     if world()[0] == 0 and file.is_file():
-        whole = file.read_text().rpartition("\n")
+        whole = file.read_text(errors="replace").rpartition("\n")
         if whole[2]:
             write_atomically(file, whole[0] + whole[1])
         box = [{(r["of"], r["corruption"], r["severity"]) for r in read_rows(run)}]
@@ -4126,11 +4139,20 @@ def train_clip(cfg: Config, images: ImageSet, train: Callable) -> tuple[nn.Modul
     return clip, stats
 
 
+def untrained(net: Net, images: ImageSet) -> bool:
+    """Whether the classifier is not one for the classes of the set.  Equal numbers mean nothing:
+    cifar10's classes are not fashion-mnist's."""
+    known = net.card.classes or (synsets() if net.card.n_classes == len(synsets()) else ())
+    return net.card.fresh or bool(known) and set(known) != set(images.outputs)
+
+
 def student_net(cfg: Config, images: ImageSet) -> nn.Module:
     """The network to be tuned -> student.safetensors: as its tag or file gives it where these have
     a classifier for the classes, or text, and else trained on clean data first."""
     m, t, size, weights = cfg.model, cfg.pretrain, cfg.data.size_px, cfg.model.student_weights
-    inputs = {"model": m.student, "weights": weights and file_sha(weights)}
+    prompts = prompts_of(images, m.templates, cfg.data.names) if m.head == "text" else ()
+    inputs = {"model": m.student, "weights": weights and file_sha(weights),
+              "prompts": fold(prompts)}
     if m.head == "text" and not m.student.startswith("open_clip:"):
         raise UserError(f"model.head=text: {m.student} has no text tower; take open_clip:NAME")
 
@@ -4141,11 +4163,11 @@ def student_net(cfg: Config, images: ImageSet) -> nn.Module:
         net = named(m.student, None if m.head == "text" else len(images.classes), weights or None,
                     size)
         if m.head == "text":
-            net = zero_shot(net, prompts_of(images, m.templates, cfg.data.names), cfg.dir / "text")
+            net = zero_shot(net, prompts, cfg.dir / "text")
         cut(net, cfg.distill.tune)            # what cannot be tuned says so before any training
         net.requires_grad_(True)
         some, since = images.subset(t.n_images), time.perf_counter()
-        if not net.card.fresh:
+        if m.head == "text" or not untrained(net, images):
             return net, {}
         say(f"{weights or m.student} has no classifier for these {len(images.classes)} classes: it "
             "is trained first")
@@ -4173,7 +4195,7 @@ def robust_teacher(cfg: Config, images: ImageSet) -> nn.Module:
         if r.method != "none":
             step = plain_step(r, r, n_classes=len(images.classes))
             return net, train(net, step, images.subset(r.n_images))
-        if net.card.fresh:
+        if untrained(net, images):
             raise UserError(f"robustify.method=none: {m.teacher_weights or m.teacher} has no "
                             f"trained classifier for these {len(images.classes)} classes")
         return net, {}
@@ -4328,10 +4350,10 @@ def pictures_of(rows: list[dict], cfg: Config, run: Path) -> Image.Image | None:
 def run_report(cfg: Config, args) -> None:
     """results.jsonl of one or more runs -> report.md and pictures in the first one."""
     runs = [Path(r) for r in (args.run or str(cfg.dir)).split(",")]
-    rows = [r for run in runs for r in read_rows(run, cfg.eval.rule)]
-    if not rows:
-        raise UserError(f"no results in {', '.join(map(str, runs))}: run `python erpm.py eval` "
-                        "first")
+    found = {run: read_rows(run, cfg.eval.rule) for run in runs}
+    rows, empty = [r for some in found.values() for r in some], [r for r in runs if not found[r]]
+    if empty:
+        raise UserError(f"no results in {empty[0]}: run `python erpm.py eval` first")
     text, drawn = report_text(rows), {}
     say(text.partition(f"\n## {APPENDIX}")[0])
     try:
@@ -4483,6 +4505,8 @@ def configure(args: argparse.Namespace) -> Config:
     """The Config of the command: for eval and report the run's own file, else the recipe."""
     recipe = args.recipe or ("demo" if args.command == "demo" else "")
     if args.command not in ("eval", "report"):
+        if args.run:
+            raise UserError(f"--run is for eval and report: {args.command} run=NAME names the run")
         return resolve(args.words, recipe, args.config)
     if "," in args.run and args.command != "report":
         raise UserError(f"--run {args.run}: {args.command} takes one run, report takes several")
@@ -4520,7 +4544,7 @@ def preflight(cfg: Config, command: str) -> None:
     for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates)):
         if file:
             read_lines(file, key)
-    if frost and frost_source(frost) != "original":
+    if frost and not all((Path(frost) / f).is_file() for f in ICE_FILES):
         raise UserError(f"eval.frost_dir: {frost} lacks some of {', '.join(ICE_FILES)}")
 
 
