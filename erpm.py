@@ -328,8 +328,9 @@ class Eval:
                           "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER; LABEL@ before one "
                           "= its name in the tables")
     head: str = opt("auto", "auto = a network's own head on its own classes, prompts where it has "
-                            "a text tower, else a linear probe; probe = always a linear probe",
-                    "auto", "probe")
+                            "a text tower, else a linear probe; own = its outputs are the set's "
+                            "classes, you say so; probe = always a linear probe",
+                    "auto", "own", "probe")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
     probe: str = opt("clean", "the head whose features a linear probe is trained on",
                      "clean", "combined", "robust", "original")
@@ -3443,16 +3444,16 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
 
     Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
     probes: those fitted so far.  Raises: UserError."""
-    card, auto = model.card, cfg.eval.head == "auto"
+    card, auto, trusted = model.card, cfg.eval.head == "auto", cfg.eval.head == "own"
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
     if auto and card.has_text:
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts, cfg.dir / "text")
-    if auto and own:
+    if trusted or auto and own:
         if card.n_classes != len(images.outputs):
             raise UserError(f"{label} has {card.n_classes} classes and {name} needs "
-                            f"{len(images.outputs)}: {card.home} is not what it was when the "
-                            "network was trained")
+                            f"{len(images.outputs)}" + (f": {card.home} is not what it was when "
+                            "the network was trained" if card.home else ""))
         return label, model
     train = training_set(name, images, cfg, card.view)
     key, head = (label, train.base), cfg.eval.probe if isinstance(model, Student) else "clean"
