@@ -2688,6 +2688,15 @@ def test_as_many_other_classes_are_not_taken_for_those_of_the_set(here):
     assert "has no classifier for these 10 classes" in out
 
 
+def test_a_foreign_file_answers_with_its_own_head_where_its_user_says_so(here):
+    make_tree(here / "pets", n=3)
+    torch.save(erpm.build("cifar:resnet8-s2", 2).net.state_dict(), "w.pth")
+    for head, label in (("own", "N"), ("auto", "N, linear probe")):
+        runs("eval", "--model", "N@cifar:resnet8-s2=w.pth", "--set", "pets@folder:pets",
+             f"eval.head={head}", f"out={head}")
+        assert [r["label"] for r in result_rows(f"{head}/models")] == [label]
+
+
 def test_a_teacher_that_is_worse_than_the_student_is_told(here, monkeypatch):
     monkeypatch.setattr(erpm, "CHECKS", [("contrast", 1)])
     truth = iter([0.8, 0.3])
