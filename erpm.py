@@ -4411,7 +4411,10 @@ def run_bench(cfg: Config, args) -> None:
     """Times our parts against the public ones -> bench.jsonl, and prints the ratios."""
     cfg.dir.mkdir(parents=True, exist_ok=True)
     for name in args.paths or BENCHES:
-        rows = choose(BENCHES, name, "bench")()
+        bench, threads = choose(BENCHES, name, "bench"), torch.get_num_threads()
+        torch.set_num_threads(1)
+        rows = bench()
+        torch.set_num_threads(threads)
         with open(cfg.dir / "bench.jsonl", "a") as f:
             f.writelines(json.dumps({"bench": name, **r, "packages": versions()}) + "\n"
                          for r in rows)
