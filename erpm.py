@@ -2449,7 +2449,7 @@ def text_weights(card: Card, prompts: tuple, cache: Path | None = None) -> Tenso
     if file and file.is_file():
         return read_state(file)["weight"]
     model, device = card.name.partition(":")[2], pick_device()
-    clip = clip_model(model, card.clip or None).to(device)
+    clip = clip_model(model, card.clip or None, card.size_px).to(device)
     tokenizer = from_hub(f"the tokenizer of {card.name}",
                          lambda: open_clip.get_tokenizer(model.partition("/")[0]))
     templates = [functools.partial(t.replace, "{}") for t in prompts[1]]
@@ -2751,7 +2751,9 @@ class Student(nn.Module):
             raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout: set dropout "
                             "above 0")
         mean, sigma, logits = self.moments(self.features(x), passes)
-        head = select(mean, sigma, rule, logits=logits)
+        # a saturated network may have a sigma of 0 on a whole batch, live dropout or not
+        live = sigma.clamp_min(TINY) if self.dropout else sigma
+        head = select(mean, live, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
 
 
@@ -2813,7 +2815,7 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         raise UserError(f"{path} was not made by erpm.py from a network of its names: "
                         f"build(NAME, weights={str(path)!r}), or load({str(path)!r}, net=MODULE)")
     if card.clip == "both towers":
-        net = zero_shot(named(card.name, None, str(path)), card.prompts)
+        net = zero_shot(named(card.name, None, str(path), card.size_px), card.prompts)
         net.card = dataclasses.replace(card, clip=str(path))
         return freeze(net)
     if net is None:
@@ -4153,7 +4155,7 @@ def student_net(cfg: Config, images: ImageSet) -> nn.Module:
     m, t, size, weights = cfg.model, cfg.pretrain, cfg.data.size_px, cfg.model.student_weights
     prompts = prompts_of(images, m.templates, cfg.data.names) if m.head == "text" else ()
     inputs = {"model": m.student, "weights": weights and file_sha(weights),
-              "prompts": fold(prompts)}
+              "head": m.head, "prompts": fold(prompts)}
     if m.head == "text" and not m.student.startswith("open_clip:"):
         raise UserError(f"model.head=text: {m.student} has no text tower; take open_clip:NAME")
 
@@ -4165,8 +4167,9 @@ def student_net(cfg: Config, images: ImageSet) -> nn.Module:
                     size)
         if m.head == "text":
             net = zero_shot(net, prompts, cfg.dir / "text")
-        cut(net, cfg.distill.tune)            # what cannot be tuned says so before any training
-        net.requires_grad_(True)
+        if cfg.distill.method in ("erpm", "apt"):
+            cut(net, cfg.distill.tune)        # what cannot be tuned says so before any training
+            net.requires_grad_(True)
         some, since = images.subset(t.n_images), time.perf_counter()
         if m.head == "text" or not untrained(net, images):
             return net, {}
@@ -4234,12 +4237,12 @@ def tuned_model(cfg: Config, images: ImageSet, file: str = "model") -> nn.Module
     """The large network, tuned -> FILE.safetensors; a missing student or teacher is made first."""
     label, tune = METHODS[cfg.distill.method]
     net, teacher = student_net(cfg, images), None
-    inputs = {"student": weights_sha(net), "augment": cfg.robustify.augment,
-              "severity": cfg.robustify.severity}
+    inputs = {"student": weights_sha(net), **{
+        k: getattr(cfg.robustify, k) for k in ("augment", "severity", "pictures")}}
     if tune is tune_erpm:
         teacher = robust_teacher(cfg, images)
         inputs["teacher"] = weights_sha(teacher)
-        ours, theirs = (getattr(n, "robustness", None) or validate(n.card.label, n, cfg)
+        ours, theirs = (n.robustness if hasattr(n, "robustness") else validate(n.card.label, n, cfg)
                         for n in (net, teacher))
         if theirs < ours:
             say(f"warning: the teacher is worse than the student under corruption, "
@@ -4264,7 +4267,7 @@ def networks_of_run(cfg: Config) -> dict[str, nn.Module]:
 def network_of_token(token: str) -> dict[str, nn.Module]:
     """{label: network} of [LABEL@]NAME[=WEIGHTS_FILE].  Raises: UserError."""
     front, _, path = token.partition("=")
-    label, _, name = front.rpartition("@")
+    label, name = re.fullmatch(r"(?:([^:@]+)@)?(.*)", front).groups()
     if not path and not name.startswith("run:") and not has_tag(name):
         raise UserError(f"--model {name} has no weights: add a pretrained tag "
                         "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
@@ -4300,14 +4303,16 @@ def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
         for name, images in opened.items():
             first = next(net for net in nets.values() if net.card.view == view)
             images = aligned(images, first.card)
-            try:
-                able = dict(headed(label, net, name, images, cfg, probes)
-                            for label, net in nets.items() if net.card.view == view)
+            able, alike = {}, [x for x, net in nets.items() if net.card.view == view]
+            for label in alike:
+                try:
+                    able |= dict([headed(label, nets[label], name, images, cfg, probes)])
+                except UserError as e:
+                    if len(alike) == 1 and not (everything and isinstance(e, Absent)):
+                        raise
+                    say(f"left out: {label}: {e}")
+            if able:
                 asked |= score(able, images, cfg)
-            except Absent as e:
-                if not everything:
-                    raise
-                say(f"left out: {e}")
     return asked
 
 
@@ -4445,7 +4450,8 @@ def run_corrupt(cfg: Config, args) -> None:
         raise UserError("corrupt takes two folders: corrupt IN OUT")
     source, out = map(Path, args.paths)
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds)
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds
+                   and not p.name.startswith("."))
     if not paths or out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"corrupt: no image below {source}" if not paths else
                         f"corrupt: {out} lies in {source}, take a folder beside it")
