@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -212,6 +213,25 @@ def test_every_recipe_of_config_yaml_loads():
     assert {"demo", "imagenet-rn101", "imagenet-clip-l14"} <= set(recipes)
     for name in recipes:
         assert erpm.resolve([], name).run == name
+
+
+def test_every_command_of_the_readme_parses():
+    lines = re.findall(r"^ *(?:torchrun.* |python )erpm\.py (.*?)(?:  +#.*)?$",
+                       (HERE / "README.md").read_text(), re.M)
+    assert len(lines) >= 15
+    for line in [part for line in lines for part in re.split(r" && python erpm\.py ", line)]:
+        args = erpm.parse(shlex.split(line))
+        assert args.command in erpm.COMMANDS
+        erpm.resolve(args.words, "" if args.config else args.recipe)
+
+
+def test_the_python_of_the_readme_runs(here):
+    [code] = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    assert len(code.splitlines()) <= 20
+    names = {}
+    exec(code.replace("import erpm, torch", "import torch"), {"erpm": erpm} | names, names)
+    assert names["p"].probs.shape == (8, 10) and set(names["row"]["rules"]) >= set(erpm.RULES)
+    assert equal(names["student"], names["again"])
 
 
 # ==== basics and config ====
