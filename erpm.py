@@ -1754,6 +1754,16 @@ def corrupted_name(name: str) -> str:
     return name.replace("folder:", "folder-c:", 1) if "folder:" in name else f"{name}-c"
 
 
+FOLDER = re.compile(r"(?:([^@]+)@)?folder(-c)?:(.+)")              # LABEL@folder:PATH
+
+
+def set_row(name: str) -> SetRow | None:
+    """The row of a set, also of its -c; None for a folder.  Raises: UserError."""
+    if FOLDER.fullmatch(name):
+        return None
+    return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, name, "set")
+
+
 def cells(images: ImageSet) -> list[tuple[str, int]]:
     """The cells of a set: [("", 0)], or the 15 corruptions x 5 severities of a -c set."""
     return [(c, s) for c in CORRUPTIONS for s in range(1, 6)] if images.corrupted else [("", 0)]
@@ -1854,10 +1864,7 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     A -c set is the published archive (its first cell) where that is on disk, else the clean set, to
     be corrupted; ImageNet's pictures are then cut as the benchmark's were, whatever the view.
     Raises: UserError when it is unknown, absent (Absent) or incomplete."""
-    folder = re.fullmatch(r"(?:([^@]+)@)?folder(-c)?:(.+)", name)
-    is_c, train, row = base_name(name)[1], split == "train", None
-    if not folder:
-        row = choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, name, "set")
+    is_c, train, row = base_name(name)[1], split == "train", set_row(name)
     if train and is_c:
         raise UserError(f"{name} has no training split: it is there to be scored")
     if is_c and row and row.archive and (Path(data.root) / row.archive).is_dir():
@@ -1868,7 +1875,8 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     if row:
         images = _open_row(row, data, train, View() if benchmark else view)
     else:
-        images = _open_folder(folder[1] or f"folder:{folder[3]}", Path(folder[3]), train, view)
+        label, _, path = FOLDER.fullmatch(name).groups()
+        images = _open_folder(label or f"folder:{path}", Path(path), train, view)
     own = bool(images.own_view or benchmark)
     images = dataclasses.replace(images, corrupted=is_c, own_view=own)
     return _complete(images, data).subset(data.n_train if train else data.n_test)
@@ -1903,6 +1911,12 @@ class Card:
     student: dict = dataclasses.field(default_factory=dict)
     key: dict = dataclasses.field(default_factory=dict)
     train: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The classes of the outputs as far as they are known: 1000 that nobody named are
+        ImageNet's."""
+        return self.classes or (synsets() if self.n_classes == len(synsets()) else ())
 
     @property
     def has_text(self) -> bool:
@@ -2742,6 +2756,11 @@ class Student(nn.Module):
         z, sigma = (torch.stack(v, 1) for v in zip(*found))
         return z.softmax(-1), sigma[:, ::2], z
 
+    def pick_head(self, mean: Tensor, sigma: Tensor, rule: str, **more) -> Tensor:
+        """`select` on moments of this network: saturated, it may have a sigma of 0 on a whole
+        batch although its dropout is live."""
+        return select(mean, sigma.clamp_min(TINY) if self.dropout else sigma, rule, **more)
+
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
         """What the chosen head says.  passes: dropout passes in one batch after one pass of the
         backbone; 0 = closed form.  rule: one of RULES that needs no label.
@@ -2751,9 +2770,7 @@ class Student(nn.Module):
             raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout: set dropout "
                             "above 0")
         mean, sigma, logits = self.moments(self.features(x), passes)
-        # a saturated network may have a sigma of 0 on a whole batch, live dropout or not
-        live = sigma.clamp_min(TINY) if self.dropout else sigma
-        head = select(mean, live, rule, logits=logits)
+        head = self.pick_head(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
 
 
@@ -2809,11 +2826,12 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
                         "run's folder that holds model.safetensors")
     card, state = read_card(path), read_state(path)
-    if card and (path.parent / Path(card.clip).name).is_file():          # a run may be moved
-        card = dataclasses.replace(card, clip=str(path.parent / Path(card.clip).name))
     if card is None or not card.name and net is None:
         raise UserError(f"{path} was not made by erpm.py from a network of its names: "
                         f"build(NAME, weights={str(path)!r}), or load({str(path)!r}, net=MODULE)")
+    beside = path.parent / Path(card.clip).name
+    if beside.is_file() and not Path(card.clip).is_file():               # the run was moved
+        card = dataclasses.replace(card, clip=str(beside))
     if card.clip == "both towers":
         net = zero_shot(named(card.name, None, str(path), card.size_px), card.prompts)
         net.card = dataclasses.replace(card, clip=str(path))
@@ -3239,8 +3257,7 @@ def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
     for name in [r for r in RULES if live or r not in NEEDS_SIGMA] + [CLOSED] * bool(closed):
         mean, sigma, logits = closed if name == CLOSED else drawn
         rule = "product" if name == CLOSED else name
-        # a saturated network may have a sigma of 0 on a whole batch, live dropout or not
-        head = select(mean, sigma.clamp_min(TINY) if live else sigma, rule, logits=logits, y=y)
+        head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
         p = answer(mean, sigma, head, rule).float()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
         out[name] = torch.cat([facts(p, log_p, y), head[:, None]], 1)
@@ -3407,14 +3424,19 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
 
 def weights_sha(net: nn.Module) -> str:
     """First 12 hex digits of a hash of the network's tensors, but class embeddings of prompts,
-    which change with the set."""
+    which change with the set.  It is kept until a tensor is written to: a network is scored on
+    many sets."""
+    written = sum(t._version for t in (*net.parameters(), *net.buffers()))
+    if getattr(net, "sha", (None,))[0] == written:
+        return net.sha[1]
     texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
     h = hashlib.sha256()
     for k, v in net.state_dict().items():
         if k not in texts:
             h.update(k.encode())
             h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:12]
+    net.sha = written, h.hexdigest()[:12]
+    return net.sha[1]
 
 
 def kind_of(card: Card, images: ImageSet) -> str:
@@ -3726,7 +3748,7 @@ def mean_on(sets: Sequence[str]) -> dict[str, dict]:
 
 def severities(rows: list[dict], name: str) -> dict[str, dict]:
     """Lines of a pivot: the severities of a -c set, 0 = its clean set as the rows name it."""
-    base = base_name(plain(name))[0]
+    base = base_name(name)[0]
     clean = [r["set"] for r in rows if plain(r["set"]) == base] or [base]
     return {"0 (clean)": {"sets": clean[:1]}} | BY_SEVERITY
 
@@ -3922,7 +3944,7 @@ def picture_grid(student, pictures: dict[str, tuple[Tensor, Tensor]], classes: S
         x, y, top = x[:columns], y[:columns], row * tall + 6
         f = student.features(x.to(pick_device()))
         mean, sigma, logits = (m.cpu() for m in student.moments(f, passes))
-        head = select(mean, sigma, rule, logits=logits, y=y)
+        head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
         pen.text((6, top + side // 2), heading, "black", font)
         for i in range(len(x)):
             at, below = left + i * wide, top + side + 2
@@ -4145,8 +4167,7 @@ def train_clip(cfg: Config, images: ImageSet, train: Callable) -> tuple[nn.Modul
 def untrained(net: Net, images: ImageSet) -> bool:
     """Whether the classifier is not one for the classes of the set.  Equal numbers mean nothing:
     cifar10's classes are not fashion-mnist's."""
-    known = net.card.classes or (synsets() if net.card.n_classes == len(synsets()) else ())
-    return net.card.fresh or bool(known) and set(known) != set(images.outputs)
+    return net.card.fresh or bool(net.card.known) and set(net.card.known) != set(images.outputs)
 
 
 def student_net(cfg: Config, images: ImageSet) -> nn.Module:
@@ -4273,7 +4294,7 @@ def network_of_token(token: str) -> dict[str, nn.Module]:
                         "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
                         "made (run:runs/x)")
     net = build(name, weights=path or None)
-    if not net.card.home and net.card.n_classes == len(synsets()):       # a public network's
+    if not net.card.home and net.card.known == synsets():                # a public network's
         net.card = dataclasses.replace(net.card, home="imagenet", classes=synsets())
     return {label or token: freeze(net).to(pick_device())}
 
@@ -4292,6 +4313,7 @@ def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
     "of" of what was asked.  Raises: UserError; under `all` what is absent is passed over."""
     asked, everything = set(), cfg.eval.sets.strip() == "all"
     for view in dict.fromkeys(net.card.view for net in nets.values()):
+        alike = {label: net for label, net in nets.items() if net.card.view == view}
         opened, probes = {}, {}
         for name in set_names(cfg):                 # what is not there says so before any scoring
             try:
@@ -4301,12 +4323,10 @@ def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
                     raise
                 say(f"left out: {str(e).partition(':')[0]}")
         for name, images in opened.items():
-            first = next(net for net in nets.values() if net.card.view == view)
-            images = aligned(images, first.card)
-            able, alike = {}, [x for x, net in nets.items() if net.card.view == view]
-            for label in alike:
+            able, images = {}, aligned(images, next(iter(alike.values())).card)
+            for label, net in alike.items():
                 try:
-                    able |= dict([headed(label, nets[label], name, images, cfg, probes)])
+                    able |= dict([headed(label, net, name, images, cfg, probes)])
                 except UserError as e:
                     if len(alike) == 1 and not (everything and isinstance(e, Absent)):
                         raise
@@ -4337,11 +4357,12 @@ def run_eval(cfg: Config, args) -> None:
 
 def pictures_of(rows: list[dict], cfg: Config, run: Path) -> Image.Image | None:
     """The picture grid of a run's Student, where its images are there."""
-    student, pictures, images = None, {}, None
-    if (run / "model.safetensors").is_file():
-        student = load(run).to(pick_device())
+    student = load(run) if (run / "model.safetensors").is_file() else None
+    if not isinstance(student, Student):
+        return None
+    student, pictures = student.to(pick_device()), {}
     for name in dict.fromkeys(r["set"] for r in rows if r["kind"] in ("home", "shift")
-                              and not r["corruption"] and isinstance(student, Student)):
+                              and not r["corruption"]):
         with contextlib.suppress(UserError):         # a set that is not there is not drawn
             images = open_set(name, cfg.data, view=student.card.view)
             picks = np.linspace(0, len(images) - 1, 8).astype(int)
@@ -4349,8 +4370,9 @@ def pictures_of(rows: list[dict], cfg: Config, run: Path) -> Image.Image | None:
             pictures[name] = x, y
             for c, _ in CHECKS[1:] if len(pictures) == 1 else ():
                 pictures[f"{c} 4"] = corrupt(x, c, 4, index=index.tolist()), y
-    if pictures:
-        return picture_grid(student, pictures, images.classes, cfg.eval.passes, cfg.eval.rule)
+    if not pictures:
+        return None
+    return picture_grid(student, pictures, images.classes, cfg.eval.passes, cfg.eval.rule)
 
 
 def run_report(cfg: Config, args) -> None:
@@ -4391,7 +4413,7 @@ def run_demo(cfg: Config, args) -> None:
 def run_sets(cfg: Config, args) -> None:
     """The table of sets: what is there, what is expected, how to get it."""
     data = dataclasses.replace(cfg.data, allow_partial=True, n_train=0, n_test=0)
-    mine = [n for n in (data.name, *cfg.eval.sets.split(",")) if "folder" in n]
+    mine = [n for n in (data.name, *cfg.eval.sets.split(",")) if FOLDER.fullmatch(n)]
     body, faults = [], []
     for name in (*mine, *SETS, *(f"{n}-c" for n, r in SETS.items() if r.archive)):
         row, (_, is_c) = SETS.get(base_name(name)[0]), base_name(name)
@@ -4459,8 +4481,7 @@ def run_corrupt(cfg: Config, args) -> None:
     images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True)
     jobs = CorruptCopies(images, source, out, cfg.eval.frost_dir or None)
     share = range(world()[0], len(paths), world()[1])
-    bar = Progress(len(share), "corrupt")
-    with Signals() as signals:
+    with Progress(len(share), "corrupt") as bar, Signals() as signals:
         for _ in loader(jobs, cfg.data.workers or os.cpu_count(), batch_size=None, sampler=share):
             bar.update(1)
             if signals.hit:
@@ -4539,8 +4560,7 @@ def preflight(cfg: Config, command: str) -> None:
     d, rule, frost = cfg.distill, choose(RULES, cfg.eval.rule, "rule"), cfg.eval.frost_dir
     spec_names(cfg.robustify.augment)
     for name in set_names(cfg):
-        if "folder" not in name:
-            choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, name, "set")
+        set_row(name)
     trains = command in ("demo", "pretrain", "robustify", "distill")
     for name in ("pretrain", "robustify", "distill") if trains else ():
         batch = getattr(cfg, name).batch // getattr(cfg, name).accum

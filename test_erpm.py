@@ -2595,6 +2595,7 @@ def test_the_picture_grid_is_as_wide_as_the_longest_class_name():
     student, mean = types.SimpleNamespace(), torch.eye(3).expand(8, 3, 3)
     student.features = lambda x: x
     student.moments = lambda f, passes: (mean, torch.ones(8, 2), mean)
+    student.pick_head = erpm.select
     pictures = {"shapes": (torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.zeros(9).long())}
     short, wide = [erpm.picture_grid(student, pictures, ("a", "b", name), 2, "kl")
                    for name in ("c", "a long name of a class" * 3)]
@@ -2706,6 +2707,16 @@ def test_as_many_other_classes_are_not_taken_for_those_of_the_set(here):
           classes=tuple("0123456789"))
     out = runs("pretrain", *TINY, "pretrain.epochs=0.1", "model.student_weights=w.safetensors")
     assert "has no classifier for these 10 classes" in out
+
+
+def test_weights_are_hashed_again_when_a_tensor_was_written_to():
+    net = erpm.build("cifar:resnet8-s2", 4)
+    first = erpm.weights_sha(net)
+    assert erpm.weights_sha(net) == first
+    torch.optim.SGD(net.parameters(), 0.1).step(lambda: net(images(2)).sum().backward())
+    second = erpm.weights_sha(net)
+    net.load_state_dict(erpm.build("cifar:resnet8-s2", 4).state_dict())
+    assert len({first, second, erpm.weights_sha(net)}) == 3
 
 
 def test_a_foreign_file_answers_with_its_own_head_where_its_user_says_so(here):
