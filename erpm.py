@@ -77,6 +77,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -299,6 +300,7 @@ class Robustify(Train):
     augment: str = opt("pixmix+augmix", "augmentations, joined by +")
     severity: float = opt(3.0, "strength of augmix; its authors: 1 on ImageNet, 3 on CIFAR", .1, 10)
     pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
+    clean: bool = opt(True, "train on x beside x~; without, twice the epochs cost the same")
     jsd: float = opt(0.0, "weight of AugMix's consistency loss (its paper: 12); 0 = cross-"
                           "entropy on x and x~", 0, 1000)
 
@@ -306,17 +308,45 @@ class Robustify(Train):
 @dataclass(frozen=True)
 class Distill(Train):
     """How the large network is tuned.  tune = last stages tuned, head = of these, own a head."""
-    method: str = opt("erpm", "erpm, or a baseline: apt (same part, one head, no teacher), "
-                              "lp (linear probe on x and x~), ft (end to end on x and x~)",
-                      "erpm", "apt", "lp", "ft")
+    method: str = opt("erpm", "erpm = [A]; team = original, a robust tail and the teacher; on x and x~ "
+                              "alike: apt (same part, one head, no teacher), lp (the Linear alone), "
+                              "ft (end to end), lp-ft (ft after lp), wise (weights between original "
+                              "and ft), vpt (prompt tokens of a ViT)",
+                      "erpm", "team", "apt", "lp", "ft", "lp-ft", "wise", "vpt")
     tune: int = opt(3, "last stages that are tuned", 0, 1000)
     head: int = opt(3, "of the tuned stages the last ones that every head has for itself; "
                        "0 = linear heads on a shared tail", 0, 1000)
     dropout: float = opt(0.1, "rate in the tuned part and before each classifier", 0, 0.99)
+    norms: str = opt("frozen", "BatchNorm of the tuned stages: frozen statistics, or own = those of "
+                               "the images that each head learns", "frozen", "own")
     dropout_in: str = opt("tail", "tail = tuned stages and classifiers as [A]; head = classifiers",
                           "tail", "head")
     alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation", 0, 1)
     temperature: float = opt(2.0, "softmax temperature of the distillation", 0.01, 100)
+    wise: float = opt(0.5, "wise: share of the fine-tuned weights", 0, 1)
+    prompts: int = opt(10, "vpt: prompt tokens", 0, 1000)
+    deep: bool = opt(True, "vpt: new tokens before every block, else before the first")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What `compare` and `demo` run."""
+    seeds: int = opt(1, "seeds 0, 1, ... of every run", 1, 1000)
+    rows: str = opt("", "a line a run, LABEL: KEY=VALUE ...; without settings it is the recipe's own, "
+                        "or the one of that label above.  '# TITLE; NOTE' begins a table")
+
+    @property
+    def plan(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """({"title; note": labels}, {label: words})."""
+        tables, runs, title = {}, {}, "Methods"
+        for line in filter(None, map(str.strip, self.rows.splitlines())):
+            label, _, words = line.partition(":")
+            if line.startswith("#"):
+                title = line.strip("# ")
+            else:
+                runs[label] = words.split() or runs.get(label, [])
+                tables.setdefault(title, []).append(label)
+        return tables, runs
 
 
 @dataclass(frozen=True)
@@ -362,6 +392,7 @@ class Config:
     pretrain: Pretrain = Pretrain()
     robustify: Robustify = Robustify()
     distill: Distill = Distill()
+    compare: Compare = Compare()
     eval: Eval = Eval()
     runtime: Runtime = Runtime()
 
@@ -449,6 +480,30 @@ def check(cfg: Config) -> None:
         raise UserError(f"data.size_px: expected 0 or 32 to 512, got {cfg.data.size_px}")
 
 
+def changed(cfg: Config, values: dict) -> Config:
+    """The Config with other values, {"section.key": value}.  Raises: UserError."""
+    parts = {name: dataclasses.replace(getattr(cfg, name), **{
+        k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{name}.")})
+        for name in PARTS}
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in values.items() if "." not in k}, **parts)
+    check(cfg)
+    return cfg
+
+
+def words_of(words: Sequence[str], where: str) -> dict:
+    """{"section.key": value} of words key=value.  Raises: UserError."""
+    bad = [w for w in words if "=" not in w or w.startswith("recipe=") and w != "recipe="]
+    if bad:
+        raise UserError(f"{where}: {bad[0]!r} is not of the form key=value (see --help; for a "
+                        "recipe say --recipe NAME)")
+    return settings(dict(w.split("=", 1) for w in words), where)
+
+
+def slug(text: str) -> str:
+    """The text as a file's name."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+
+
 def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | None = None,
             run: Path | None = None) -> Config:
     """The frozen Config: default < recipe of a file (or the run's config.yaml) < words."""
@@ -459,22 +514,13 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | None = Non
         file = file or Path(__file__).with_name("config.yaml")
         tree = choose(read_yaml(file), recipe, f"recipe in {file}")
         values = settings(tree, f"{file}: {recipe}") | {"recipe": recipe}
-    bad = [w for w in words if "=" not in w or w.startswith("recipe=") and w != "recipe="]
-    if bad:
-        raise UserError(f"{bad[0]!r} is not of the form key=value (see --help; for a recipe say "
-                        "--recipe NAME)")
     home = values.get("data.name", Data.name)
-    values |= settings(dict(w.split("=", 1) for w in words), "command line")
-    parts = {name: dataclasses.replace(part, **{
-        k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{name}.")})
-        for name, part in PARTS.items()}
-    cfg = Config(**{k: v for k, v in values.items() if "." not in k}, **parts)
-    check(cfg)
+    cfg = changed(Config(), values | words_of(words, "command line"))
     if not cfg.run:
         names = [cfg.recipe or cfg.data.name]
         names += [cfg.data.name] if cfg.recipe and cfg.data.name != home else []
         names += [f"s{cfg.seed}"] if cfg.seed else []
-        cfg = dataclasses.replace(cfg, run=re.sub(r"[^\w.-]+", "-", "-".join(names)))
+        cfg = dataclasses.replace(cfg, run=slug("-".join(names)))
     return cfg
 
 
@@ -1593,8 +1639,8 @@ def _flowers(row: SetRow, top: Path, train: bool, data: Data):
 
 
 def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
-    """Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
-    cls = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}[row.name]
+    """MNIST, Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
+    cls = {"fashion-mnist": "FashionMNIST"}.get(row.name, row.name.upper())
     try:
         raw = getattr(torchvision.datasets, cls)(data.root, train=train, download=False)
     except RuntimeError:
@@ -1701,6 +1747,8 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("shapes-r", 0, 2000, 10, "made here, no file", read=_shapes),
     SetRow("fashion-mnist", 60000, 10000, 10, _TV.format("FashionMNIST"), "FashionMNIST/raw",
            "FashionMNIST/raw", _torchvision_set),
+    SetRow("mnist", 60000, 10000, 10, _TV.format("MNIST"), "MNIST/raw", "MNIST/raw",
+           _torchvision_set),
     SetRow("cifar10", 50000, 10000, 10, _TV.format("CIFAR10") + "; -c: zenodo.org/record/2535967",
            "cifar-10-batches-py", "cifar-10-batches-py", _torchvision_set, archive="CIFAR-10-C"),
     SetRow("cifar100", 50000, 10000, 100, _TV.format("CIFAR100")
@@ -1895,7 +1943,8 @@ class Card:
     view: how picture files become its pixels.  classes: names of its outputs, () = not known.
     home: the set that it was trained on.  prompts: (names, templates) of a zero-shot network;
     clip: the file of its two towers, "" = by the name's tag.  fresh: its classifier is not trained.
-    probe: what a linear probe was fitted on.  student: the keywords of a Student.
+    probe: what a linear probe was fitted on.  prompted, student, team: the keywords of `prompted`,
+    a Student and a Team (its teacher as a card).
     label: its name in the tables; key: the settings that made it; train: {images, seconds}."""
     name: str = ""
     n_classes: int = 0
@@ -1908,7 +1957,9 @@ class Card:
     fresh: bool = False
     probe: str = ""
     label: str = ""
+    prompted: dict = dataclasses.field(default_factory=dict)
     student: dict = dataclasses.field(default_factory=dict)
+    team: dict = dataclasses.field(default_factory=dict)
     key: dict = dataclasses.field(default_factory=dict)
     train: dict = dataclasses.field(default_factory=dict)
 
@@ -1947,6 +1998,12 @@ class Net(nn.Module):
         return self.net(self.prepare(x))
 
 
+def full_precision(x: Tensor):
+    """Context without autocast, which the meta device (`gflops`) does not know."""
+    kind = x.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
 class TextHead(nn.Module):
     """Zero-shot classifier: exp(logit_scale) cos(h, class embedding) + logit_bias, in float32.
 
@@ -1964,7 +2021,7 @@ class TextHead(nn.Module):
         return len(self.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
+        with full_precision(h):
             cosine = F.normalize(h.float(), dim=-1) @ self.weight.T
             return self.logit_scale.exp() * cosine + self.logit_bias
 
@@ -1984,15 +2041,19 @@ class Tower(nn.Module):
 
 # ---- weights on disk -----------------------------------------------------------------------------
 
+def card_of(meta: dict) -> Card:
+    """The Card of its JSON."""
+    return Card(**meta | {"view": View(**meta["view"]), "classes": tuple(meta["classes"]),
+                          "prompts": tuple(map(tuple, meta["prompts"]))})
+
+
 def read_card(path: Path | str) -> Card | None:
     """The Card that `save` wrote beside the tensors; None of a foreign file.  Raises: UserError."""
     if not Path(path).is_file():
         raise UserError(f"no weights file {path}")
     try:
         with safe_open(path, "pt") as f:
-            meta = json.loads(f.metadata()["erpm"])
-        return Card(**meta | {"view": View(**meta["view"]), "classes": tuple(meta["classes"]),
-                              "prompts": tuple(map(tuple, meta["prompts"]))})
+            return card_of(json.loads(f.metadata()["erpm"]))
     except Exception:                                     # what is wrong with it says read_state
         return None
 
@@ -2274,7 +2335,7 @@ class Classifier(nn.Module):
         h = self.drop(self.features(f))
         if any(p.dtype != torch.float32 for p in self.fc.parameters()):
             return self.fc(h)
-        with torch.autocast(h.device.type, enabled=False):   # logits in float32: sigma, KL, ties
+        with full_precision(h):                           # logits in float32: sigma, KL, ties
             return self.fc(h.float())
 
 
@@ -2427,6 +2488,41 @@ def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
     return freeze(parts[:at]), parts[at:]
 
 
+# ---- visual prompts ------------------------------------------------------------------------------
+
+class Prompted(nn.Module):
+    """A block of a ViT that sees trained tokens behind its own: `put` are added before it, and the
+    last `off` taken off after it.  Shapes: (B,N,D) -> (B, N + put - off, D)."""
+
+    def __init__(self, block: nn.Module, width: int, put: int, off: int):
+        super().__init__()
+        self.block, self.off = block, off
+        self.prompt = nn.Parameter(torch.empty(put, width).uniform_(-1, 1) * (6 / width) ** 0.5)
+
+    def forward(self, x: Tensor, **options) -> Tensor:
+        x = torch.cat([x, self.prompt.to(x.dtype).expand(len(x), -1, -1)], 1)
+        x = self.block(x, **options)
+        return x[:, :x.shape[1] - self.off]
+
+
+def prompted(net: Net, n: int = 10, deep: bool = True) -> Net:
+    """The ViT with n prompt tokens, in place: deep = new ones before every block, else before the
+    first.  They stand behind the other tokens, have no position and are off before the pooling.
+
+    Paper: VPT (Jia et al. 2022).  Raises: UserError on what is no ViT of timm or open_clip."""
+    vit = next((m for m in net.modules() if type(m).__name__ == "VisionTransformer"), None)
+    if vit is None:
+        raise UserError(f"vpt: {net.card.name or 'the network'} has no tokens to add prompts to: "
+                        "take a ViT of timm or open_clip")
+    blocks = vit.blocks if hasattr(vit, "blocks") else vit.transformer.resblocks
+    width = next(m for m in blocks.modules() if isinstance(m, nn.LayerNorm)).normalized_shape[-1]
+    for i, block in enumerate(blocks):
+        put, off = (n if deep or end else 0 for end in (i == 0, i == len(blocks) - 1))
+        blocks[i] = Prompted(block, width, put, off)
+    net.card = dataclasses.replace(net.card, prompted={"n": n, "deep": deep})
+    return net
+
+
 # ---- zero-shot: prompts in the place of a classifier ---------------------------------------------
 
 def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[tuple, tuple]:
@@ -2554,16 +2650,18 @@ def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
 
 class Tuned(nn.Module):
     """A trained part on a frozen network: in training mode only dropout is switched on, so
-    BatchNorm keeps the pretrained statistics.  The baselines train a tail as `cut` gives it."""
+    BatchNorm keeps the pretrained statistics, unless norms = "own".  The baselines train a tail as
+    `cut` gives it."""
 
-    def __init__(self, tail: nn.Module | None = None):
+    def __init__(self, tail: nn.Module | None = None, norms: str = "frozen"):
         super().__init__()
-        self.tail = tail
+        self.tail, self.norms = tail, norms
 
     def train(self, mode: bool = True):
         super().train(False)
+        kinds = (Dropout, nn.modules.batchnorm._BatchNorm) if self.norms == "own" else Dropout
         for m in self.modules():
-            if isinstance(m, Dropout):
+            if isinstance(m, kinds):
                 m.training = mode
         self.training = mode
         return self
@@ -2748,7 +2846,7 @@ class Student(nn.Module):
         f, found, q = self.tuned.shared(f), [], self.dropout / (1 - self.dropout)
         for *blocks, last in self.tuned.heads.values():
             h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
-            with torch.enable_grad(), torch.autocast(f.device.type, enabled=False):
+            with torch.enable_grad(), full_precision(f):
                 h = h.detach().requires_grad_()
                 z = project(last.fc(h).float(), ids)
                 [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)       # image by image
@@ -2772,6 +2870,54 @@ class Student(nn.Module):
         mean, sigma, logits = self.moments(self.features(x), passes)
         head = self.pick_head(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
+
+
+# ---- the team: the robust teacher stays --------------------------------------------------------
+
+def team(clean: Tensor, robust: Sequence[Tensor], tau: float = 0.5) -> Tensor:
+    """Probabilities (B,C) of a clean answer and several robust ones, (B,C) each.
+
+    METHOD ours: r = the mean of the robust answers; the clean one weighs exp(-KL(clean||r) / tau),
+    so that it is heard unless they contradict it, and r the rest.  Nothing is fitted."""
+    r = sum(robust) / len(robust)
+    gap = clean.clamp_min(TINY).log() - r.clamp_min(TINY).log()
+    w = (-(clean * gap).sum(-1, keepdim=True) / tau).exp().clamp(max=1)
+    return w * clean + (1 - w) * r
+
+
+class Ways(nn.Module):
+    """A network whose last `tune` stages stand twice on one frozen backbone: as they were, and a
+    copy that is to become robust.  forward(x) -> logits (clean, robust), (B,C) each."""
+
+    def __init__(self, net: Net, tune: int):
+        super().__init__()
+        self.card = net.card
+        self.backbone, tail = cut(net, tune)
+        self.robust = copy.deepcopy(tail).requires_grad_(True)
+        self.original = freeze(tail)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.backbone(x)
+        return self.original(f), self.robust(f)
+
+
+class Team(nn.Module):
+    """A network and the robust teacher, which stays beside it: they answer by `team`.
+
+    net: a Net, whose answer is the clean one, or a Student or Ways, whose last head is a robust
+    one; tune: a Net is made Ways of so many stages.  forward(x) -> log probabilities (B,C)."""
+
+    def __init__(self, net: nn.Module, teacher: Net, tune: int | None = None):
+        super().__init__()
+        self.net, self.teacher = net if tune is None else Ways(net, tune), teacher
+        self.card = dataclasses.replace(net.card, team={
+            "tune": tune, "teacher": dataclasses.asdict(teacher.card)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        clean, *robust = (z[0], z[-1]) if isinstance(z, tuple) else (z,)
+        clean, *robust = (v.float().softmax(-1) for v in (clean, *robust, self.teacher(x)))
+        return team(clean, robust).clamp_min(TINY).log()
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -2802,6 +2948,19 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
     robust = {"robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
     # METHOD [A] eq. 5: their sum
     return clean | robust
+
+
+def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str, Tensor]:
+    """The state (1 - alpha) original + alpha tuned; what is no float is tuned's.
+
+    Paper: WiSE-FT (Wortsman et al. 2022).  Raises: UserError on networks that differ in more than
+    their weights."""
+    a, b = original.state_dict(), tuned.state_dict()
+    odd = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k].shape != b[k].shape)
+    if odd:
+        raise UserError(f"cannot interpolate two networks of other tensors: {', '.join(odd[:4])}")
+    return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else v
+            for k, v in b.items()}
 
 
 # ---- files of trained networks -------------------------------------------------------------------
@@ -2836,13 +2995,23 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         net = zero_shot(named(card.name, None, str(path), card.size_px), card.prompts)
         net.card = dataclasses.replace(card, clip=str(path))
         return freeze(net)
-    if net is None:
-        net = named(card.name, None if card.prompts else card.n_classes, "random", card.size_px)
-        if card.prompts:
-            width = next(v.shape[1] for k, v in state.items() if k.endswith("fc.weight"))
-            net.net.fc = TextHead(torch.ones(card.n_classes, width))
-    net = net if isinstance(net, Net) else Net(net)
+
+    def untrained(card: Card) -> Net:
+        if not card.prompts:
+            return named(card.name, card.n_classes, "random", card.size_px)
+        net = named(card.name, None, "random", card.size_px)
+        width = next(v.shape[1] for k, v in state.items() if k.endswith("fc.weight"))
+        net.net.fc = TextHead(torch.ones(card.n_classes, width))
+        return net
+
+    net = untrained(card) if net is None else net if isinstance(net, Net) else Net(net)
+    if card.prompted:
+        prompted(net, **card.prompted)
     module = Student(net, **card.student) if card.student else net
+    if card.team:
+        beside = card_of(card.team["teacher"])
+        module = Team(module, untrained(beside), card.team["tune"])
+        module.teacher.card = beside
     load_strictly(module, state, f"{path} does not fit {card.name or 'the module'}")
     module.card = card
     return freeze(module)
@@ -3039,7 +3208,7 @@ def update(opt: torch.optim.Optimizer, scaler, lr: float, clip: float) -> None:
 def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
         name: str, seed: int, checkpoint: Path | None = None, key: dict | None = None,
         workers: int = 0) -> dict[str, float]:
-    """Trains the module in place and returns {"images", "seconds"} of the training.
+    """Trains the module in place and returns {"images", "seconds", "gflops" (an image)}.
 
     step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is
     the module or its DDP wrapper.  images: as `training` made them.  checkpoint: where it goes on
@@ -3063,12 +3232,13 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, {n:,} trained parameters"
         + (f"; goes on at step {at:,}" if at else ""))
-    sums, logged, since = {}, at, time.perf_counter()
+    sums, logged, since, counter = {}, at, time.perf_counter(), FlopCounterMode(display=False)
     with Progress(total * cfg.batch, name, at * cfg.batch) as bar, Signals() as signals:
         while at < total:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
-            losses = add_gradients(wrapped, step, data, cfg.accum, parts["scaler"], runtime.amp,
-                                   (seed, at))
+            with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
+                losses = add_gradients(wrapped, step, data, cfg.accum, parts["scaler"],
+                                       runtime.amp, (seed, at))
             update(parts["opt"], parts["scaler"], lr, cfg.clip)
             if cfg.ema:
                 parts["average"].update_parameters(model)
@@ -3089,7 +3259,8 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     if cfg.ema:
         model.load_state_dict(parts["average"].module.state_dict())
     model.eval()
-    return {"images": total * cfg.batch, "seconds": round(seconds, 2)}
+    return {"images": total * cfg.batch, "seconds": round(seconds, 2),
+            "gflops": counter.get_total_flops() * size / cfg.batch / 1e9}
 
 
 # ---- the steps of the methods --------------------------------------------------------------------
@@ -3102,24 +3273,24 @@ def harden(x: Tensor, cfg: Robustify, generator: torch.Generator) -> Tensor:
 
 
 def plain_step(cfg: Train, aug: Robustify | None = None, backbone: nn.Module | None = None,
-               n_classes: int = 0) -> Callable:
-    """Cross-entropy on x, or with aug on x and x~ alike; aug.jsd: on x alone, and AugMix's
-    consistency over three views.  It trains a whole network, or a tail on a frozen backbone:
-    pretraining, robustifying, fine-tuning, APT and linear probes are this step.
+               n_classes: int = 0, clean: bool = True) -> Callable:
+    """Cross-entropy on x, or with aug on x and x~ alike (clean=False: on x~ alone); aug.jsd: on x
+    alone, and AugMix's consistency over three views.  It trains a whole network, or a tail on a
+    frozen backbone: all but [A]'s own method are this step.
 
     n_classes: mixup and cutmix of aug.augment mix images and labels first."""
     def step(model, batch):
         x, y, g = batch
         if aug and n_classes and spec_names(aug.augment) & set(LABEL_MIXERS):
             x, y = mix_labels(x, y, aug.augment, g, n_classes)
-        n_views = 0 if aug is None else 2 if aug.jsd else 1
-        views = torch.cat([x, *(harden(x, aug, g) for _ in range(n_views))])
+        n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
+        views = torch.cat([x] * clean + [harden(x, aug, g) for _ in range(n_views)])
         if backbone is not None:
             with torch.no_grad():
                 views = backbone(views)
         z = model(views).float()
         if n_views < 2:
-            y = torch.cat([y] * (1 + n_views))
+            y = torch.cat([y] * (clean + n_views))
             return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
         z = z.chunk(3)
         ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
@@ -3439,6 +3610,21 @@ def weights_sha(net: nn.Module) -> str:
     return net.sha[1]
 
 
+@torch.no_grad()
+def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
+    """GFLOPs of an answer to an image, by torch's counter (2 a multiply-add; matrix products and
+    convolutions alone), on a copy without memory.  passes: as in Student.predict."""
+    bare = {id(p): nn.Parameter(p.to("meta"), False) for p in model.parameters()}
+    bare |= {id(b): b.to("meta") for b in model.buffers()}
+    model, x = copy.deepcopy(model, bare), torch.zeros(1, 3, size_px, size_px, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        if isinstance(model, Student):
+            model.moments(model.features(x), passes)
+        else:
+            model(x)
+    return round(counter.get_total_flops() / 1e9, 6)
+
+
 def kind_of(card: Card, images: ImageSet) -> str:
     """What a set is to a network: "home" = trained on, "part" = of home's classes, "shift" = the
     same classes otherwise, "transfer" = other classes.  A public network's home is ImageNet."""
@@ -3469,6 +3655,8 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
     Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
     probes: those fitted so far.  Raises: UserError."""
     card, auto, trusted = model.card, cfg.eval.head == "auto", cfg.eval.head == "own"
+    if isinstance(model, Team) and kind_of(card, images) == "transfer":
+        raise Absent(f"{label} answers on the classes of {card.home} alone, not on {name}")
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
     if auto and card.has_text:
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
@@ -3510,7 +3698,8 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
             "kind": kind_of(card, images), "n": len(images), "transform": transform,
             "rule": ev.rule if isinstance(model, Student) else "", "passes": passes, "amp": amp,
-            "train": card.train, "source": images.source}
+            "gflops": gflops(model, images.view.size_px, ev.passes), "train": card.train,
+            "source": images.source}
 
 
 def read_rows(run: Path, rule: str = "") -> list[dict]:
@@ -3617,9 +3806,14 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "training, s": (lambda r, f: r["train"]["seconds"], 1, ".0f"),
     "ms / training image": (
         lambda r, f: r["train"]["seconds"] / r["train"]["images"], 1000, ".2f"),
-    "GFLOPs": (lambda r, f: r["gflops"], 1, ".2f"),
+    "training GFLOPs / image": (lambda r, f: r["train"]["gflops"], 1, ".3g"),
+    "GFLOPs": (lambda r, f: r["gflops"], 1, ".3g"),
+    "time / FT": (lambda r, f: r["time / FT"], 1, ".2f"),              # see `relative`
+    "training FLOPs / FT": (lambda r, f: r["training FLOPs / FT"], 1, ".2f"),
+    "GFLOPs / original": (lambda r, f: r["GFLOPs / original"], 1, ".2f"),
     "images/s": (lambda r, f: r["images_per_s"], 1, ".0f"),
     "images a cell": (lambda r, f: r["n"], 1, ",.0f")}
+COSTS = ("ms / training image", "time / FT", "training FLOPs / FT", "GFLOPs / original")
 RULE_NAMES = {"oracle": "either head right", **{head: f"always {head}" for head in HEADS}}
 PERFECT, APPENDIX = "perfect routing", "Every cell: "
 BY_CORRUPTION = {c: {"corruption": c} for c in CORRUPTIONS}                 # lines of a pivot
@@ -3639,6 +3833,22 @@ def latest(rows: list[dict]) -> list[dict]:
     last = {place(r): r["of"] for r in sorted(rows, key=operator.itemgetter("n"))}
     return list({(*place(r), r["corruption"], r["severity"]): r
                  for r in rows if r["of"] == last[place(r)]}.values())
+
+
+def relative(rows: list[dict]) -> list[dict]:
+    """The rows with their costs as shares of FT's and of the original's, of the same seed."""
+    of = {(r["label"], r["seed"]): r for r in rows}
+    out = []
+    for r in rows:
+        ft, plain, more = (*(of.get((x, r["seed"]), {}) for x in ("FT", "original")), {})
+        if r["train"] and ft.get("train"):
+            total = [v["images"] * v.get("gflops", NAN) for v in (r["train"], ft["train"])]
+            more = {"time / FT": r["train"]["seconds"] / ft["train"]["seconds"],
+                    "training FLOPs / FT": total[0] / total[1]}
+        if "gflops" in r and "gflops" in plain:
+            more["GFLOPs / original"] = r["gflops"] / plain["gflops"]
+        out.append(r | more)
+    return out
 
 
 def plain(name: str) -> str:
@@ -3757,7 +3967,7 @@ def main_tables(rows: list[dict]) -> list[str]:
     """[A] Tables 1 to 3: the models at home, under shift and on other classes."""
     home, shifts, parts, transfer = (sets_of(rows, kind) for kind in KINDS)
     known, first = rows + published(rows), home + shifts or parts or transfer
-    cost = {"ms / training image": {"sets": first[:1], "measure": "ms / training image"}}
+    cost = {m: {"sets": first[:1], "measure": m} for m in COSTS}
     mce = {s.replace("imagenet-c", "mCE"): {"sets": (s,), "measure": "mCE"}
            for s in shifts if plain(s) == "imagenet-c"}
     absent = [s for s in PAPER_SHIFTS if s not in map(plain, shifts)]
@@ -3819,14 +4029,23 @@ def summary(rows: list[dict]) -> str:
                  "NLL in nats; ECE in percent, 15 bins; means over the cells of a -c set.")
 
 
-def report_text(rows: list[dict]) -> str:
-    """The whole report in Markdown, a pure function of the rows."""
-    rows = latest(rows)
+def run_tables(rows: list[dict], tables: dict[str, list[str]]) -> list[str]:
+    """The tables of compare.rows, {"title; note": models}."""
+    home, shifts = sets_of(rows, "home"), sets_of(rows, "shift")
+    columns = on(home) | mean_on(shifts) | on(shifts) | {
+        m: {"sets": home[:1], "measure": m} for m in COSTS}
+    return [pivot(rows, title.partition(";")[0], {x: {"label": x} for x in labels}, columns,
+                  title.partition(";")[2].strip()) for title, labels in tables.items()]
+
+
+def report_text(rows: list[dict], tables: dict[str, list[str]] = {}) -> str:
+    """The whole report in Markdown, a pure function of the rows and the tables of compare.rows."""
+    rows = relative(latest(rows))
     seeds, title = len({r["seed"] for r in rows}), sets_of(rows, "home") or ["Results"]
     spread = f"± = standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [f"# {', '.join(title)}",
              f"Top-1 accuracy in percent; mean over the cells of a -c set; {spread}.",
-             *main_tables(rows)]
+             *main_tables(rows), *run_tables(rows, tables)]
     for label in dict.fromkeys(r["label"] for r in rows if "rules" in r):
         parts += student_tables(rows, label)
     for name in corrupted(rows):
@@ -4093,17 +4312,19 @@ def validate(label: str, net: nn.Module, cfg: Config) -> float:
     return shifted
 
 
-def stage(cfg: Config, file: str, label: str, images: ImageSet, inputs: dict,
+def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, inputs: dict,
           make: Callable) -> nn.Module:
     """The network of runs/NAME/FILE.safetensors: kept if it is there, else made and saved.
 
-    make(train) -> (network, {"images", "seconds"}), where train is fit with this stage's settings.
-    inputs: what the result depends on beside the settings of data, seed and stage.
+    name: pretrain, robustify or distill.  make(train) -> (network, {"images", "seconds"}), where
+    train is fit with this stage's settings.  inputs: what the result depends on beside the settings of data, seed and stage.
     Raises: UserError when the file was made with other settings."""
-    name = {"student": "pretrain", "teacher": "robustify"}.get(file, "distill")
+    uses = ["method", *METHODS[cfg.distill.method].uses.split()]
     path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
     used = {f"data.{k}" for k in ("name", "size_px", "fit", "crop", "flip", "n_train")} | {"seed"}
-    key = {k: v for k, v in flat(cfg).items() if k in used or k.startswith(f"{name}.")} | inputs
+    own = [f.name for f in dataclasses.fields(PARTS[name]) if name != "distill" or f.name in uses]
+    used |= {f"{name}.{k}" for k in (*own, *(f.name for f in dataclasses.fields(Train)))}
+    key = {k: v for k, v in flat(cfg).items() if k in used} | inputs
     if path.is_file():
         changed = differences(getattr(read_card(path), "key", {}), key)
         if changed:
@@ -4134,10 +4355,10 @@ def stage(cfg: Config, file: str, label: str, images: ImageSet, inputs: dict,
 
 # ---- the student and the teacher -----------------------------------------------------------------
 
-def tail_of(net: Net, tune: int) -> tuple[Tuned, nn.Module]:
+def tail_of(net: Net, tune: int, norms: str = "frozen") -> tuple[Tuned, nn.Module]:
     """(the last stages and the classifier to be trained, the frozen rest); 0: the Linear alone."""
     backbone, tail = cut(net.to(pick_device()), tune)
-    part = Tuned(tail.requires_grad_(True))
+    part = Tuned(tail.requires_grad_(True), norms)
     tail[-1].features.requires_grad_(tune > 0)
     return part, backbone
 
@@ -4170,7 +4391,7 @@ def untrained(net: Net, images: ImageSet) -> bool:
     return net.card.fresh or bool(net.card.known) and set(net.card.known) != set(images.outputs)
 
 
-def student_net(cfg: Config, images: ImageSet) -> nn.Module:
+def student_net(cfg: Config, images: ImageSet, file: str = "student") -> nn.Module:
     """The network to be tuned -> student.safetensors: as its tag or file gives it where these have
     a classifier for the classes, or text, and else trained on clean data first."""
     m, t, size, weights = cfg.model, cfg.pretrain, cfg.data.size_px, cfg.model.student_weights
@@ -4205,10 +4426,10 @@ def student_net(cfg: Config, images: ImageSet) -> nn.Module:
         stages(net)[-1].fc.load_state_dict(fc.state_dict())
         return net, {"images": len(some), "seconds": round(time.perf_counter() - since, 2)}
 
-    return stage(cfg, "student", "original", images, inputs, make)
+    return stage(cfg, "pretrain", file, file.replace("student", "original"), images, inputs, make)
 
 
-def robust_teacher(cfg: Config, images: ImageSet) -> nn.Module:
+def robust_teacher(cfg: Config, images: ImageSet, file: str = "teacher") -> nn.Module:
     """The small robust network -> teacher.safetensors; robustify.method=none: as it comes."""
     m, r = cfg.model, cfg.robustify
     inputs = {"model": m.teacher, "view": str(images.view),
@@ -4218,71 +4439,130 @@ def robust_teacher(cfg: Config, images: ImageSet) -> nn.Module:
         torch.manual_seed(fold(cfg.seed, "init teacher"))
         net = named(m.teacher, len(images.classes), m.teacher_weights or None, cfg.data.size_px)
         if r.method != "none":
-            step = plain_step(r, r, n_classes=len(images.classes))
+            step = plain_step(r, r, n_classes=len(images.classes), clean=r.clean)
             return net, train(net, step, images.subset(r.n_images))
         if untrained(net, images):
             raise UserError(f"robustify.method=none: {m.teacher_weights or m.teacher} has no "
                             f"trained classifier for these {len(images.classes)} classes")
         return net, {}
 
-    return stage(cfg, "teacher", "teacher", images, inputs, make)
+    return stage(cfg, "robustify", file, file, images, inputs, make)
 
 
-# ---- the methods: (net, teacher, cfg, images, train) -> (network, {"images", "seconds"}) ---------
+# ---- the methods: (net, other, cfg, images, train) -> (network, {"images", "seconds"}) -----------
 
 def tune_erpm(net, teacher, cfg, images, train):
     """[A]: three heads, distilled from the original network and the robust teacher."""
     d, device = cfg.distill, pick_device()
     student = Student(net, d.tune, d.head, d.dropout, dropout_in=d.dropout_in).to(device)
+    student.tuned.norms = d.norms
     step = erpm_step(student, freeze(teacher).to(device), d, cfg.robustify)
     return student, train(student.tuned, step, images)
 
 
-def tune_apt(net, teacher, cfg, images, train, tune: int | None = None):
+def tune_apt(net, _, cfg, images, train, tune: int | None = None):
     """The same part, one head, no teacher, on clean and augmented images; tune = 0: LP."""
-    part, backbone = tail_of(net, cfg.distill.tune if tune is None else tune)
-    return net, train(part, plain_step(cfg.distill, cfg.robustify, backbone), images)
+    d = cfg.distill
+    part, backbone = tail_of(net, d.tune if tune is None else tune, d.norms)
+    return net, train(part, plain_step(d, cfg.robustify, backbone), images)
 
 
-def tune_ft(net, teacher, cfg, images, train):
+def tune_ft(net, _, cfg, images, train):
     """The whole network, end to end, on clean and augmented images."""
     net.requires_grad_(True)
     return net, train(net, plain_step(cfg.distill, cfg.robustify), images)
 
 
-METHODS = {"erpm": ("ERPM", tune_erpm), "apt": ("APT", tune_apt), "ft": ("FT", tune_ft),
-           "lp": ("LP", functools.partial(tune_apt, tune=0))}
+def tune_wise(tuned, original, cfg, images, train):
+    """Weights between the original's and the fine-tuned network's: nothing is trained again."""
+    tuned.load_state_dict(interpolate(original, tuned, cfg.distill.wise))
+    return tuned, tuned.card.train
 
 
-def tuned_model(cfg: Config, images: ImageSet, file: str = "model") -> nn.Module:
-    """The large network, tuned -> FILE.safetensors; a missing student or teacher is made first."""
-    label, tune = METHODS[cfg.distill.method]
-    net, teacher = student_net(cfg, images), None
-    inputs = {"student": weights_sha(net), **{
-        k: getattr(cfg.robustify, k) for k in ("augment", "severity", "pictures")}}
-    if tune is tune_erpm:
-        teacher = robust_teacher(cfg, images)
-        inputs["teacher"] = weights_sha(teacher)
+def tune_vpt(net, _, cfg, images, train):
+    """Prompt tokens of a ViT and the classifier."""
+    prompted(net, cfg.distill.prompts, cfg.distill.deep)
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.endswith("prompt"))
+    stages(net)[-1].fc.requires_grad_(True)
+    return net, train(Tuned(net), plain_step(cfg.distill, cfg.robustify), images)
+
+
+def tune_team(net, teacher, cfg, images, train):
+    """Ours: a second tail learns x~ alone, for the original and the teacher keep what they know;
+    its BatchNorm takes statistics of its own."""
+    device = pick_device()
+    both = Team(net, freeze(teacher), cfg.distill.tune).to(device)
+    step = plain_step(cfg.distill, cfg.robustify, both.net.backbone, clean=False)
+    return both, train(both.net.robust, step, images)
+
+
+class Method(NamedTuple):
+    """A row of METHODS.  start, beside: the networks that it takes, student and teacher or what
+    another method makes; uses: settings of distill beyond those of Train that it depends on."""
+    label: str
+    tune: Callable
+    start: str = "student"
+    beside: str = ""
+    uses: str = ""
+
+
+METHODS = {
+    "erpm": Method("ERPM", tune_erpm, "student", "teacher",
+                   "tune head norms dropout dropout_in alpha temperature"),
+    "team": Method("Team", tune_team, "student", "teacher", "tune"),
+    "apt": Method("APT", tune_apt, uses="tune norms"),
+    "lp": Method("LP", functools.partial(tune_apt, tune=0)),
+    "ft": Method("FT", tune_ft),
+    "lp-ft": Method("LP-FT", tune_ft, "lp"),
+    "wise": Method("WiSE", tune_wise, "ft", "student", "wise"),
+    "vpt": Method("VPT", tune_vpt, uses="prompts deep"),
+}
+
+
+def tuned_model(cfg: Config, images: ImageSet, file: str = "model", label: str = "",
+                names: dict[str, str] = {}) -> nn.Module:
+    """The large network, tuned -> FILE.safetensors; what it is made from is made first.
+
+    names: files of these, {role: file}, where not the role's name."""
+    method, d = METHODS[cfg.distill.method], cfg.distill
+
+    def made(role: str) -> nn.Module | None:
+        if role in ("student", "teacher"):
+            make = student_net if role == "student" else robust_teacher
+            return make(cfg, images, names.get(role, role))
+        return role and tuned_model(changed(cfg, {"distill.method": role}), images,
+                                    names.get(role, role), "", names)
+
+    net, other = made(method.start), made(method.beside)
+    inputs = {k: getattr(cfg.robustify, k) for k in ("augment", "severity", "pictures")}
+    inputs |= {"start": weights_sha(net), "beside": weights_sha(other) if other else ""}
+    if method.beside == "teacher":
         ours, theirs = (n.robustness if hasattr(n, "robustness") else validate(n.card.label, n, cfg)
-                        for n in (net, teacher))
+                        for n in (net, other))
         if theirs < ours:
             say(f"warning: the teacher is worse than the student under corruption, "
                 f"{100 * theirs:.1f} against {100 * ours:.1f} %: it has little to teach; train it "
                 "longer, start it from better weights (model.teacher_weights) or take another")
-    return stage(cfg, file, label, images, inputs,
-                 lambda train: tune(net, teacher, cfg, images.subset(cfg.distill.n_images), train))
+    return stage(cfg, "distill", file, label or method.label, images, inputs,
+                 lambda train: method.tune(net, other, cfg, images.subset(d.n_images), train))
 
 
 # ---- eval ----------------------------------------------------------------------------------------
 
 def networks_of_run(cfg: Config) -> dict[str, nn.Module]:
-    """{label: network} of a run's folder: original, teacher, baselines, model."""
+    """{label: network} of a run's folder: original, teacher, what was tuned, and each of them in a
+    team with the teacher."""
     order = {"student": 0, "teacher": 1, "model": 3}
     files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
     if not files:
         raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first, or "
                         "name another run")
-    return {net.card.label: net.to(pick_device()) for net in map(load, files)}
+    nets = {net.card.label: net.to(pick_device()) for net in map(load, files)}
+    teacher = nets.get("teacher")
+    alone = {x: net for x, net in nets.items() if teacher and not x.startswith("teacher")
+             and not isinstance(net, Team) and net.card.classes == teacher.card.classes}
+    return nets | {f"{x} + teacher": freeze(Team(net, teacher)) for x, net in alone.items()}
 
 
 def network_of_token(token: str) -> dict[str, nn.Module]:
@@ -4382,7 +4662,7 @@ def run_report(cfg: Config, args) -> None:
     rows, empty = [r for some in found.values() for r in some], [r for r in runs if not found[r]]
     if empty:
         raise UserError(f"no results in {empty[0]}: run `python erpm.py eval` first")
-    text, drawn = report_text(rows), {}
+    text, drawn = report_text(rows, cfg.compare.plan[0]), {}
     say(text.partition(f"\n## {APPENDIX}")[0])
     try:
         drawn = figures(rows)
@@ -4398,16 +4678,25 @@ def run_report(cfg: Config, args) -> None:
     say(f"{runs[0]}: report.md, {', '.join([*drawn, *(['pictures.png'] if grid else [])])} written")
 
 
-def run_demo(cfg: Config, args) -> None:
-    """Everything: the three stages, the baselines lp and apt, eval and report."""
-    since, images = time.perf_counter(), training_images(cfg)
-    for method in ("lp", "apt") if cfg.model.head == "linear" else ():
-        other = dataclasses.replace(cfg.distill, method=method)
-        tuned_model(dataclasses.replace(cfg, distill=other), images, method)
-    tuned_model(cfg, images)
-    run_eval(cfg, args)
+def run_compare(cfg: Config, args) -> None:
+    """The recipe's own run and those of compare.rows, for every seed, then eval and report."""
+    since, folders = time.perf_counter(), []
+    for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
+        own = changed(cfg, {"seed": seed, "run": cfg.run + (f"-s{seed}" if seed != cfg.seed else "")})
+        images = training_images(own)
+        for label, words in cfg.compare.plan[1].items():
+            row, names = changed(own, words_of(words, label)), {}
+            for role in ("student", "teacher", *METHODS):     # a row with another one has its own
+                sections = {"student": ("model.student", "pretrain."), "teacher": (
+                    "model.teacher", "robustify.")}.get(role, ("model.", "pretrain.", "robustify."))
+                other = [w.partition("=")[2] for w in words if w.startswith(sections)]
+                names[role] = slug("-".join([role, *other]))
+            tuned_model(row, images, slug(label.lower()) if words else "model", label, names)
+        run_eval(own, args)
+        folders.append(str(own.dir))
+    args.run = ",".join(folders)
     run_report(cfg, args)
-    say(f"demo: {time.perf_counter() - since:.0f} s in all")
+    say(f"{args.command}: {time.perf_counter() - since:.0f} s in all")
 
 
 def run_sets(cfg: Config, args) -> None:
@@ -4490,7 +4779,7 @@ def run_corrupt(cfg: Config, args) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable, str]] = {
-    "demo": (run_demo, "pretrain, robustify, distill, baselines, eval and report in one go"),
+    "demo": (run_compare, "pretrain, robustify, distill, baselines, eval and report in one go"),
     "pretrain": (lambda cfg, args: student_net(cfg, training_images(cfg)),
                  "train a network on clean data"),
     "robustify": (lambda cfg, args: robust_teacher(cfg, training_images(cfg)),
@@ -4498,6 +4787,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "distill": (lambda cfg, args: tuned_model(cfg, training_images(cfg)),
                 "tune the large network with three heads"),
     "eval": (run_eval, "score a run or a network on sets"),
+    "compare": (run_compare, "every run of a table, methods, settings and seeds, and its report"),
     "report": (run_report, "tables and pictures of results"),
     "bench": (run_bench, "speed against the public code, as ratios: bench [corruptions] [augment]"),
     "corrupt": (run_corrupt, "corrupt IN OUT: the ImageNet-C-like copy of a folder"),
@@ -4561,16 +4851,18 @@ def preflight(cfg: Config, command: str) -> None:
     spec_names(cfg.robustify.augment)
     for name in set_names(cfg):
         set_row(name)
-    trains = command in ("demo", "pretrain", "robustify", "distill")
+    trains = command in ("demo", "compare", "pretrain", "robustify", "distill")
     for name in ("pretrain", "robustify", "distill") if trains else ():
         batch = getattr(cfg, name).batch // getattr(cfg, name).accum
         if batch % world()[1]:
             raise UserError(f"{name}.batch: {batch} images cannot be shared by {world()[1]} "
                             "processes")
-    tunes = command in ("demo", "distill") and d.method == "erpm"
+    tunes = command in ("demo", "compare", "distill") and d.method == "erpm"
     if tunes and rule in NEEDS_SIGMA and not d.dropout:
         raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={rule} needs it; set a "
                         "rate above 0, or eval.rule=kl")
+    for label, words in cfg.compare.plan[1].items() if command in ("demo", "compare") else ():
+        preflight(changed(cfg, words_of(words, f"compare.rows: {label}")), "distill")
     for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates)):
         if file:
             read_lines(file, key)
