@@ -308,17 +308,17 @@ class Robustify(Train):
 @dataclass(frozen=True)
 class Distill(Train):
     """How the large network is tuned.  tune = last stages tuned, head = of these, own a head."""
-    method: str = opt("erpm", "erpm = [A]; team = original, a robust tail and the teacher; on x and x~ "
-                              "alike: apt (same part, one head, no teacher), lp (the Linear alone), "
-                              "ft (end to end), lp-ft (ft after lp), wise (weights between original "
-                              "and ft), vpt (prompt tokens of a ViT)",
+    method: str = opt("erpm", "erpm = [A]; team = original, robust tail and teacher; on x and x~: "
+                              "apt (same part, one head, no teacher), lp (the Linear), ft (end to "
+                              "end), lp-ft (ft after lp), wise (between original and ft), vpt "
+                              "(prompt tokens of a ViT)",
                       "erpm", "team", "apt", "lp", "ft", "lp-ft", "wise", "vpt")
     tune: int = opt(3, "last stages that are tuned", 0, 1000)
     head: int = opt(3, "of the tuned stages the last ones that every head has for itself; "
                        "0 = linear heads on a shared tail", 0, 1000)
     dropout: float = opt(0.1, "rate in the tuned part and before each classifier", 0, 0.99)
-    norms: str = opt("frozen", "BatchNorm of the tuned stages: frozen statistics, or own = those of "
-                               "the images that each head learns", "frozen", "own")
+    norms: str = opt("frozen", "BatchNorm of the tuned stages: frozen statistics, or own = of the "
+                               "images that each head learns", "frozen", "own")
     dropout_in: str = opt("tail", "tail = tuned stages and classifiers as [A]; head = classifiers",
                           "tail", "head")
     alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation", 0, 1)
@@ -332,8 +332,8 @@ class Distill(Train):
 class Compare:
     """What `compare` and `demo` run."""
     seeds: int = opt(1, "seeds 0, 1, ... of every run", 1, 1000)
-    rows: str = opt("", "a line a run, LABEL: KEY=VALUE ...; without settings it is the recipe's own, "
-                        "or the one of that label above.  '# TITLE; NOTE' begins a table")
+    rows: str = opt("", "a line a run, LABEL: KEY=VALUE ...; without settings it is the recipe's "
+                        "own, or that of the label above.  '# TITLE; NOTE' begins a table")
 
     @property
     def plan(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -2848,7 +2848,7 @@ class Student(nn.Module):
             h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
             with torch.enable_grad(), full_precision(f):
                 h = h.detach().requires_grad_()
-                z = project(last.fc(h).float(), ids)
+                z = project(last.fc(h.view_as(h)).float(), ids)      # a leaf stops FLOP counters
                 [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)       # image by image
             found.append((z.detach(), (q * (g * h.detach()).square().sum(-1)).sqrt()))
         z, sigma = (torch.stack(v, 1) for v in zip(*found))
@@ -2951,7 +2951,7 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
 
 
 def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str, Tensor]:
-    """The state (1 - alpha) original + alpha tuned; what is no float is tuned's.
+    """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one.
 
     Paper: WiSE-FT (Wortsman et al. 2022).  Raises: UserError on networks that differ in more than
     their weights."""
@@ -2959,7 +2959,8 @@ def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str
     odd = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k].shape != b[k].shape)
     if odd:
         raise UserError(f"cannot interpolate two networks of other tensors: {', '.join(odd[:4])}")
-    return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else v
+    counts = b if alpha else a                            # what is no float cannot be mixed
+    return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else counts[k]
             for k, v in b.items()}
 
 
@@ -2973,6 +2974,16 @@ def save(path: Path | str, module: nn.Module, **more) -> None:
     state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
     meta = {"erpm": json.dumps(dataclasses.asdict(module.card))}
     write_atomically(Path(path), safetensors_bytes(state, meta))
+
+
+def bare(card: Card, state: dict[str, Tensor]) -> Net:
+    """The network of a card before its tensors are loaded."""
+    if not card.prompts:
+        return named(card.name, card.n_classes, "random", card.size_px)
+    net = named(card.name, None, "random", card.size_px)
+    width = next(v.shape[1] for k, v in state.items() if k.endswith("fc.weight"))
+    net.net.fc = TextHead(torch.ones(card.n_classes, width))
+    return net
 
 
 def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
@@ -2995,22 +3006,13 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         net = zero_shot(named(card.name, None, str(path), card.size_px), card.prompts)
         net.card = dataclasses.replace(card, clip=str(path))
         return freeze(net)
-
-    def untrained(card: Card) -> Net:
-        if not card.prompts:
-            return named(card.name, card.n_classes, "random", card.size_px)
-        net = named(card.name, None, "random", card.size_px)
-        width = next(v.shape[1] for k, v in state.items() if k.endswith("fc.weight"))
-        net.net.fc = TextHead(torch.ones(card.n_classes, width))
-        return net
-
-    net = untrained(card) if net is None else net if isinstance(net, Net) else Net(net)
+    net = bare(card, state) if net is None else net if isinstance(net, Net) else Net(net)
     if card.prompted:
         prompted(net, **card.prompted)
     module = Student(net, **card.student) if card.student else net
     if card.team:
         beside = card_of(card.team["teacher"])
-        module = Team(module, untrained(beside), card.team["tune"])
+        module = Team(module, bare(beside, state), card.team["tune"])
         module.teacher.card = beside
     load_strictly(module, state, f"{path} does not fit {card.name or 'the module'}")
     module.card = card
@@ -4313,17 +4315,17 @@ def validate(label: str, net: nn.Module, cfg: Config) -> float:
 
 
 def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, inputs: dict,
-          make: Callable) -> nn.Module:
+          make: Callable, uses: str = "") -> nn.Module:
     """The network of runs/NAME/FILE.safetensors: kept if it is there, else made and saved.
 
     name: pretrain, robustify or distill.  make(train) -> (network, {"images", "seconds"}), where
-    train is fit with this stage's settings.  inputs: what the result depends on beside the settings of data, seed and stage.
+    train is fit with this stage's settings.  inputs: what the result depends on beside the settings
+    of data, seed and stage; uses: of the stage's settings those beyond Train's, "" = all.
     Raises: UserError when the file was made with other settings."""
-    uses = ["method", *METHODS[cfg.distill.method].uses.split()]
     path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
     used = {f"data.{k}" for k in ("name", "size_px", "fit", "crop", "flip", "n_train")} | {"seed"}
-    own = [f.name for f in dataclasses.fields(PARTS[name]) if name != "distill" or f.name in uses]
-    used |= {f"{name}.{k}" for k in (*own, *(f.name for f in dataclasses.fields(Train)))}
+    kind = Train if uses else PARTS[name]
+    used |= {f"{name}.{k}" for k in (*uses.split(), *(f.name for f in dataclasses.fields(kind)))}
     key = {k: v for k, v in flat(cfg).items() if k in used} | inputs
     if path.is_file():
         changed = differences(getattr(read_card(path), "key", {}), key)
@@ -4545,7 +4547,8 @@ def tuned_model(cfg: Config, images: ImageSet, file: str = "model", label: str =
                 f"{100 * theirs:.1f} against {100 * ours:.1f} %: it has little to teach; train it "
                 "longer, start it from better weights (model.teacher_weights) or take another")
     return stage(cfg, "distill", file, label or method.label, images, inputs,
-                 lambda train: method.tune(net, other, cfg, images.subset(d.n_images), train))
+                 lambda train: method.tune(net, other, cfg, images.subset(d.n_images), train),
+                 f"method {method.uses}")
 
 
 # ---- eval ----------------------------------------------------------------------------------------
@@ -4682,7 +4685,8 @@ def run_compare(cfg: Config, args) -> None:
     """The recipe's own run and those of compare.rows, for every seed, then eval and report."""
     since, folders = time.perf_counter(), []
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
-        own = changed(cfg, {"seed": seed, "run": cfg.run + (f"-s{seed}" if seed != cfg.seed else "")})
+        run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
+        own = changed(cfg, {"seed": seed, "run": run})
         images = training_images(own)
         for label, words in cfg.compare.plan[1].items():
             row, names = changed(own, words_of(words, label)), {}
@@ -4692,6 +4696,7 @@ def run_compare(cfg: Config, args) -> None:
                 other = [w.partition("=")[2] for w in words if w.startswith(sections)]
                 names[role] = slug("-".join([role, *other]))
             tuned_model(row, images, slug(label.lower()) if words else "model", label, names)
+        write_config(own)                                # not that of its last row
         run_eval(own, args)
         folders.append(str(own.dir))
     args.run = ",".join(folders)
@@ -4857,10 +4862,13 @@ def preflight(cfg: Config, command: str) -> None:
         if batch % world()[1]:
             raise UserError(f"{name}.batch: {batch} images cannot be shared by {world()[1]} "
                             "processes")
-    tunes = command in ("demo", "compare", "distill") and d.method == "erpm"
-    if tunes and rule in NEEDS_SIGMA and not d.dropout:
+    tunes = command == "distill"
+    if tunes and d.method == "erpm" and rule in NEEDS_SIGMA and not d.dropout:
         raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={rule} needs it; set a "
                         "rate above 0, or eval.rule=kl")
+    if tunes and cfg.model.head == "text" and d.method in ("lp", "lp-ft"):
+        raise UserError(f"distill.method={d.method}: with model.head=text the classes are prompts, "
+                        "there is no linear layer to train")
     for label, words in cfg.compare.plan[1].items() if command in ("demo", "compare") else ():
         preflight(changed(cfg, words_of(words, f"compare.rows: {label}")), "distill")
     for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates)):
