@@ -2913,10 +2913,11 @@ class Team(nn.Module):
         self.card = dataclasses.replace(net.card, team={
             "tune": tune, "teacher": dataclasses.asdict(teacher.card)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.net(x)
+    def forward(self, x: Tensor, ask: Callable | None = None) -> Tensor:
+        """ask: (module, x) -> its output, where it is known already."""
+        z, zt = (ask(m, x) if ask else m(x) for m in (self.net, self.teacher))
         clean, *robust = (z[0], z[-1]) if isinstance(z, tuple) else (z,)
-        clean, *robust = (v.float().softmax(-1) for v in (clean, *robust, self.teacher(x)))
+        clean, *robust = (v.float().softmax(-1) for v in (clean, *robust, zt))
         return team(clean, robust).clamp_min(TINY).log()
 
 
@@ -3459,12 +3460,14 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
         if cell:
             x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg, frost_dir=frost_dir or None)
         out = {}
+        ask = functools.cache(lambda m, x: m(x))          # a member of teams runs once a batch
         with autocast(amp, device):
             for label, m in models.items():
                 if isinstance(m, Student):
                     found = student_facts(m, x, y, images.ids, passes)
                 else:
-                    z = project(m(x), images.ids).float()
+                    z = m(x, ask) if isinstance(m, Team) else ask(m, x)
+                    z = project(z, images.ids).float()
                     found = {"": facts(z, z.log_softmax(-1), y)}
                 out |= {(label, k): v for k, v in found.items()}
         return out
@@ -4065,7 +4068,8 @@ def report_text(rows: list[dict], tables: dict[str, list[str]] = {}) -> str:
 # A method looks the same in the figures of every run (colours of Okabe & Ito, and two more)
 STYLES = {"original": ("#000000", "s"), "teacher": ("#888888", "D"), "ERPM": ("#D55E00", "o"),
           "APT": ("#0072B2", "^"), "LP": ("#56B4E9", "v"), "FT": ("#009E73", "P"),
-          "WiSE": ("#E69F00", "X"), "LP-FT": ("#CC79A7", "<"), "VPT": ("#8C6D31", ">")}
+          "WiSE": ("#E69F00", "X"), "LP-FT": ("#CC79A7", "<"), "VPT": ("#8C6D31", ">"),
+          "Team": ("#882255", "*")}
 
 
 def styles(rows: list[dict]) -> dict[str, dict]:
@@ -4475,6 +4479,15 @@ def tune_ft(net, _, cfg, images, train):
     return net, train(net, plain_step(cfg.distill, cfg.robustify), images)
 
 
+def tune_lp_ft(lp, _, cfg, images, train):
+    """FT that starts from LP; the costs of both count."""
+    first = lp.card.train
+    net, then = tune_ft(lp, _, cfg, images, train)
+    flops = sum(s["images"] * s["gflops"] for s in (first, then))
+    both = {k: first[k] + then[k] for k in ("images", "seconds")}
+    return net, both | {"gflops": flops / both["images"]}
+
+
 def tune_wise(tuned, original, cfg, images, train):
     """Weights between the original's and the fine-tuned network's: nothing is trained again."""
     tuned.load_state_dict(interpolate(original, tuned, cfg.distill.wise))
@@ -4516,7 +4529,7 @@ METHODS = {
     "apt": Method("APT", tune_apt, uses="tune norms"),
     "lp": Method("LP", functools.partial(tune_apt, tune=0)),
     "ft": Method("FT", tune_ft),
-    "lp-ft": Method("LP-FT", tune_ft, "lp"),
+    "lp-ft": Method("LP-FT", tune_lp_ft, "lp"),
     "wise": Method("WiSE", tune_wise, "ft", "student", "wise"),
     "vpt": Method("VPT", tune_vpt, uses="prompts deep"),
 }

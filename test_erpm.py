@@ -305,7 +305,7 @@ def test_every_number_has_a_range_and_nothing_outside_it_passes(key):
     (["distill.head=9"], "distill.head: expected 0 to distill.tune = 5, got 9"),
     (["distill.method=ermp"], "unknown distill.method 'ermp'; did you mean 'erpm'?"),
     (["data.fit=squish"], "did you mean 'squash'?"), (["data.size_px=16"], "expected 0 or 32 to"),
-    (["distill.accum=7"], "distill.accum: 128 images are not 7 equal micro-batches"),
+    (["distill.accum=7"], "distill.accum: 64 images are not 7 equal micro-batches"),
     (["nonsense"], "'nonsense' is not of the form key=value"),
 ])
 def test_a_bad_word_is_one_clear_line(words, says):
