@@ -333,7 +333,8 @@ class Compare:
     """What `compare` and `demo` run."""
     seeds: int = opt(1, "seeds 0, 1, ... of every run", 1, 1000)
     rows: str = opt("", "a line a run, LABEL: KEY=VALUE ...; without settings it is the recipe's "
-                        "own, or that of the label above.  '# TITLE; NOTE' begins a table")
+                        "own, or that of the label above.  '# TITLE; NOTE' begins a table.  "
+                        "Empty = the recipe's own alone")
 
     @property
     def plan(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -346,7 +347,7 @@ class Compare:
             else:
                 runs[label] = words.split() or runs.get(label, [])
                 tables.setdefault(title, []).append(label)
-        return tables, runs
+        return tables, runs or {"": []}
 
 
 @dataclass(frozen=True)
@@ -4073,11 +4074,14 @@ STYLES = {"original": ("#000000", "s"), "teacher": ("#888888", "D"), "ERPM": ("#
 
 
 def styles(rows: list[dict]) -> dict[str, dict]:
-    """{model: how it is drawn}; models that are no method take turns, dashed and hollow."""
+    """{model: how it is drawn}; with the teacher beside it dashed and hollow, and so in turns are
+    models that are no method."""
     looks = {x: {"color": c, "marker": m, "linestyle": "-"} for x, (c, m) in STYLES.items()}
-    turns = [look | {"linestyle": "--", "markerfacecolor": "white"} for look in looks.values()]
-    others = [x for x in dict.fromkeys(r["label"] for r in rows) if x not in STYLES]
-    return looks | dict(zip(others, itertools.cycle(turns)))
+    turns = {x: look | {"linestyle": "--", "markerfacecolor": "white"}
+             for x, look in looks.items()}
+    looks |= {f"{x} + teacher": look for x, look in turns.items()}
+    others = [x for x in dict.fromkeys(r["label"] for r in rows) if x not in looks]
+    return looks | dict(zip(others, itertools.cycle(turns.values())))
 
 
 def panels(n: int, labels: Iterable[str]):
