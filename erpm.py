@@ -296,13 +296,32 @@ class Pretrain(Train):
 @dataclass(frozen=True)
 class Robustify(Train):
     """How the small teacher is made robust; its augmentation also makes x~ for distill."""
-    method: str = opt("augment", "none = the teacher is robust as it comes", "augment", "none")
+    method: str = opt("augment", "augment = cross-entropy on augmented images; none = robust as it "
+                                 "comes; kd, dad = distilled from robustify.teacher, dad as [B]",
+                      "augment", "none", "kd", "dad")
     augment: str = opt("pixmix+augmix", "augmentations, joined by +")
     severity: float = opt(3.0, "strength of augmix; its authors: 1 on ImageNet, 3 on CIFAR", .1, 10)
     pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
     clean: bool = opt(True, "train on x beside x~; without, twice the epochs cost the same")
     jsd: float = opt(0.0, "weight of AugMix's consistency loss (its paper: 12); 0 = cross-"
                           "entropy on x and x~", 0, 1000)
+    teacher: str = opt("", "kd, dad: the network that the small one learns from, open_clip: by "
+                           "prompts; without weights it is trained first; empty = model.student")
+    teacher_weights: str = opt("", "file that it starts from; empty = by tag")
+    temperature: float = opt(4.0, "kd, dad: softmax temperature", 0.01, 100)
+    radius: float = opt(0.1, "dad: L2 norm of what is added to an image in [0, 1]", 0, 1000)
+    step: float = opt(0.1, "dad: L2 norm of an ascent step", 0, 1000)
+    steps: int = opt(1, "dad: ascent steps", 0, 1000)
+    start: float = opt(0.8, "dad: probability of a random start", 0, 1)
+    through: bool = opt(False, "dad: the gradient crosses the quantiser, straight through")
+    samples: str = opt("", "dad: folder of samples, made there once; empty = new ones every epoch")
+
+
+@dataclass(frozen=True)
+class Vqgan(Train):
+    """The VQGAN of robustify.method=dad, and how it is trained where it has no weights."""
+    name: str = opt("tiny_f4_256", "one of VQGANS, or a YAML file of taming-transformers")
+    weights: str = opt("", "file of its weights; empty = trained on the images first")
 
 
 @dataclass(frozen=True)
@@ -311,8 +330,9 @@ class Distill(Train):
     method: str = opt("erpm", "erpm = [A]; team = original, robust tail and teacher; on x and x~: "
                               "apt (same part, one head, no teacher), lp (the Linear), ft (end to "
                               "end), lp-ft (ft after lp), wise (between original and ft), vpt "
-                              "(prompt tokens of a ViT)",
-                      "erpm", "team", "apt", "lp", "ft", "lp-ft", "wise", "vpt")
+                              "(prompt tokens of a ViT); none = a row of compare that is "
+                              "the teacher alone",
+                      "none", "erpm", "team", "apt", "lp", "ft", "lp-ft", "wise", "vpt")
     tune: int = opt(3, "last stages that are tuned", 0, 1000)
     head: int = opt(3, "of the tuned stages the last ones that every head has for itself; "
                        "0 = linear heads on a shared tail", 0, 1000)
@@ -392,6 +412,7 @@ class Config:
     model: Model = Model()
     pretrain: Pretrain = Pretrain()
     robustify: Robustify = Robustify()
+    vqgan: Vqgan = Vqgan()
     distill: Distill = Distill()
     compare: Compare = Compare()
     eval: Eval = Eval()
@@ -1236,6 +1257,11 @@ def randaugment(x, generator, num_ops=2, magnitude=9):
     return _image_by_image(x, generator, v2.RandAugment(num_ops, magnitude))
 
 
+def erasing(x, generator):
+    """x with a random rectangle in grey in a quarter of the images (Zhong et al. 2020)."""
+    return _image_by_image(x, generator, v2.RandomErasing(0.25, value=128))
+
+
 AUGMENTATIONS = {  # in the order in which a sum applies them
     "none": lambda x, generator: x,
     "deepaugment": deepaugment,
@@ -1243,6 +1269,7 @@ AUGMENTATIONS = {  # in the order in which a sum applies them
     "augmix": augmix,
     "randaugment": randaugment,
     "cutout": cutout,
+    "erasing": erasing,
 }
 LABEL_MIXERS = {"mixup": functools.partial(v2.MixUp, alpha=0.8),  # alpha as in [B]
                 "cutmix": functools.partial(v2.CutMix, alpha=1.0)}
@@ -1350,6 +1377,7 @@ class ImageSet(torch.utils.data.Dataset):
     outputs: the classes of a network that answers here by itself; ids (C,k): which of its outputs
     mean class k, None = all in order.  expected: published number of images, 0 = none.
     corrupted: a -c set; archive: the folder of its published copy.  index: the images in use.
+    beside: a copy of each image (samples of [B]), which comes as channels 3 to 5, cut alike.
     draw: (seed, crop, flip) of training, None = as they are scored."""
     base: str
     y: Sequence[int]
@@ -1367,6 +1395,7 @@ class ImageSet(torch.utils.data.Dataset):
     corrupted: bool = False
     archive: Path | None = None
     index: np.ndarray | None = None
+    beside: ImageSet | None = None
     draw: tuple[int, bool, bool] | None = None
 
     def __post_init__(self):
@@ -1412,6 +1441,9 @@ class ImageSet(torch.utils.data.Dataset):
             if crop or flip:
                 u = uniforms(len(self.y), 3, seed, "crop", epochs[0])[index]
                 x = shift_and_flip(x, u, crop, flip)
+        if self.beside is not None:
+            other = dataclasses.replace(self.beside, index=self.index, draw=self.draw)
+            x = torch.cat([x, other.__getitems__(keys)[0]], 1)
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
     def _read(self, i: int, key: tuple, crop: bool, flip: bool) -> Tensor:
@@ -1944,8 +1976,8 @@ class Card:
     view: how picture files become its pixels.  classes: names of its outputs, () = not known.
     home: the set that it was trained on.  prompts: (names, templates) of a zero-shot network;
     clip: the file of its two towers, "" = by the name's tag.  fresh: its classifier is not trained.
-    probe: what a linear probe was fitted on.  prompted, student, team: the keywords of `prompted`,
-    a Student and a Team (its teacher as a card).
+    probe: what a linear probe was fitted on.  prompted, student, team, vqgan: the keywords of
+    `prompted`, a Student, a Team (its teacher as a card), a VQGAN.
     label: its name in the tables; key: the settings that made it; train: {images, seconds}."""
     name: str = ""
     n_classes: int = 0
@@ -1961,6 +1993,7 @@ class Card:
     prompted: dict = dataclasses.field(default_factory=dict)
     student: dict = dataclasses.field(default_factory=dict)
     team: dict = dataclasses.field(default_factory=dict)
+    vqgan: dict = dataclasses.field(default_factory=dict)
     key: dict = dataclasses.field(default_factory=dict)
     train: dict = dataclasses.field(default_factory=dict)
 
@@ -2524,6 +2557,183 @@ def prompted(net: Net, n: int = 10, deep: bool = True) -> Net:
     return net
 
 
+# ---- the VQGAN of [B] ----------------------------------------------------------------------------
+
+# Published checkpoints by name, and one that is trained here; taming-transformers' words, and the
+# groups of a norm, which are 32 there: with as few channels they would take the colour away.
+VQGANS = {
+    "vqgan_openimages_f8_16384": dict(
+        n_embed=16384, embed_dim=4, z_channels=4, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2,
+        attn_resolutions=(32,), resolution=256),
+    "vqgan_imagenet_f16_1024": dict(
+        n_embed=1024, embed_dim=256, z_channels=256, ch=128, ch_mult=(1, 1, 2, 2, 4),
+        num_res_blocks=2, attn_resolutions=(16,), resolution=256),
+    "tiny_f4_256": dict(
+        n_embed=256, embed_dim=8, z_channels=32, ch=32, ch_mult=(1, 1, 1), num_res_blocks=0,
+        attn_resolutions=(), resolution=32, groups=4),
+}
+
+
+class ResBlock(nn.Module):
+    """Two convolutions behind group norm and swish, and what they are added to."""
+
+    def __init__(self, n_in: int, n_out: int, groups: int):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.GroupNorm(groups, n, 1e-6) for n in (n_in, n_out))
+        self.conv1, self.conv2 = (nn.Conv2d(n, n_out, 3, 1, 1) for n in (n_in, n_out))
+        if n_in != n_out:
+            self.nin_shortcut = nn.Conv2d(n_in, n_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all places, added to its input."""
+
+    def __init__(self, n: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, n, 1e-6)
+        self.q, self.k, self.v = (nn.Conv2d(n, n, 1) for _ in range(3))
+        self.proj_out = nn.Conv2d(n, n, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).mT for f in (self.q, self.k, self.v))         # (B,HW,C)
+        h = F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Coder(nn.Module):
+    """Encoder of a VQGAN, images (B,3,S,S) in [-1, 1] -> (B, z_channels, s, s), or its decoder."""
+
+    def __init__(self, c: dict, down: bool):
+        super().__init__()
+        n, widths, groups = len(c["ch_mult"]), [c["ch"] * m for m in c["ch_mult"]], c["groups"]
+        width, levels = c["ch"] if down else widths[-1], {}
+        self.conv_in = nn.Conv2d(3 if down else c["z_channels"], width, 3, 1, 1)
+        for i in range(n) if down else reversed(range(n)):
+            blocks, attention = nn.ModuleList(), nn.ModuleList()
+            for _ in range(c["num_res_blocks"] + (not down)):
+                blocks.append(ResBlock(width, widths[i], groups))
+                width = widths[i]
+                if c["resolution"] >> i in c["attn_resolutions"]:
+                    attention.append(SpatialAttention(width, groups))
+            levels[i] = nn.ModuleDict({"block": blocks, "attn": attention})
+            if down and i < n - 1:
+                levels[i]["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, 2)})
+            elif not down and i > 0:
+                levels[i]["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, 1, 1)})
+        self.add_module("down" if down else "up", nn.ModuleList(levels[i] for i in range(n)))
+        self.order = list(levels)
+        self.mid = nn.ModuleDict({"block_1": ResBlock(widths[-1], widths[-1], groups),
+                                  "attn_1": SpatialAttention(widths[-1], groups),
+                                  "block_2": ResBlock(widths[-1], widths[-1], groups)})
+        self.norm_out = nn.GroupNorm(groups, width, 1e-6)
+        self.conv_out = nn.Conv2d(width, c["z_channels"] if down else 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, x = hasattr(self, "down"), self.conv_in(x)
+        if not down:
+            x = _in_turn(self.mid, x)
+        for i in self.order:
+            level = (self.down if down else self.up)[i]
+            for k, block in enumerate(level["block"]):
+                x = block(x)
+                x = level["attn"][k](x) if len(level["attn"]) else x
+            if "downsample" in level:
+                x = level["downsample"]["conv"](F.pad(x, (0, 1, 0, 1)))
+            if "upsample" in level:
+                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0))
+        if down:
+            x = _in_turn(self.mid, x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQGAN(nn.Module):
+    """Images in [0, 1] -> the same as seen through a codebook, in [0, 1]: decode(quantise(encode)).
+
+    Its tensors have the names and shapes of taming-transformers' VQModel (Esser et al. 2021).
+    Shapes: (B,3,S,S), S a multiple of `factor`."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.card = Card("vqgan", vqgan=config)
+        self.factor = 2 ** (len(config["ch_mult"]) - 1)
+        self.encoder, self.decoder = Coder(config, True), Coder(config, False)
+        z, e, n = config["z_channels"], config["embed_dim"], config["n_embed"]
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(n, e)})
+        nn.init.uniform_(self.codes, -1 / n, 1 / n)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(z, e, 1), nn.Conv2d(e, z, 1)
+
+    @property
+    def codes(self) -> nn.Parameter:
+        return self.quantize["embedding"].weight
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B,E,s,s) before it is quantised."""
+        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+            raise UserError(f"vqgan: images of {x.shape[-1]} px are no multiple of {self.factor}: "
+                            "set data.size_px, or take another vqgan.name")
+        return self.quant_conv(self.encoder(2 * x - 1))
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """(B,s,s): the code that is nearest by squared L2, in float32."""
+        with full_precision(z):
+            flat = z.float().permute(0, 2, 3, 1).flatten(0, 2)                   # (B s s, E)
+            norms = flat.square().sum(1, keepdim=True) + self.codes.square().sum(1)
+            near = torch.addmm(norms, flat, self.codes.T, alpha=-2).argmin(1)
+        return near.view(len(z), *z.shape[2:])
+
+    def decode(self, q: Tensor) -> Tensor:
+        """Images of codes (B,E,s,s), not clamped to [0, 1] yet."""
+        return self.decoder(self.post_quant_conv(q)).float() / 2 + 0.5
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """Codes (B,E,s,s) of their numbers (B,s,s)."""
+        return self.quantize["embedding"](index).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor, free: float | None = None):
+        """The images as the codes show them; in training, with a share `free` of places that are
+        not quantised, (images, z, codes)."""
+        z = self.encode(x)
+        q = self.lookup(self.nearest(z))
+        through = z + (q - z).detach()                      # the gradient goes straight through
+        if free is None:
+            return self.decode(through).clamp(0, 1)
+        kept = torch.rand(len(z), 1, *z.shape[2:], device=z.device) < free
+        return self.decode(torch.where(kept, z, through)), z, q
+
+
+def vqgan(config: str | dict, weights: Path | str | None = None) -> VQGAN:
+    """The VQGAN of a name, of a YAML file of taming-transformers, or of a mapping of its words.
+
+    weights: a local file, loaded strictly: .safetensors or a state dict, also in "state_dict";
+    the discriminator and perceptual loss ("loss.*") are left out.  Without one they are random.
+    Raises: UserError."""
+    if isinstance(config, str) and config.endswith((".yaml", ".yml")):
+        config = read_yaml(Path(config)).get("model", {}).get("params", {})
+    config = dict(choose(VQGANS, config, "vqgan.name") if isinstance(config, str) else config)
+    config = {"groups": 32} | config | config.pop("ddconfig", {})
+    lacks = [k for k in VQGANS["tiny_f4_256"] if k not in config]
+    if lacks or config.get("double_z"):
+        raise UserError(f"vqgan: the configuration lacks {', '.join(lacks)}" if lacks else
+                        "vqgan: double_z is a VAE's, not a VQGAN's")
+    net = VQGAN({k: config[k] for k in VQGANS["tiny_f4_256"]})
+    if weights:
+        try:
+            state = read_state(weights)
+        except UserError as e:
+            raise UserError(f"{e}: torch.save(torch.load({str(weights)!r}, weights_only=False)"
+                            "['state_dict'], 'vqgan.pt') makes one of a Lightning file") from None
+        state = {k: v for k, v in state.items() if not k.startswith("loss.")}
+        load_strictly(net, state, f"{weights} does not fit the VQGAN")
+    return net
+
+
 # ---- zero-shot: prompts in the place of a classifier ---------------------------------------------
 
 def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[tuple, tuple]:
@@ -2924,15 +3134,19 @@ class Team(nn.Module):
 
 # ---- losses --------------------------------------------------------------------------------------
 
+def kd(z: Tensor, teacher: Tensor, t: float) -> Tensor:
+    """t^2 KL(softmax(teacher/t) || softmax(z/t)) of logits (B,C), in float32, the batch's mean."""
+    log_p, log_q = (F.log_softmax(v.float() / t, -1) for v in (teacher, z))
+    return t * t * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
 def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float,
               smoothing: float = 0.0) -> Tensor:
     """(1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean.
 
     Paper: [A] eq. 3-4, "weighted sum of classification and distillation loss"; the form is ours."""
     ce = F.cross_entropy(z.float(), y, label_smoothing=smoothing)
-    log_p, log_q = (F.log_softmax(v.float() / t, -1) for v in (teacher, z))
-    kd = t * t * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    return (1 - alpha) * ce + alpha * kd
+    return (1 - alpha) * ce + alpha * kd(z, teacher, t)
 
 
 def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: float,
@@ -2964,6 +3178,57 @@ def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str
     counts = b if alpha else a                            # what is no float cannot be mixed
     return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else counts[k]
             for k, v in b.items()}
+
+
+# ---- [B]: discrete adversarial samples -----------------------------------------------------------
+
+def _norm(v: Tensor) -> Tensor:
+    """The L2 norm of each image, (B,1,1,1), never 0."""
+    return v.flatten(1).norm(dim=1).clamp_min(TINY).view(-1, 1, 1, 1)
+
+
+def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generator, *,
+                radius: float = 0.1, step: float = 0.1, steps: int = 1, start: float = 0.8,
+                through: bool = False) -> Tensor:
+    """Discrete adversarial samples x' of images, (B,3,S,S) in [0, 1].
+
+    Shapes: x (B,3,S,S), uint8 or in [0, 1]; y (B,).  teacher: images in [0, 1] -> logits.
+    generator: one, from which the images draw in turn, or a sequence of one for each image.
+    radius, step: L2 norms, of the ball around the reconstruction and of a step.  start: probability
+    of a random start.  through: the gradient crosses the quantiser, straight through.
+    Paper: [B]'s algorithm, as its code has it; the student has no part in it."""
+    each = [generator] * len(x) if isinstance(generator, torch.Generator) else generator
+    draws = [(torch.rand((), generator=g) < start, torch.randn(x.shape[1:], generator=g))
+             for g in each]
+    noise = torch.stack([n * on for on, n in draws]).to(x.device)
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    with torch.no_grad():
+        x0 = vqgan(x)
+    v = (x0 + radius * noise / _norm(noise)).clamp(0, 1)
+    for _ in range(steps):
+        with torch.enable_grad():
+            v.requires_grad_()
+            z = teacher(vqgan(v) if through else v.view_as(v))      # a leaf stops FLOP counters
+            [g] = torch.autograd.grad(F.cross_entropy(z.float(), y, reduction="sum"), v)
+        # METHOD [B]: an ascent step on the teacher's loss, then back into the ball
+        d = v.detach() + step * g / _norm(g) - x0
+        v = (x0 + d * (radius / _norm(d)).clamp(max=1)).clamp(0, 1)
+    with torch.no_grad():
+        return vqgan(v)
+
+
+def dad_loss(z: Tensor, zt: Tensor, y: Tensor, t: float = 4.0, smoothing: float = 0.0) \
+        -> dict[str, Tensor]:
+    """{part: loss} of a student on b images x and, where they follow, as many samples x'; their
+    sum is minimised.
+
+    Shapes: z of the student, zt of its teacher, (b or 2b,C); y (b,), or soft (b,C).
+    Paper: [B]'s objective; x' has no cross-entropy."""
+    b = len(y)
+    # METHOD [B]: CE(s(x), y) + t^2/2 KL(t(x) || s(x)) + t^2/2 KL(t(x') || s(x'))
+    parts = {"ce": F.cross_entropy(z[:b].float(), y, label_smoothing=smoothing),
+             "kd": kd(z[:b], zt[:b], t) / 2}
+    return parts if len(z) == b else parts | {"kd_dad": kd(z[b:], zt[b:], t) / 2}
 
 
 # ---- files of trained networks -------------------------------------------------------------------
@@ -3008,7 +3273,9 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         net = zero_shot(named(card.name, None, str(path), card.size_px), card.prompts)
         net.card = dataclasses.replace(card, clip=str(path))
         return freeze(net)
-    net = bare(card, state) if net is None else net if isinstance(net, Net) else Net(net)
+    if card.vqgan:
+        net = VQGAN(card.vqgan)
+    net = bare(card, state) if net is None else net if hasattr(net, "card") else Net(net)
     if card.prompted:
         prompted(net, **card.prompted)
     module = Student(net, **card.student) if card.student else net
@@ -3051,10 +3318,12 @@ def build(name: str | nn.Module, classes: int | Sequence[str] | None = None,
 
 
 class Batch(NamedTuple):
-    """x uint8 (B,3,S,S), y (B,), and a CPU generator, a function of (seed, step, rank)."""
+    """x uint8 (B,3,S,S), y (B,), a CPU generator, a function of (seed, step, rank), and for each
+    image a key of (seed, epoch, index)."""
     x: Tensor
     y: Tensor
     generator: torch.Generator
+    keys: Sequence[tuple] = ()
 
 
 def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
@@ -3176,17 +3445,17 @@ def log_row(checkpoint: Path | None, row: dict, sums: dict[str, Tensor], n: int)
 
 
 def add_gradients(model: nn.Module, step: Callable, data: Iterator, accum: int, scaler,
-                  amp: str, draw: tuple) -> dict[str, Tensor]:
-    """Losses of a step, means of its micro-batches, whose gradients are added up.
+                  amp: str, seed: int, at: int, per_epoch: int) -> dict[str, Tensor]:
+    """Losses of step `at`, means of its micro-batches, whose gradients are added up.
 
-    draw: (seed, step), with micro-batch and rank what everything random is a function of."""
+    per_epoch: micro-batches.  All that is random is a function of seed, micro-batch and rank."""
     device, sums = pick_device(), {}
     for k in range(accum):
-        x, y, _ = next(data)
-        key = (*draw, k, world()[0])
+        x, y, index = next(data)
+        key, epoch = (seed, at, k, world()[0]), (at * accum + k) // per_epoch
         torch.manual_seed(fold("dropout", *key))             # dropout has the global generator
         batch = Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
-                      rng("step", *key))
+                      rng("step", *key), [(seed, epoch, i) for i in index.tolist()])
         one_by_one = world()[1] > 1 and k < accum - 1        # processes average their sums once
         with model.no_sync() if one_by_one else contextlib.nullcontext():
             with autocast(amp, device):
@@ -3242,7 +3511,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
             with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
                 losses = add_gradients(wrapped, step, data, cfg.accum, parts["scaler"],
-                                       runtime.amp, (seed, at))
+                                       runtime.amp, seed, at, batches.per_epoch)
             update(parts["opt"], parts["scaler"], lr, cfg.clip)
             if cfg.ema:
                 parts["average"].update_parameters(model)
@@ -3284,7 +3553,7 @@ def plain_step(cfg: Train, aug: Robustify | None = None, backbone: nn.Module | N
 
     n_classes: mixup and cutmix of aug.augment mix images and labels first."""
     def step(model, batch):
-        x, y, g = batch
+        x, y, g, _ = batch
         if aug and n_classes and spec_names(aug.augment) & set(LABEL_MIXERS):
             x, y = mix_labels(x, y, aug.augment, g, n_classes)
         n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
@@ -3305,7 +3574,7 @@ def plain_step(cfg: Train, aug: Robustify | None = None, backbone: nn.Module | N
 def erpm_step(student: Student, teacher: nn.Module, cfg: Distill, aug: Robustify) -> Callable:
     """METHOD [A]: one frozen pass of clean and augmented views, then the losses of eq. 3-5."""
     def step(model, batch):
-        x, y, g = batch
+        x, y, g, _ = batch
         b, xa = len(x), harden(x, aug, g)
         f = student.features(torch.cat([x, xa]))
         with torch.no_grad():
@@ -3314,6 +3583,44 @@ def erpm_step(student: Student, teacher: nn.Module, cfg: Distill, aug: Robustify
                           smoothing=cfg.smoothing)
         return sum(parts.values()), parts
     return step
+
+
+def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes: int) -> Callable:
+    """METHOD [B]: the student learns from the teacher on x, under cfg.augment, and on x', samples
+    that come beside x or are made here; without a VQGAN from x alone (kd)."""
+    options = {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start", "through")}
+
+    def step(model, batch):
+        (x, *others), y = (v.contiguous() for v in batch.x.split(3, 1)), batch.y
+        if vqgan is not None and not others:
+            draws = [rng("dad", *key) for key in batch.keys]
+            others = [_bytes(255 * dad_samples(x, y, teacher, vqgan, draws, **options))]
+        if spec_names(cfg.augment) & set(LABEL_MIXERS):
+            x, y = mix_labels(x, y, cfg.augment, batch.generator, n_classes)
+        views = torch.cat([harden(x, cfg, batch.generator), *others])
+        with torch.no_grad():
+            zt = teacher(views)
+        parts = dad_loss(model(views), zt, y, cfg.temperature, cfg.smoothing)
+        return sum(parts.values()), parts
+    return step
+
+
+def vqgan_step(model, batch):
+    """Reconstruction (relative to the images' variance), codebook and commitment loss of a VQGAN
+    (van den Oord et al. 2017).
+
+    Half of the places skip the quantiser, so that the decoder asks for what no code tells yet (on
+    shapes: colour); a code that nothing is nearest to moves to where the codes fit worst."""
+    x = batch.x.float() / 255
+    seen, z, q = model(x, free=0.5)
+    parts = {"mse": F.mse_loss(seen, x) / x.var(), "codebook": F.mse_loss(q, z.detach()),
+             "commitment": 0.25 * F.mse_loss(z, q.detach())}
+    net = getattr(model, "module", model)
+    used = net.nearest(z).flatten().bincount(minlength=len(net.codes)) > 0
+    places, gap = (v.detach().float().permute(0, 2, 3, 1).flatten(0, 2) for v in (z, z - q))
+    worst = gap.square().sum(1).topk((~used).sum().item()).indices
+    net.codes.data[~used] = places[worst]
+    return sum(parts.values()), parts | {"codes used": used.float().mean()}
 
 
 # ---- training from another project, without files ------------------------------------------------
@@ -4359,7 +4666,8 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
     net = load(path)
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
         f"{path}: as it comes")
-    net.robustness = validate(label, net, cfg)
+    if not isinstance(net, VQGAN):
+        net.robustness = validate(label, net, cfg)
     return net
 
 
@@ -4401,7 +4709,8 @@ def untrained(net: Net, images: ImageSet) -> bool:
     return net.card.fresh or bool(net.card.known) and set(net.card.known) != set(images.outputs)
 
 
-def student_net(cfg: Config, images: ImageSet, file: str = "student") -> nn.Module:
+def student_net(cfg: Config, images: ImageSet, file: str = "student",
+                label: str = "") -> nn.Module:
     """The network to be tuned -> student.safetensors: as its tag or file gives it where these have
     a classifier for the classes, or text, and else trained on clean data first."""
     m, t, size, weights = cfg.model, cfg.pretrain, cfg.data.size_px, cfg.model.student_weights
@@ -4419,7 +4728,7 @@ def student_net(cfg: Config, images: ImageSet, file: str = "student") -> nn.Modu
                     size)
         if m.head == "text":
             net = zero_shot(net, prompts, cfg.dir / "text")
-        if cfg.distill.method in ("erpm", "apt"):
+        if cfg.distill.method in ("erpm", "apt") and not label:
             cut(net, cfg.distill.tune)        # what cannot be tuned says so before any training
             net.requires_grad_(True)
         some, since = images.subset(t.n_images), time.perf_counter()
@@ -4436,27 +4745,108 @@ def student_net(cfg: Config, images: ImageSet, file: str = "student") -> nn.Modu
         stages(net)[-1].fc.load_state_dict(fc.state_dict())
         return net, {"images": len(some), "seconds": round(time.perf_counter() - since, 2)}
 
-    return stage(cfg, "pretrain", file, file.replace("student", "original"), images, inputs, make)
+    label = label or file.replace("student", "original")
+    return stage(cfg, "pretrain", file, label, images, inputs, make)
 
 
-def robust_teacher(cfg: Config, images: ImageSet, file: str = "teacher") -> nn.Module:
+def guide_net(cfg: Config, images: ImageSet) -> nn.Module:
+    """[B]'s teacher of the small network, made as a student is -> guide-NAME.safetensors."""
+    name, weights = cfg.robustify.teacher, cfg.robustify.teacher_weights
+    if not name:
+        return student_net(cfg, images)
+    head = "text" if name.startswith("open_clip:") else "linear"
+    own = changed(cfg, {"model.student": name, "model.student_weights": weights,
+                        "model.head": head})
+    return student_net(own, images, f"guide-{slug(name)}", name)
+
+
+def trained_vqgan(cfg: Config, images: ImageSet) -> VQGAN:
+    """The VQGAN of [B]: a file's, else trained on the images -> vqgan.safetensors."""
+    v = cfg.vqgan
+    if v.weights:
+        return freeze(vqgan(v.name, v.weights))
+
+    def make(train: Callable) -> tuple[nn.Module, dict]:
+        torch.manual_seed(fold(cfg.seed, "init vqgan"))
+        net = vqgan(v.name)
+        return net, train(net, vqgan_step, images.subset(v.n_images))
+
+    return stage(cfg, "vqgan", "vqgan", "vqgan", images, {}, make)
+
+
+def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
+    """The images with their samples of [B] beside them, robustify.samples/CLASS/INDEX.png; what is
+    missing is made, shared by all processes.
+
+    Raises: UserError where the folder has other ones; Interrupted."""
+    r, top, (rank, size) = cfg.robustify, Path(cfg.robustify.samples), world()
+    options = {k: getattr(r, k) for k in ("radius", "step", "steps", "start", "through")}
+    key = options | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
+                     "teacher": weights_sha(teacher), "vqgan": weights_sha(vqgan)}
+    file = top / "samples.json"
+    changed = differences(json.loads(file.read_text()) if file.is_file() else key, key)
+    if changed:
+        raise UserError(f"robustify.samples: {top} holds samples of other settings ({changed}): "
+                        "take another folder")
+    if rank == 0:
+        write_atomically(file, json.dumps(key))
+    paths = [str(top / slug(images.classes[k]) / f"{i:08d}.png") for i, k in enumerate(images.y)]
+    missing = [k for k, i in enumerate(images.index) if not os.path.isfile(paths[i])][rank::size]
+    with Progress(len(missing), "samples") as bar, Signals() as signals:
+        for at in range(0, len(missing), r.batch):
+            some = missing[at:at + r.batch]
+            x, y, index = images.__getitems__([(0, k) for k in some])
+            draws = [rng("dad", cfg.seed, i) for i in index.tolist()]
+            with autocast(cfg.runtime.amp, pick_device()):
+                made = dad_samples(x.to(pick_device()), y.to(pick_device()), teacher, vqgan, draws,
+                                   **options)
+            for i, picture in zip(index.tolist(), _bytes(255 * made).cpu()):
+                picture = v2.functional.to_pil_image(picture)
+                write_atomically(Path(paths[i]), lambda f: picture.save(f, "png"))
+            bar.update(len(some))
+            if signals.hit:
+                raise Interrupted("samples stopped; the same command goes on from here")
+    any_rank(False)                                  # all wait for the files
+    beside = dataclasses.replace(images, images=None, paths=paths, border_px=0,
+                                 view=View(images.view.size_px, 1.0))
+    if images.images is not None:                    # small ones are held in memory as well
+        held = torch.zeros(len(paths), 3, *[images.view.size_px] * 2, dtype=torch.uint8)
+        for i in images.index:
+            held[i] = v2.functional.pil_to_tensor(read_picture(paths[i]))
+        beside = dataclasses.replace(beside, images=held, paths=())
+    return dataclasses.replace(images, beside=beside)
+
+
+def robust_teacher(cfg: Config, images: ImageSet, file: str = "teacher",
+                   label: str = "") -> nn.Module:
     """The small robust network -> teacher.safetensors; robustify.method=none: as it comes."""
-    m, r = cfg.model, cfg.robustify
+    m, r, guide, quantiser = cfg.model, cfg.robustify, None, None
     inputs = {"model": m.teacher, "view": str(images.view),
               "weights": m.teacher_weights and file_sha(m.teacher_weights)}
+    if r.method in ("kd", "dad"):
+        guide = guide_net(cfg, images).to(pick_device())
+        inputs["guide"] = weights_sha(guide)
+    if r.method == "dad":
+        quantiser = trained_vqgan(cfg, images).to(pick_device())
+        inputs["vqgan"] = weights_sha(quantiser)
 
     def make(train: Callable) -> tuple[nn.Module, dict]:
         torch.manual_seed(fold(cfg.seed, "init teacher"))
         net = named(m.teacher, len(images.classes), m.teacher_weights or None, cfg.data.size_px)
+        some = images.subset(r.n_images)
+        if quantiser and r.samples:
+            some = stored_samples(cfg, some, guide, quantiser)
+        if guide:
+            return net, train(net, dad_step(r, guide, quantiser, len(images.classes)), some)
         if r.method != "none":
             step = plain_step(r, r, n_classes=len(images.classes), clean=r.clean)
-            return net, train(net, step, images.subset(r.n_images))
+            return net, train(net, step, some)
         if untrained(net, images):
             raise UserError(f"robustify.method=none: {m.teacher_weights or m.teacher} has no "
                             f"trained classifier for these {len(images.classes)} classes")
         return net, {}
 
-    return stage(cfg, "robustify", file, file, images, inputs, make)
+    return stage(cfg, "robustify", file, label or file, images, inputs, make)
 
 
 # ---- the methods: (net, other, cfg, images, train) -> (network, {"images", "seconds"}) -----------
@@ -4544,7 +4934,7 @@ def tuned_model(cfg: Config, images: ImageSet, file: str = "model", label: str =
     """The large network, tuned -> FILE.safetensors; what it is made from is made first.
 
     names: files of these, {role: file}, where not the role's name."""
-    method, d = METHODS[cfg.distill.method], cfg.distill
+    method, d = choose(METHODS, cfg.distill.method, "distill.method"), cfg.distill
 
     def made(role: str) -> nn.Module | None:
         if role in ("student", "teacher"):
@@ -4578,11 +4968,13 @@ def networks_of_run(cfg: Config) -> dict[str, nn.Module]:
     if not files:
         raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first, or "
                         "name another run")
-    nets = {net.card.label: net.to(pick_device()) for net in map(load, files)}
+    nets = {p.stem: load(p).to(pick_device()) for p in files if p.stem != "vqgan"}
     teacher = nets.get("teacher")
-    alone = {x: net for x, net in nets.items() if teacher and not x.startswith("teacher")
-             and not isinstance(net, Team) and net.card.classes == teacher.card.classes}
-    return nets | {f"{x} + teacher": freeze(Team(net, teacher)) for x, net in alone.items()}
+    alone = [net for stem, net in nets.items()
+             if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team)
+             and net.card.classes == teacher.card.classes]
+    return {net.card.label: net for net in nets.values()} | {
+        f"{net.card.label} + teacher": freeze(Team(net, teacher)) for net in alone}
 
 
 def network_of_token(token: str) -> dict[str, nn.Module]:
@@ -4712,7 +5104,10 @@ def run_compare(cfg: Config, args) -> None:
                     "model.teacher", "robustify.")}.get(role, ("model.", "pretrain.", "robustify."))
                 other = [w.partition("=")[2] for w in words if w.startswith(sections)]
                 names[role] = slug("-".join([role, *other]))
-            tuned_model(row, images, slug(label.lower()) if words else "model", label, names)
+            if row.distill.method == "none":
+                robust_teacher(row, images, names["teacher"], label)
+            else:
+                tuned_model(row, images, slug(label.lower()) if words else "model", label, names)
         write_config(own)                                # not that of its last row
         run_eval(own, args)
         folders.append(str(own.dir))

@@ -3015,6 +3015,208 @@ def test_bench_pairs_the_same_work():
     assert parts == ["augmix", "augmix + JSD sample", "augmix + JSD sample"]
 
 
+# ==== discrete adversarial distillation ====
+
+SMALL_VQGAN = dict(n_embed=64, embed_dim=4, z_channels=8, ch=32, ch_mult=(1, 2), num_res_blocks=1,
+                   attn_resolutions=(16,), resolution=32)
+DAD = [*TINY, "robustify.method=dad", "robustify.augment=none", "robustify.samples=made",
+       "vqgan.epochs=0.1", "vqgan.batch=20", "vqgan.n_images=200", "robustify.n_images=100"]
+
+
+def drawn_vqgan(config=SMALL_VQGAN):
+    """A VQGAN whose tensors are functions of their names."""
+    net = erpm.vqgan(config)
+    net.load_state_dict({k: torch.randn(v.shape, generator=erpm.rng(k)) * v[0].numel() ** -0.5
+                         for k, v in net.state_dict().items()})
+    return erpm.freeze(net)
+
+
+@pytest.mark.parametrize("name, tensors, parameters, names", [
+    ("vqgan_openimages_f8_16384", 299, 67_717_295, "ef9aaff6bb472ca2"),
+    ("vqgan_imagenet_f16_1024", 343, 72_141_699, "a1929d2a7d6298c6")])
+def test_published_vqgans_fit_by_name_and_shape(name, tensors, parameters, names):
+    import hashlib
+    with torch.device("meta"):
+        state = erpm.vqgan(name).state_dict()
+    assert (len(state), sum(v.numel() for v in state.values())) == (tensors, parameters)
+    shapes = json.dumps(sorted((k, tuple(v.shape)) for k, v in state.items()))
+    assert hashlib.sha256(shapes.encode()).hexdigest()[:16] == names   # of taming-transformers
+
+
+def test_the_vqgan_gives_what_taming_transformers_gives():
+    net, x = drawn_vqgan(), torch.rand(2, 3, 32, 32, generator=erpm.rng("x"))
+    seen = net(x)
+    assert net.nearest(net.encode(x)).sum() == 13475
+    assert seen.mean().item() == pytest.approx(0.49644992, abs=1e-4)
+    assert seen.std().item() == pytest.approx(0.36649489, abs=1e-4)
+    assert seen[1, :, 7, 20].tolist() == pytest.approx([0.000165, 0.398866, 0.879935], abs=1e-4)
+
+
+def test_the_nearest_code_is_that_of_a_loop():
+    net, z = drawn_vqgan(), torch.randn(2, 4, 3, 3)
+    slow = [[[(net.codes - z[n, :, i, j]).square().sum(1).argmin().item() for j in range(3)]
+             for i in range(3)] for n in range(2)]
+    assert net.nearest(z).tolist() == slow
+
+
+def test_vqgan_weights_load_strictly_from_a_nest_and_without_the_loss(tmp_path):
+    net, path = drawn_vqgan(), tmp_path / "vq.pt"
+    torch.save({"state_dict": net.state_dict() | {"loss.disc": torch.ones(1)}}, path)
+    assert equal(erpm.vqgan(SMALL_VQGAN, path), net)
+    torch.save({k: v for k, v in net.state_dict().items() if "quant_conv" not in k}, path)
+    with refuses("does not fit the VQGAN"):
+        erpm.vqgan(SMALL_VQGAN, path)
+    torch.save({"state_dict": net.state_dict(), "callbacks": slice(3)}, path)
+    with refuses("['state_dict'], 'vqgan.pt')"):
+        erpm.vqgan(SMALL_VQGAN, path)
+
+
+def test_a_vqgan_of_a_yaml_file_is_that_of_its_words(tmp_path):
+    words = dict(SMALL_VQGAN, ch_mult=[1, 2], attn_resolutions=[16], double_z=False)
+    top = {k: words.pop(k) for k in ("n_embed", "embed_dim")}
+    file = tmp_path / "model.yaml"
+    file.write_text(json.dumps({"model": {"params": {**top, "ddconfig": words}}}))
+    assert erpm.vqgan(str(file)).state_dict().keys() == drawn_vqgan().state_dict().keys()
+    for config, says in (({}, "lacks n_embed"), ("no", "unknown vqgan.name"),
+                         (SMALL_VQGAN | {"double_z": True}, "double_z")):
+        with refuses(says):
+            erpm.vqgan(config)
+    with refuses("33 px are no multiple of 2"):
+        erpm.vqgan(SMALL_VQGAN)(torch.zeros(1, 3, 33, 33))
+
+
+def identity(x):
+    return x
+
+
+@pytest.mark.parametrize("more", [{}, {"steps": 3}, {"start": 0.0}, {"step": 5.0}])
+def test_samples_stay_in_the_ball_and_raise_the_teachers_loss(more):
+    x, y = images(6), torch.arange(6) % 5
+    teacher = erpm.freeze(erpm.Net(tiny_net()))
+    made = erpm.dad_samples(x, y, teacher, identity, erpm.rng(0), radius=0.5, **more)
+    gap = (made - x / 255).flatten(1).norm(dim=1)
+    assert made.min() >= 0 and made.max() <= 1 and (gap <= 0.5 + 1e-5).all() and (gap > 0.05).all()
+    still = erpm.dad_samples(x, y, teacher, identity, erpm.rng(0), radius=0.5, steps=0, **{
+        k: v for k, v in more.items() if k == "start"})
+    loss = [F.cross_entropy(teacher(v), y) for v in (made, still)]
+    assert loss[0] > loss[1]
+
+
+def slow_sample(x, y, teacher, vqgan, g, radius, step, start):
+    """The algorithm of [B], word by word, for one image."""
+    x0 = vqgan(x[None] / 255)[0].detach()
+    on, noise = torch.rand((), generator=g) < start, torch.randn(x.shape, generator=g)
+    v = (x0 + radius * noise / noise.norm()).clamp(0, 1) if on else x0.clone()
+    v.requires_grad_()
+    F.cross_entropy(teacher(v[None]), y[None]).backward()
+    v = v.detach() + step * v.grad / v.grad.norm()
+    if (v - x0).norm() > radius:
+        v = x0 + (v - x0) * radius / (v - x0).norm()
+    return vqgan(v.clamp(0, 1)[None])[0]
+
+
+def test_samples_equal_a_slow_loop_image_by_image():
+    x, y, vqgan = images(5), torch.arange(5), drawn_vqgan()
+    teacher = erpm.freeze(erpm.Net(tiny_net()))
+    options = {"radius": 0.4, "step": 0.3, "start": 0.5}
+    slow = torch.stack([slow_sample(x[i], y[i], teacher, vqgan, erpm.rng(i), **options)
+                        for i in range(5)])
+    fast = erpm.dad_samples(x, y, teacher, vqgan, [erpm.rng(i) for i in range(5)], **options)
+    assert ((fast - slow).abs() < 1e-3).float().mean() > 0.99       # a code may fall the other way
+
+
+def test_the_gradient_crosses_the_quantiser_where_asked():
+    x, y, teacher = images(4), torch.arange(4), erpm.freeze(erpm.Net(tiny_net()))
+    a, b = (erpm.dad_samples(x, y, teacher, drawn_vqgan(), erpm.rng(0), radius=3, step=3,
+                             through=through) for through in (False, True))
+    assert not torch.equal(a, b) and torch.isfinite(b).all()
+
+
+def test_the_dad_loss_is_that_of_its_equation():
+    z, zt, y = torch.randn(6, 5), torch.randn(6, 5), torch.tensor([0, 4, 2])
+
+    def kl(a, b):
+        p, q = (a / 4).softmax(0), (b / 4).softmax(0)
+        return sum(p[k] * (p[k] / q[k]).log() for k in range(5))
+    parts = erpm.dad_loss(z, zt, y)
+    ce = sum(-z[i].log_softmax(0)[y[i]] for i in range(3)) / 3
+    assert parts["ce"].item() == pytest.approx(ce.item())
+    for name, at in (("kd", range(3)), ("kd_dad", range(3, 6))):
+        want = 8 * sum(kl(zt[i], z[i]) for i in at) / 3
+        assert parts[name].item() == pytest.approx(want.item(), rel=1e-4)
+    assert set(erpm.dad_loss(z[:3], zt[:3], y)) == {"ce", "kd"}
+
+
+def test_samples_of_a_step_are_functions_of_the_keys_alone(monkeypatch):
+    seen, real = [], erpm.dad_samples
+    monkeypatch.setattr(erpm, "dad_samples", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+    x, y, teacher = images(6), torch.arange(6) % 5, erpm.freeze(erpm.Net(tiny_net()))
+    step = erpm.dad_step(erpm.Robustify(augment="augmix"), teacher, drawn_vqgan(), 5)
+    keys = [(0, 1, i) for i in range(6)]
+    for net, order in ((tiny_net(), range(6)), (tiny_net(width=4), (5, 2, 0, 1, 3, 4))):
+        order = list(order)
+        batch = erpm.Batch(x[order], y[order], erpm.rng(0), [keys[i] for i in order])
+        loss, parts = step(erpm.Net(net), batch)
+        assert torch.isfinite(loss) and set(parts) == {"ce", "kd", "kd_dad"}
+    assert torch.allclose(seen[0][order], seen[1], atol=1e-3)
+
+
+def test_a_vqgan_in_training_fits_its_images_and_wakes_dead_codes():
+    torch.manual_seed(0)
+    net, x = erpm.vqgan("tiny_f4_256"), erpm.make_shapes(8, 32, "train")[0]
+    opt, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
+    for k in range(30):
+        loss, parts = erpm.vqgan_step(net, erpm.Batch(x, None, erpm.rng(k)))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(parts["mse"].item())
+    assert statistics.mean(losses[-5:]) < 0.5 * statistics.mean(losses[3:8])
+    assert len(net.nearest(net.encode(x / 255)).unique()) > 16
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*.png")}
+
+
+def test_dad_from_the_command_line_stores_resumes_and_refuses_other_samples(here, capsys):
+    out = runs("robustify", "run=a", *DAD)
+    assert "samples.json" in os.listdir("made") and "vqgan.safetensors: " in out
+    first = files_of("made")
+    assert len(first) == 100 and all(len(erpm.read_picture(f"made/{p}").size) == 2 for p in first)
+    for p in list(first)[::3]:
+        (here / "made" / p).unlink()
+    shutil.move("runs/a/teacher.safetensors", "kept.safetensors")
+    runs("robustify", "run=a", *DAD)
+    assert files_of("made") == first
+    assert equal(erpm.load("kept.safetensors"), erpm.load("runs/a/teacher.safetensors"))
+    assert "holds samples of other settings (radius" in fails(
+        capsys, "robustify", "run=b", *DAD, "robustify.radius=0.2")
+    assert "unknown distill.method 'none'" in fails(capsys, "distill", *DAD, "distill.method=none")
+
+
+def test_two_processes_share_the_samples_of_one(here):
+    runs("pretrain", "run=a", *DAD)
+    vqgan = drawn_vqgan()
+    erpm.save(here / "vq.safetensors", vqgan)
+    (here / "vq.yaml").write_text(json.dumps(
+        {"model": {"params": {k: list(v) if isinstance(v, tuple) else v
+                              for k, v in SMALL_VQGAN.items()}}}))
+    words = [*DAD, "vqgan.name=vq.yaml", "vqgan.weights=vq.safetensors"]
+    runs("robustify", "run=a", *words)
+    (here / "runs/a/teacher.safetensors").unlink()
+    in_processes(2, here, "robustify", "run=a", *words, "robustify.samples=two")
+    assert files_of("made") == files_of("two") and len(files_of("two")) == 100
+
+
+def test_a_vision_language_teacher_a_small_and_a_large_network_are_three_rows(here, tiny_clips):
+    rows = "KD: robustify.method=kd distill.method=none\nERPM:"
+    out = runs("compare", *DAD, f"robustify.teacher=open_clip:tiny", "pretrain.epochs=0.2",
+               "robustify.epochs=0.2", "distill.epochs=0.2", f"compare.rows={rows}", "eval.sets=shapes")
+    assert f"open_clip:tiny " in out and "KD " in out and "ERPM + teacher" in out
+    assert "KD + teacher" not in out
+
+
 # ==== from another project ====
 
 @pytest.mark.parametrize("form", ["tensors", "set", "pairs"])
