@@ -57,6 +57,7 @@ import operator
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -314,7 +315,8 @@ class Robustify(Train):
     steps: int = opt(1, "dad: ascent steps", 0, 1000)
     start: float = opt(0.8, "dad: probability of a random start", 0, 1)
     through: bool = opt(False, "dad: the gradient crosses the quantiser, straight through")
-    samples: str = opt("", "dad: folder of samples, made there once; empty = new ones every epoch")
+    samples: str = opt("", "dad: folder (in the run's, unless absolute) of samples that are made "
+                           "once; empty = new ones every epoch")
 
 
 @dataclass(frozen=True)
@@ -344,6 +346,9 @@ class Distill(Train):
     alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation", 0, 1)
     temperature: float = opt(2.0, "softmax temperature of the distillation", 0.01, 100)
     wise: float = opt(0.5, "wise: share of the fine-tuned weights", 0, 1)
+    views: int = opt(0, "erpm, apt, lp, team: augmented views of each image whose features and "
+                        "teachers' answers are kept on disk, so that they are computed once; 0 = "
+                        "new views every epoch", 0, 10000)
     prompts: int = opt(10, "vpt: prompt tokens", 0, 1000)
     deep: bool = opt(True, "vpt: new tokens before every block, else before the first")
 
@@ -3545,11 +3550,10 @@ def harden(x: Tensor, cfg: Robustify, generator: torch.Generator) -> Tensor:
                    pixmix={"pictures": cfg.pictures or None}, deepaugment={"strength": strength})
 
 
-def plain_step(cfg: Train, aug: Robustify | None = None, backbone: nn.Module | None = None,
-               n_classes: int = 0, clean: bool = True) -> Callable:
-    """Cross-entropy on x, or with aug on x and x~ alike (clean=False: on x~ alone); aug.jsd: on x
-    alone, and AugMix's consistency over three views.  It trains a whole network, or a tail on a
-    frozen backbone: all but [A]'s own method are this step.
+def plain_step(cfg: Train, aug: Robustify | None = None, n_classes: int = 0,
+               clean: bool = True) -> Callable:
+    """Cross-entropy of a whole network on x, or with aug on x and x~ alike (clean=False: on x~
+    alone); aug.jsd: on x alone, and AugMix's consistency over three views.
 
     n_classes: mixup and cutmix of aug.augment mix images and labels first."""
     def step(model, batch):
@@ -3557,11 +3561,7 @@ def plain_step(cfg: Train, aug: Robustify | None = None, backbone: nn.Module | N
         if aug and n_classes and spec_names(aug.augment) & set(LABEL_MIXERS):
             x, y = mix_labels(x, y, aug.augment, g, n_classes)
         n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
-        views = torch.cat([x] * clean + [harden(x, aug, g) for _ in range(n_views)])
-        if backbone is not None:
-            with torch.no_grad():
-                views = backbone(views)
-        z = model(views).float()
+        z = model(torch.cat([x] * clean + [harden(x, aug, g) for _ in range(n_views)])).float()
         if n_views < 2:
             y = torch.cat([y] * (clean + n_views))
             return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
@@ -3571,16 +3571,33 @@ def plain_step(cfg: Train, aug: Robustify | None = None, backbone: nn.Module | N
     return step
 
 
-def erpm_step(student: Student, teacher: nn.Module, cfg: Distill, aug: Robustify) -> Callable:
+def frozen_views(backbone: nn.Module, aug: Robustify | None = None, clean: bool = True,
+                 original: nn.Module | None = None, teacher: nn.Module | None = None) -> Callable:
+    """see(batch) -> [features of x, of x~], and with teachers their logits, the original's on x and
+    the robust one's on x~: all that a step takes and does not change."""
+    @torch.no_grad()
+    def see(batch: Batch) -> list[Tensor]:
+        views = [batch.x] * clean + ([harden(batch.x, aug, batch.generator)] if aug else [])
+        f = backbone(torch.cat(views)).chunk(len(views))
+        return [*f, original(f[0]), teacher(views[1])] if teacher else list(f)
+    return see
+
+
+def tail_step(cfg: Train, see: Callable) -> Callable:
+    """Cross-entropy of a tail on frozen features, x and x~ alike."""
+    def step(model, batch):
+        f = see(batch)
+        z, y = model(torch.cat(f)).float(), torch.cat([batch.y] * len(f))
+        return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
+    return step
+
+
+def erpm_step(cfg: Distill, see: Callable) -> Callable:
     """METHOD [A]: one frozen pass of clean and augmented views, then the losses of eq. 3-5."""
     def step(model, batch):
-        x, y, g, _ = batch
-        b, xa = len(x), harden(x, aug, g)
-        f = student.features(torch.cat([x, xa]))
-        with torch.no_grad():
-            z0, zt = student.original(f[:b]), teacher(xa)
-        parts = erpm_loss(model(f, b), z0, zt, y, alpha=cfg.alpha, t=cfg.temperature,
-                          smoothing=cfg.smoothing)
+        f, fa, z0, zt = see(batch)
+        parts = erpm_loss(model(torch.cat([f, fa]), len(f)), z0, zt, batch.y, alpha=cfg.alpha,
+                          t=cfg.temperature, smoothing=cfg.smoothing)
         return sum(parts.values()), parts
     return step
 
@@ -3660,7 +3677,8 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
     teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
     cfg = Distill(**checked("distill", alpha=alpha, temperature=temperature, **training))
     aug = Robustify(**checked("robustify", augment=augment, severity=severity))
-    step = erpm_step(student.to(pick_device()), teacher, cfg, aug)
+    student.to(pick_device())
+    step = erpm_step(cfg, frozen_views(student.backbone, aug, True, student.original, teacher))
     images = as_images(images).training(seed, crop, flip)
     fit(student.tuned, step, images, cfg, Runtime(), name="distill", seed=seed)
     return student.eval()
@@ -4629,6 +4647,10 @@ def validate(label: str, net: nn.Module, cfg: Config) -> float:
     return shifted
 
 
+DRAWN = ("name", "size_px", "fit", "crop", "flip", "n_train")       # of data: what an x depends on
+HARDENED = ("augment", "severity", "pictures")                     # of robustify: and its x~
+
+
 def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, inputs: dict,
           make: Callable, uses: str = "") -> nn.Module:
     """The network of runs/NAME/FILE.safetensors: kept if it is there, else made and saved.
@@ -4638,7 +4660,7 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
     of data, seed and stage; uses: of the stage's settings those beyond Train's, "" = all.
     Raises: UserError when the file was made with other settings."""
     path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
-    used = {f"data.{k}" for k in ("name", "size_px", "fit", "crop", "flip", "n_train")} | {"seed"}
+    used = {f"data.{k}" for k in DRAWN} | {"seed"}
     kind = Train if uses else PARTS[name]
     used |= {f"{name}.{k}" for k in (*uses.split(), *(f.name for f in dataclasses.fields(kind)))}
     key = {k: v for k, v in flat(cfg).items() if k in used} | inputs
@@ -4740,7 +4762,7 @@ def student_net(cfg: Config, images: ImageSet, file: str = "student",
             return net, train(net, plain_step(t), some)
         if t.tune > 0:
             part, backbone = tail_of(net, t.tune)
-            return net, train(part, plain_step(t, backbone=backbone), some)
+            return net, train(part, tail_step(t, frozen_views(backbone)), some)
         fc = fit_probe(frozen_features(net.to(pick_device())), some, cfg)
         stages(net)[-1].fc.load_state_dict(fc.state_dict())
         return net, {"images": len(some), "seconds": round(time.perf_counter() - since, 2)}
@@ -4775,11 +4797,11 @@ def trained_vqgan(cfg: Config, images: ImageSet) -> VQGAN:
 
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
-    """The images with their samples of [B] beside them, robustify.samples/CLASS/INDEX.png; what is
-    missing is made, shared by all processes.
+    """The images with their samples of [B] beside them, files CLASS/INDEX.png; what is missing is
+    made, shared by all processes.
 
     Raises: UserError where the folder has other ones; Interrupted."""
-    r, top, (rank, size) = cfg.robustify, Path(cfg.robustify.samples), world()
+    r, top, (rank, size) = cfg.robustify, cfg.dir / cfg.robustify.samples, world()
     options = {k: getattr(r, k) for k in ("radius", "step", "steps", "start", "through")}
     key = options | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
                      "teacher": weights_sha(teacher), "vqgan": weights_sha(vqgan)}
@@ -4849,28 +4871,105 @@ def robust_teacher(cfg: Config, images: ImageSet, file: str = "teacher",
     return stage(cfg, "robustify", file, label or file, images, inputs, make)
 
 
+# ---- the cache of frozen views -------------------------------------------------------------------
+
+class Rows(torch.utils.data.Dataset):
+    """Rows (V,n,D) of V views in the place of images: epoch e shows view e mod V."""
+
+    def __init__(self, rows: Tensor, images: ImageSet):
+        self.rows, self.images = rows, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def training(self, *_) -> Rows:
+        return self
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]):
+        epochs, positions = torch.tensor(keys).T
+        index = self.images.index[positions.numpy()]
+        x = self.rows[epochs % len(self.rows), positions, :-1]
+        return x, torch.from_numpy(self.images.y[index]), torch.from_numpy(index)
+
+
+def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
+        -> tuple[torch.utils.data.Dataset, Callable]:
+    """(images, see) as they are, or with distill.views a file of what `see` gives for so many views
+    of every image, filled once by all processes together, and what reads it.
+
+    frozen: the networks that it depends on.  A row ends with 1 when it is written; half precision
+    where networks run in it.  Raises: UserError when the disk is too small; Interrupted."""
+    d, device, (rank, size) = cfg.distill, pick_device(), world()
+    if not d.views:
+        return images, see
+    images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
+
+    def rows_of(keys: list, batch: tuple) -> list[Tensor]:
+        with autocast(cfg.runtime.amp, device):
+            return see(Batch(batch[0].to(device), batch[1], rng("view", cfg.seed, keys)))
+
+    shapes = [v.shape[1:] for v in rows_of([], images.__getitems__([(0, 0)]))]
+    widths = [math.prod(v) for v in shapes]
+    dtype = torch.float16 if amp_type(cfg.runtime.amp, device) else torch.float32
+    shape = (d.views, len(images), sum(widths) + 1)
+    used = ("seed", *(f"data.{k}" for k in DRAWN), *(f"robustify.{k}" for k in HARDENED))
+    key = [str(dtype), shape, d.method, d.batch, [weights_sha(net) for net in frozen],
+           [flat(cfg)[k] for k in used]]
+    path, need = cfg.dir / f"views-{fold(key):016x}.bin", math.prod(shape) * dtype.itemsize
+    say(f"{path}: {d.views} views of {len(images):,} images, {need / 1e9:.2f} GB")
+    if rank == 0 and not path.is_file() and need > shutil.disk_usage(cfg.dir).free:
+        raise UserError(f"distill.views: {path} takes {need / 1e9:.1f} GB, more than is free there")
+    if rank == 0:
+        torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+    any_rank(False)                                  # all wait for the file
+    rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    todo = [[(v, k) for k in range(at, min(at + d.batch, len(images)))]
+            for v in range(d.views) for at in range(0, len(images), d.batch)][rank::size]
+    todo = [keys for keys in todo if rows[keys[-1][0], keys[-1][1], -1] != 1]
+    with Progress(sum(map(len, todo)), "views") as bar, Signals() as signals:
+        for keys, batch in zip(todo, loader(images, cfg.data.workers, batch_sampler=todo)):
+            parts = [v.float().flatten(1).cpu() for v in rows_of(keys, batch)]
+            new = torch.cat([*parts, torch.ones(len(keys), 1)], 1).to(dtype)
+            if not new.isfinite().all():
+                raise UserError("distill.views: a feature is too large for half precision: take "
+                                "runtime.amp=none, or distill.views=0")
+            rows[keys[0][0], keys[0][1]:keys[-1][1] + 1] = new
+            bar.update(len(keys))
+            if signals.hit:
+                raise Interrupted("views stopped; the same command goes on from here")
+    any_rank(False)
+
+    def read(batch: Batch) -> list[Tensor]:
+        return [v.unflatten(1, some) if some else v.flatten()
+                for v, some in zip(batch.x.float().split(widths, 1), shapes)]
+    return Rows(rows, images), read
+
+
 # ---- the methods: (net, other, cfg, images, train) -> (network, {"images", "seconds"}) -----------
 
 def tune_erpm(net, teacher, cfg, images, train):
     """[A]: three heads, distilled from the original network and the robust teacher."""
     d, device = cfg.distill, pick_device()
     student = Student(net, d.tune, d.head, d.dropout, dropout_in=d.dropout_in).to(device)
-    student.tuned.norms = d.norms
-    step = erpm_step(student, freeze(teacher).to(device), d, cfg.robustify)
-    return student, train(student.tuned, step, images)
+    student.tuned.norms, teacher = d.norms, freeze(teacher).to(device)
+    see = frozen_views(student.backbone, cfg.robustify, True, student.original, teacher)
+    images, see = cached(cfg, images, see, net, teacher)
+    return student, train(student.tuned, erpm_step(d, see), images)
 
 
 def tune_apt(net, _, cfg, images, train, tune: int | None = None):
     """The same part, one head, no teacher, on clean and augmented images; tune = 0: LP."""
     d = cfg.distill
     part, backbone = tail_of(net, d.tune if tune is None else tune, d.norms)
-    return net, train(part, plain_step(d, cfg.robustify, backbone), images)
+    images, see = cached(cfg, images, frozen_views(backbone, cfg.robustify), backbone)
+    return net, train(part, tail_step(d, see), images)
 
 
 def tune_ft(net, _, cfg, images, train):
     """The whole network, end to end, on clean and augmented images."""
     net.requires_grad_(True)
-    return net, train(net, plain_step(cfg.distill, cfg.robustify), images)
+    aug = dataclasses.replace(cfg.robustify, jsd=0.0)     # as the others: cross-entropy on x and x~
+    return net, train(net, plain_step(cfg.distill, aug), images)
 
 
 def tune_lp_ft(lp, _, cfg, images, train):
@@ -4894,7 +4993,8 @@ def tune_vpt(net, _, cfg, images, train):
     for name, p in net.named_parameters():
         p.requires_grad_(name.endswith("prompt"))
     stages(net)[-1].fc.requires_grad_(True)
-    return net, train(Tuned(net), plain_step(cfg.distill, cfg.robustify), images)
+    aug = dataclasses.replace(cfg.robustify, jsd=0.0)
+    return net, train(Tuned(net), plain_step(cfg.distill, aug), images)
 
 
 def tune_team(net, teacher, cfg, images, train):
@@ -4902,8 +5002,9 @@ def tune_team(net, teacher, cfg, images, train):
     its BatchNorm takes statistics of its own."""
     device = pick_device()
     both = Team(net, freeze(teacher), cfg.distill.tune).to(device)
-    step = plain_step(cfg.distill, cfg.robustify, both.net.backbone, clean=False)
-    return both, train(both.net.robust, step, images)
+    see = frozen_views(both.net.backbone, cfg.robustify, clean=False)
+    images, see = cached(cfg, images, see, both.net.backbone)
+    return both, train(both.net.robust, tail_step(cfg.distill, see), images)
 
 
 class Method(NamedTuple):
@@ -4918,10 +5019,10 @@ class Method(NamedTuple):
 
 METHODS = {
     "erpm": Method("ERPM", tune_erpm, "student", "teacher",
-                   "tune head norms dropout dropout_in alpha temperature"),
-    "team": Method("Team", tune_team, "student", "teacher", "tune"),
-    "apt": Method("APT", tune_apt, uses="tune norms"),
-    "lp": Method("LP", functools.partial(tune_apt, tune=0)),
+                   "tune head norms dropout dropout_in alpha temperature views"),
+    "team": Method("Team", tune_team, "student", "teacher", "tune views"),
+    "apt": Method("APT", tune_apt, uses="tune norms views"),
+    "lp": Method("LP", functools.partial(tune_apt, tune=0), uses="views"),
     "ft": Method("FT", tune_ft),
     "lp-ft": Method("LP-FT", tune_lp_ft, "lp"),
     "wise": Method("WiSE", tune_wise, "ft", "student", "wise"),
@@ -4944,7 +5045,7 @@ def tuned_model(cfg: Config, images: ImageSet, file: str = "model", label: str =
                                     names.get(role, role), "", names)
 
     net, other = made(method.start), made(method.beside)
-    inputs = {k: getattr(cfg.robustify, k) for k in ("augment", "severity", "pictures")}
+    inputs = {k: getattr(cfg.robustify, k) for k in HARDENED}
     inputs |= {"start": weights_sha(net), "beside": weights_sha(other) if other else ""}
     if method.beside == "teacher":
         ours, theirs = (n.robustness if hasattr(n, "robustness") else validate(n.card.label, n, cfg)

@@ -1761,7 +1761,8 @@ def test_student_and_teacher_see_the_same_augmented_pixels():
     for m in (s.backbone, teacher):
         m.register_forward_pre_hook(lambda m, a: raw.update({m: a[0]}))
     x, y = images(6), torch.arange(6) % 5
-    step = erpm.erpm_step(s, teacher, erpm.Distill(), erpm.Robustify(augment="augmix"))
+    see = erpm.frozen_views(s.backbone, erpm.Robustify(augment="augmix"), True, s.original, teacher)
+    step = erpm.erpm_step(erpm.Distill(), see)
     step(s.tuned, erpm.Batch(x, y, erpm.rng(0)))
     assert torch.equal(raw[s.backbone][6:], raw[teacher]) and raw[teacher].dtype == torch.uint8
     assert not torch.equal(raw[teacher], x) and torch.equal(raw[s.backbone][:6], x)
@@ -1899,7 +1900,8 @@ def test_accumulated_micro_batches_equal_one_batch():
     for accum in (1, 4):
         backbone, tail = erpm.cut(seeded_net(), 2)
         part = erpm.Tuned(tail.requires_grad_(True))
-        nets.append(quick_fit(model=part, step=erpm.plain_step(erpm.Train(), None, backbone),
+        step = erpm.tail_step(erpm.Train(), erpm.frozen_views(backbone))
+        nets.append(quick_fit(model=part, step=step,
                               accum=accum))
     for p, q in zip(*(n.parameters() for n in nets)):
         assert torch.allclose(p, q, atol=2e-5)
@@ -3015,6 +3017,75 @@ def test_bench_pairs_the_same_work():
     assert parts == ["augmix", "augmix + JSD sample", "augmix + JSD sample"]
 
 
+# ==== the cache of frozen views ====
+
+CACHED = [*TINY, "run=c", "distill.views=2", "distill.epochs=3", "distill.batch=20",
+          "distill.n_images=50", "pretrain.epochs=0.1", "robustify.epochs=0.1"]
+
+
+@pytest.mark.parametrize("method", ["erpm", "apt", "team"])
+def test_training_from_the_cache_equals_training_on_the_same_views(here, monkeypatch, method):
+    runs("distill", *CACHED, f"distill.method={method}")
+    calls, kept = [], erpm.load("runs/c").state_dict()
+    real = erpm.cached
+
+    def uncached(cfg, images, see, *frozen):
+        images = images.training(erpm.fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
+        place = {int(i): k for k, i in enumerate(images.index)}
+
+        def live(batch):
+            found = []
+            for _, epoch, i in batch.keys:               # the chunk of 20 in which it was computed
+                at = place[i] // 20 * 20
+                keys = [(epoch % 2, k) for k in range(at, min(at + 20, 50))]
+                x, y, _ = images.__getitems__(keys)
+                parts = see(erpm.Batch(x, y, erpm.rng("view", cfg.seed, keys)))
+                found.append([v[place[i] - at] for v in parts])
+            calls.append(len(found))
+            return [torch.stack(v) for v in zip(*found)]
+        return images, live
+    monkeypatch.setattr(erpm, "cached", uncached)
+    os.unlink("runs/c/model.safetensors")
+    runs("distill", *CACHED, f"distill.method={method}")
+    assert calls and real is not uncached
+    for k, v in erpm.load("runs/c").state_dict().items():
+        assert torch.equal(v, kept[k]), k
+
+
+def test_the_cache_is_filled_once_and_goes_on_where_it_was(here, monkeypatch):
+    runs("distill", *CACHED)
+    [file], size = Path("runs/c").glob("views-*.bin"), erpm.resolve(CACHED).distill.views * 50
+    whole = file.read_bytes()
+    rows = torch.from_file(str(file), shared=True, size=len(whole) // 4).view(size, -1)
+    assert (rows[:, -1] == 1).all()
+    rows[30:70] = 0
+    del rows
+    os.unlink("runs/c/model.safetensors")
+    assert "views" in runs("distill", *CACHED) and file.read_bytes() == whole
+    seen, harden = [], erpm.harden
+    monkeypatch.setattr(erpm, "harden", lambda x, *a: seen.append(len(x)) or harden(x, *a))
+    os.unlink("runs/c/model.safetensors")
+    runs("distill", *CACHED, "distill.lr=1e-3")
+    assert seen == [1] and file.read_bytes() == whole       # the one that shapes are asked of
+    assert len(list(Path("runs/c").glob("views-*"))) == 1
+
+
+def test_two_processes_fill_one_cache(here):
+    runs("distill", *CACHED)
+    [file] = Path("runs/c").glob("views-*.bin")
+    whole = file.read_bytes()
+    os.unlink(file)
+    os.unlink("runs/c/model.safetensors")
+    in_processes(2, here, "distill", *CACHED)
+    assert file.read_bytes() == whole
+
+
+def test_a_cache_that_does_not_fit_the_disk_is_refused(here, capsys, monkeypatch):
+    runs("pretrain", *CACHED)
+    monkeypatch.setattr(erpm.shutil, "disk_usage", lambda p: types.SimpleNamespace(free=1000))
+    assert "GB, more than is free there" in fails(capsys, "distill", *CACHED)
+
+
 # ==== discrete adversarial distillation ====
 
 SMALL_VQGAN = dict(n_embed=64, embed_dim=4, z_channels=8, ch=32, ch_mult=(1, 2), num_res_blocks=1,
@@ -3181,17 +3252,18 @@ def files_of(folder):
 
 def test_dad_from_the_command_line_stores_resumes_and_refuses_other_samples(here, capsys):
     out = runs("robustify", "run=a", *DAD)
-    assert "samples.json" in os.listdir("made") and "vqgan.safetensors: " in out
-    first = files_of("made")
-    assert len(first) == 100 and all(len(erpm.read_picture(f"made/{p}").size) == 2 for p in first)
+    assert "samples.json" in os.listdir("runs/a/made") and "vqgan.safetensors: " in out
+    first = files_of("runs/a/made")
+    assert len(first) == 100
     for p in list(first)[::3]:
-        (here / "made" / p).unlink()
+        (here / "runs/a/made" / p).unlink()
     shutil.move("runs/a/teacher.safetensors", "kept.safetensors")
     runs("robustify", "run=a", *DAD)
-    assert files_of("made") == first
+    assert files_of("runs/a/made") == first
     assert equal(erpm.load("kept.safetensors"), erpm.load("runs/a/teacher.safetensors"))
+    (here / "runs/a/teacher.safetensors").unlink()
     assert "holds samples of other settings (radius" in fails(
-        capsys, "robustify", "run=b", *DAD, "robustify.radius=0.2")
+        capsys, "robustify", "run=a", *DAD, "robustify.radius=0.2")
     assert "unknown distill.method 'none'" in fails(capsys, "distill", *DAD, "distill.method=none")
 
 
@@ -3206,13 +3278,14 @@ def test_two_processes_share_the_samples_of_one(here):
     runs("robustify", "run=a", *words)
     (here / "runs/a/teacher.safetensors").unlink()
     in_processes(2, here, "robustify", "run=a", *words, "robustify.samples=two")
-    assert files_of("made") == files_of("two") and len(files_of("two")) == 100
+    assert files_of("runs/a/made") == files_of("runs/a/two") and len(files_of("runs/a/two")) == 100
 
 
 def test_a_vision_language_teacher_a_small_and_a_large_network_are_three_rows(here, tiny_clips):
     rows = "KD: robustify.method=kd distill.method=none\nERPM:"
     out = runs("compare", *DAD, f"robustify.teacher=open_clip:tiny", "pretrain.epochs=0.2",
-               "robustify.epochs=0.2", "distill.epochs=0.2", f"compare.rows={rows}", "eval.sets=shapes")
+               "robustify.epochs=0.2", "distill.epochs=0.2", f"compare.rows={rows}",
+               "eval.sets=shapes")
     assert f"open_clip:tiny " in out and "KD " in out and "ERPM + teacher" in out
     assert "KD + teacher" not in out
 
