@@ -3342,10 +3342,10 @@ def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
 
 
-def autocast(amp: str, device: torch.device) -> torch.autocast:
+def autocast(amp: str, device: torch.device):
     """Autocast context of amp_type."""
-    dtype = amp_type(amp, device)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    dtype = None if device.type == "meta" else amp_type(amp, device)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
@@ -3942,12 +3942,18 @@ def weights_sha(net: nn.Module) -> str:
 
 
 @torch.no_grad()
+def weightless(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, which computes shapes and FLOPs alone."""
+    bare = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    bare |= {id(b): b.to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, bare)
+
+
 def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
     """GFLOPs of an answer to an image, by torch's counter (2 a multiply-add; matrix products and
-    convolutions alone), on a copy without memory.  passes: as in Student.predict."""
-    bare = {id(p): nn.Parameter(p.to("meta"), False) for p in model.parameters()}
-    bare |= {id(b): b.to("meta") for b in model.buffers()}
-    model, x = copy.deepcopy(model, bare), torch.zeros(1, 3, size_px, size_px, device="meta")
+    convolutions alone).  passes: as in Student.predict."""
+    model = freeze(weightless(model))
+    x = torch.zeros(1, 3, size_px, size_px, device="meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, Student):
             model.moments(model.features(x), passes)
@@ -4600,7 +4606,71 @@ def bench_augment(size: int = 224, n: int = 64) -> list[dict]:
     return rows
 
 
-BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment}
+def training_steps(net: Net, teacher: Net, x: Tensor) -> dict[str, Callable]:
+    """{method: a step of training} on images (B,3,S,S) and as many augmented ones, the augmentation
+    itself left out: FT, ERPM with the last stage tuned in each head, and that from the cache."""
+    device, copied = x.device, weightless if x.device.type == "meta" else copy.deepcopy
+    student, teacher = (copied(m).to(device) for m in (Student(net, 1, 1), teacher))
+    whole = copied(net).to(device).requires_grad_(True)
+    see = frozen_views(student.backbone, Robustify(augment="none"), True, student.original, teacher)
+    batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=device), rng(0))
+    with autocast("auto", device):
+        held = see(batch)
+
+    def step(model: nn.Module, loss: Callable) -> Callable:
+        opt = make_optimizer(model.train(), Train())
+
+        def once() -> None:
+            with autocast("auto", device):
+                value = loss(model, batch)[0]
+            value.backward()
+            opt.step()
+            opt.zero_grad()
+        return once
+
+    return {"FT": step(whole, plain_step(Train(), Robustify(augment="none"))),
+            "ERPM": step(student.tuned, erpm_step(Distill(), see)),
+            "ERPM, cached": step(student.tuned, erpm_step(Distill(), lambda batch: held))}
+
+
+def bench_training(n: int = 8) -> list[dict]:
+    """ERPM, live and from the cache, against FT: time of a step of ViT-S/16 with a ResNet-18
+    teacher, and FLOPs of one of ViT-L/14 with a ViT-B/16 teacher, at 224 px."""
+    rows, x = [], bench_images(n, 224).to(pick_device())
+    make = lambda name: freeze(named(f"timm:{name}", 1000, "random", 224))
+    steps = training_steps(make("vit_small_patch16_224"), make("resnet18"), x)
+    for part in ("ERPM", "ERPM, cached"):
+        row = paired(steps[part], steps["FT"], n, n)
+        rows.append({"part": f"{part}, ViT-S/16", "against": "FT", **row})
+    steps, counts = training_steps(make("vit_large_patch14_224"), make("vit_base_patch16_224"),
+                                   x.to("meta")), {}
+    for part, step in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts[part] = counter.get_total_flops() / n
+    for part in ("ERPM", "ERPM, cached"):
+        rows.append({"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT",
+                     "ours": round(counts[part] / 1e9, 1), "theirs": round(counts["FT"] / 1e9, 1),
+                     "ratio": round(counts["FT"] / counts[part], 2), "spread": None})
+    return rows
+
+
+def bench_answers(n: int = 32) -> list[dict]:
+    """The choice of the head against the plain forward: ViT-S/16 at 224 px, last stage in each
+    head; closed form, and 10 dropout passes in the heads or in the tail."""
+    x, rows = bench_images(n, 224).to(pick_device()), []
+    net = freeze(named("timm:vit_small_patch16_224", 1000, "random", 224)).to(x.device)
+    for part, where, passes in (("closed form", "head", 0), ("10 passes in the heads", "head", 10),
+                                ("10 passes in the tail", "tail", 10)):
+        student = freeze(Student(net, 1, 1, dropout_in=where)).to(x.device)
+        row = paired(lambda: student.predict(x, passes), lambda: net(x), n, n)
+        share = gflops(student, 224, passes) / gflops(net, 224)
+        rows.append({"part": f"{part} (FLOPs x {share:.2f})", "against": "the network", **row})
+    return rows
+
+
+BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment,
+           "training": bench_training, "answers": bench_answers}
 
 
 # ==== 12. COMMANDS ====
