@@ -209,6 +209,21 @@ def read_lines(path: Path | str, key: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def sha(content: bytes | str) -> str:
+    """First 16 hex digits of the SHA-256 of a text or of bytes."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def tensors_sha(state: dict[str, Tensor], more: str = "") -> str:
+    """The same of tensors by name, and a text."""
+    h = hashlib.sha256(more.encode())
+    for k, v in state.items():
+        h.update(k.encode())
+        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
+
+
 def file_sha(path: Path | str) -> str:
     """First 12 hex digits of the file's SHA-256.  Raises: UserError."""
     try:
@@ -402,6 +417,7 @@ class Eval:
 class Runtime:
     """What changes speed and safety, not meaning."""
     amp: str = opt("auto", "autocast type of networks", "auto", "bf16", "fp16", "none")
+    offline: bool = opt(False, "no hub is asked: a name whose weights are not on disk is an error")
     log_every: int = opt(20, "steps between lines of log.jsonl", 1, MANY)
     save_every: int = opt(200, "steps between checkpoints", 1, MANY)
 
@@ -536,7 +552,12 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | None = Non
     """The frozen Config: default < recipe of a file (or the run's config.yaml) < words."""
     values: dict = {}
     if run is not None:
-        values = settings(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+        path = run / "config.yaml"
+        values = settings(read_yaml(path), str(path))
+        first, _, rest = path.read_text().partition("\n")
+        if first.startswith("# sha256 ") and first.split()[-1] != sha(rest):
+            raise UserError(f"{path} is damaged or was edited: give KEY=VALUE instead, or delete "
+                            "its first line where the settings are right")
     elif recipe:
         file = file or Path(__file__).with_name("config.yaml")
         tree = choose(read_yaml(file), recipe, f"recipe in {file}")
@@ -1348,9 +1369,17 @@ class View:
 
 
 def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
-    """The picture in RGB, border_px cut off on each side.  Raises: UserError."""
+    """The picture in RGB, border_px cut off on each side; 16-bit grey is scaled to 8 bit (`convert`
+    would clip it to white).  Raises: UserError."""
     try:
         with Image.open(path) as im:
+            if im.mode[0] in "IF":
+                grey = np.asarray(im)
+                if im.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+                    raise ValueError(f"mode {im.mode} has no known range: save it with 8 or 16 bit")
+                im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
+            elif im.mode == "P" and "transparency" in im.info:
+                im = im.convert("RGBA")
             im = im.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
@@ -1519,7 +1548,7 @@ def loader(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
     """DataLoader whose workers leave Ctrl-C and SIGTERM to this process, which stops when it is
     ready, and end with it, however it ends; the number of workers changes no sample."""
     def leave_signals(_):
-        for s in (signal.SIGINT, signal.SIGTERM):
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(s, signal.SIG_IGN)
 
     if isinstance(jobs, ImageSet) and jobs.images is not None:
@@ -1612,13 +1641,26 @@ def subfolders(top: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(top) if e.is_dir() and not e.name.startswith("."))
 
 
+def pictures_below(top: Path) -> list[Path]:
+    """The picture files below a folder, sorted; hidden ones and what is no regular file passed
+    over, a linked folder entered once."""
+    found, seen = [], set()
+    for folder, names, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        names[:] = [] if real in seen else sorted(n for n in names if not n.startswith("."))
+        kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+        paths = [Path(folder, f) for f in sorted(files) if not f.startswith(".")
+                 and f.lower().endswith(kinds)]
+        found += [p for p in paths if p.is_file()] if real not in seen else []
+        seen.add(real)
+    return found
+
+
 def read_tree(top: Path, label: dict[str, int]) -> tuple[list[str], list[int]]:
     """(paths, labels) of TOP/FOLDER/.../IMAGE.  label: of each folder by its name, never by its
     place in the text order; other folders are passed over, and hidden files."""
-    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    found = torchvision.datasets.folder.make_dataset(top, label, kinds, allow_empty=True)
-    found = [(p, k) for p, k in found if not os.path.basename(p).startswith(".")]
-    return [p for p, _ in found], [k for _, k in found]
+    found = [(p, k) for c, k in label.items() for p in pictures_below(top / c)]
+    return [str(p) for p, _ in found], [k for _, k in found]
 
 
 def read_list(file: Path, top: Path, label: Callable) -> tuple[list[str], list[int]]:
@@ -2107,6 +2149,13 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
         raise UserError(f"{path} is no file of plain tensors, and nothing is unpickled here ({why})"
                         ": save its state dict alone, where you trust it") from None
+    meta = {}
+    if str(path).endswith(".safetensors"):
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+    if "erpm" in meta and meta.get("sha") != tensors_sha(dict(sorted(state.items())), meta["erpm"]):
+        raise UserError(f"{path} is damaged: it does not hold what was saved; delete it to make it "
+                        "again")
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict but {', '.join(map(str, state))[:200]}")
     return state
@@ -3245,6 +3294,7 @@ def save(path: Path | str, module: nn.Module, **more) -> None:
     module.card = dataclasses.replace(module.card, **more)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
     meta = {"erpm": json.dumps(dataclasses.asdict(module.card))}
+    meta["sha"] = tensors_sha(dict(sorted(state.items())), meta["erpm"])
     write_atomically(Path(path), safetensors_bytes(state, meta))
 
 
@@ -3365,18 +3415,23 @@ def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.lr)
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Signals:
-    """Context in which Ctrl-C and SIGTERM only set `hit`, for the loop to stop at a safe point."""
+    """Context in which Ctrl-C, SIGTERM and SIGHUP only set `hit`, for the loop to stop at a safe
+    point."""
+    last = signal.SIGINT                                     # what stopped this process
 
     def __enter__(self):
         self.hit = 0
-        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.old = {s: signal.signal(s, self._note) for s in STOPS}
         return self
 
     def _note(self, number, frame):
         if self.hit and number == signal.SIGINT:             # a second Ctrl-C is impatient
             raise KeyboardInterrupt
-        self.hit = number
+        self.hit = Signals.last = number
 
     def __exit__(self, *exc):
         for s, handler in self.old.items():
@@ -3389,48 +3444,64 @@ def differences(old: dict, new: dict) -> str:
                      if old.get(k) != new.get(k))
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The file's rows; none if it is absent.  A last line cut off by a crash is dropped."""
+def read_jsonl(path: Path, damaged: Callable = lambda text: None) -> list[dict]:
+    """The file's rows; none if it is absent.  damaged: is told of lines that are no JSON; a last
+    one that a crash cut off is dropped without a word."""
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     rows = []
-    for i, line in enumerate(lines):
+    for i, line in enumerate(lines, 1):
         try:
             rows.append({**json.loads(line)})
         except (ValueError, TypeError):
-            if i + 1 < len(lines):
-                raise UserError(f"{path}, line {i + 1}: not JSON; mend or delete the line") \
-                    from None
+            if i < len(lines):
+                damaged(f"{path}, line {i}: not JSON, it is left out")
     return rows
 
 
 def keep(path: Path | None, parts: dict, step: int, seconds: float, key: dict | None) -> None:
-    """Writes a checkpoint, on the first process; returns when it is there on all."""
+    """Writes a checkpoint, on the first process, and keeps the one before it; returns when it is
+    there on all."""
     if path and world()[0] == 0:
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "seconds": seconds, "key": json.dumps(key)}
-        write_atomically(path, functools.partial(torch.save, state))
+        state |= {"step": step, "seconds": seconds, "key": json.dumps(key),
+                  "processes": world()[1]}
+        torch.save(state, content := io.BytesIO())
+        if path.is_file():
+            os.replace(path, path.with_suffix(".ckpt1"))
+        write_atomically(path, content.getvalue() + sha(content.getvalue()).encode())
     any_rank(False)                              # all wait for the file
 
 
 def resume(path: Path | None, parts: dict, key: dict | None, device: torch.device) \
         -> tuple[int, float]:
-    """(step, seconds) of a checkpoint, whose states go back into the parts; (0, 0) without one.
+    """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
+    go back into the parts; (0, 0) without one.
 
-    Raises: UserError if it is damaged or another job's."""
-    if not path or not path.is_file():
-        return 0, 0.0
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+    Raises: UserError if all are damaged, or another job's."""
+    files = [p for p in (path, path and path.with_suffix(".ckpt1")) if p and p.is_file()]
+    for file in files:
+        try:
+            content = file.read_bytes()
+            if sha(content[:-16]) != content[-16:].decode():
+                raise ValueError
+            saved = torch.load(io.BytesIO(content[:-16]), map_location=device, weights_only=True)
+        except Exception:                                    # truncated, foreign, or a pickle
+            say(f"{file} is damaged: it is left out")
+            continue
         changed = differences(json.loads(saved["key"]), key)
-    except Exception as e:                                   # truncated, foreign, or a pickle
-        raise UserError(f"{path} is damaged ({type(e).__name__}): delete it to start this stage "
-                        "again") from None
-    if changed:
-        raise UserError(f"{path} is a half-done job with other settings ({changed}): finish it "
-                        "with those, delete it, or take another run=NAME")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return saved["step"], saved["seconds"]
+        if changed:
+            raise UserError(f"{file} is a half-done job with other settings ({changed}): finish it "
+                            "with those, delete it, or take another run=NAME")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        if saved["processes"] != world()[1]:
+            say(f"{file}: made by {saved['processes']} processes, goes on with {world()[1]}: the "
+                "same images a step, other draws of augmentation and dropout")
+        return saved["step"], saved["seconds"]
+    if files:
+        raise UserError(f"{path} is damaged: delete {' and '.join(p.name for p in files)} to start "
+                        "this stage again")
+    return 0, 0.0
 
 
 def log_row(checkpoint: Path | None, row: dict, sums: dict[str, Tensor], n: int) -> str:
@@ -3932,12 +4003,8 @@ def weights_sha(net: nn.Module) -> str:
     if getattr(net, "sha", (None,))[0] == written:
         return net.sha[1]
     texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
-    h = hashlib.sha256()
-    for k, v in net.state_dict().items():
-        if k not in texts:
-            h.update(k.encode())
-            h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    net.sha = written, h.hexdigest()[:12]
+    state = {k: v for k, v in net.state_dict().items() if k not in texts}
+    net.sha = written, tensors_sha(state)[:12]
     return net.sha[1]
 
 
@@ -4043,11 +4110,16 @@ def read_rows(run: Path, rule: str = "") -> list[dict]:
     """The rows of a run's results.jsonl; rule: that of the headline figures, "" = each row's own.
 
     Raises: UserError on rows of another form."""
-    rows = read_jsonl(run / "results.jsonl")
+    path, rows = run / "results.jsonl", []
+    for n, r in enumerate(read_jsonl(run / "results.jsonl", damaged=say), 1):
+        if "sum" in r and r.pop("sum") != sha(json.dumps(r)):
+            say(f"{path}: row {n} is damaged: eval makes it again")
+        else:
+            rows.append(r)
     if any(not {"of", "label", "seed", "set", "kind", "corruption", "severity"} <= set(r)
            for r in rows):
-        raise UserError(f"{run / 'results.jsonl'} holds rows of another version of erpm.py: "
-                        "move it away and run eval again")
+        raise UserError(f"{path} holds rows of another version of erpm.py: move it away and run "
+                        "eval again")
     return [r | {"run": str(run)} | ({"rule": rule} if rule and r["rule"] else {}) for r in rows]
 
 
@@ -4081,8 +4153,9 @@ def score_cell(models: dict[str, nn.Module], rows: dict[str, dict], images: Imag
         if world()[0] == 0:
             cfg.dir.mkdir(parents=True, exist_ok=True)
             with open(cfg.dir / "results.jsonl", "a") as f:
-                f.writelines(json.dumps(rows[label] | where | figures) + "\n"
-                             for label, figures in found.items())
+                for label, figures in found.items():
+                    row = json.loads(json.dumps(rows[label] | where | figures))
+                    f.write(json.dumps(row | {"sum": sha(json.dumps(row))}) + "\n")
         if any_rank(bool(signals.hit)):
             raise Interrupted("eval stopped after a whole cell; the same command goes on from here")
 
@@ -4675,14 +4748,47 @@ BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment,
 
 # ==== 12. COMMANDS ====
 # In: the command line.  Out: files under runs/NAME, a few lines on the terminal, an exit code:
-# 0 done, 2 a mistake that the message explains, 130 interrupted and ready to go on.
+# 0 done, 2 a mistake that the message explains, 130 or 143 stopped and ready to go on.
+
+
+@contextlib.contextmanager
+def alone(cfg: Config):
+    """Context of the one command that works in the run's folder; the lock dies with its process.
+
+    Raises: UserError while another one does; or where processes differ in settings or code."""
+    import fcntl
+    mine = sha(json.dumps(flat(cfg)) + versions()["erpm"])
+    others = [mine] * world()[1]
+    if world()[1] > 1:
+        dist.all_gather_object(others, mine)
+    if set(others) != {mine}:
+        raise UserError("the processes were started with different settings, or copies of erpm.py "
+                        f"({', '.join(others)}): start them alike")
+    if world()[0]:
+        yield
+        return
+    cfg.dir.mkdir(parents=True, exist_ok=True)
+    with open(cfg.dir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"{cfg.dir}: {file.read() or 'another command'} is at work there: wait "
+                            "for it, or take another run=NAME") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            os.unlink(file.name)
 
 
 def write_config(cfg: Config) -> None:
     """runs/NAME/config.yaml: the resolved config."""
     if world()[0] == 0:
         text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
-        write_atomically(cfg.dir / "config.yaml", text)
+        write_atomically(cfg.dir / "config.yaml", f"# sha256 {sha(text)}\n{text}")
 
 
 def training_images(cfg: Config) -> ImageSet:
@@ -4753,7 +4859,8 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
         save(path, net, size_px=net.card.size_px or images.view.size_px, view=images.view,
              classes=images.outputs, home=images.base, label=label, key=key, train=stats,
              fresh=False)
-        checkpoint.unlink(missing_ok=True)
+        for old in (checkpoint, checkpoint.with_suffix(".ckpt1")):
+            old.unlink(missing_ok=True)
     any_rank(False)                                  # all wait for the file
     net = load(path)
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
@@ -4989,8 +5096,13 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
     say(f"{path}: {d.views} views of {len(images):,} images, {need / 1e9:.2f} GB")
     if rank == 0 and not path.is_file() and need > shutil.disk_usage(cfg.dir).free:
         raise UserError(f"distill.views: {path} takes {need / 1e9:.1f} GB, more than is free there")
+    seal = path.with_suffix(".sha")                  # of the whole file, when it is filled
     if rank == 0:
+        if not path.is_file():
+            seal.unlink(missing_ok=True)
         torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+        if seal.is_file() and seal.read_text() != file_sha(path):
+            raise UserError(f"{path} is damaged: delete it and {seal.name} to make it again")
     any_rank(False)                                  # all wait for the file
     rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
     todo = [[(v, k) for k in range(at, min(at + d.batch, len(images)))]
@@ -5008,6 +5120,8 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
             if signals.hit:
                 raise Interrupted("views stopped; the same command goes on from here")
     any_rank(False)
+    if rank == 0 and not seal.is_file():
+        write_atomically(seal, file_sha(path))
 
     def read(batch: Batch) -> list[Tensor]:
         return [v.unflatten(1, some) if some else v.flatten()
@@ -5348,9 +5462,7 @@ def run_corrupt(cfg: Config, args) -> None:
     if len(args.paths) != 2:
         raise UserError("corrupt takes two folders: corrupt IN OUT")
     source, out = map(Path, args.paths)
-    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds
-                   and not p.name.startswith("."))
+    paths = pictures_below(source)
     if not paths or out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"corrupt: no image below {source}" if not paths else
                         f"corrupt: {out} lies in {source}, take a folder beside it")
@@ -5471,8 +5583,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         cfg = configure(args)
         preflight(cfg, args.command)
-        if world()[0] == 0 or args.command not in ON_ONE_PROCESS:
-            COMMANDS[args.command][0](cfg, args)
+        if cfg.runtime.offline:
+            os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        writes = args.command not in (*ON_ONE_PROCESS, "corrupt")
+        with alone(cfg) if writes else contextlib.nullcontext():
+            if world()[0] == 0 or args.command not in ON_ONE_PROCESS:
+                COMMANDS[args.command][0](cfg, args)
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
         text = " ".join(str(e).strip().split("UserError: ")[-1].split())
@@ -5480,7 +5596,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
         print(f"erpm.py: {e or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 128 + Signals.last
+    except (MemoryError, RuntimeError) as e:
+        if "memory" not in str(e) and not isinstance(e, MemoryError):
+            raise
+        print("erpm.py: out of memory: lower the stage's batch (or raise its accum), eval.batch or "
+              f"data.workers ({' '.join(str(e).split())[:160]})", file=sys.stderr)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
