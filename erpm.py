@@ -5564,6 +5564,11 @@ def preflight(cfg: Config, command: str) -> None:
     if tunes and cfg.model.head == "text" and d.method in ("lp", "lp-ft"):
         raise UserError(f"distill.method={d.method}: with model.head=text the classes are prompts, "
                         "there is no linear layer to train")
+    if trains and cfg.robustify.method == "dad":
+        with torch.device("meta"):
+            vqgan(cfg.vqgan.name)
+        if cfg.vqgan.weights and not Path(cfg.vqgan.weights).is_file():
+            raise UserError(f"vqgan.weights: no file {cfg.vqgan.weights}")
     for label, words in cfg.compare.plan[1].items() if command in ("demo", "compare") else ():
         preflight(changed(cfg, words_of(words, f"compare.rows: {label}")), "distill")
     for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates)):

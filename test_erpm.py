@@ -3408,6 +3408,11 @@ def test_dad_from_the_command_line_stores_resumes_and_refuses_other_samples(here
     (here / "runs/a/teacher.safetensors").unlink()
     assert "holds samples of other settings (radius" in fails(
         capsys, "robustify", "run=a", *DAD, "robustify.radius=0.2")
+    for word, says in (("vqgan.name=f9", "unknown vqgan.name 'f9'"),
+                       ("vqgan.name=none.yaml", "no file none.yaml"),
+                       ("vqgan.weights=none.pt", "no file none.pt")):
+        assert says in fails(capsys, "robustify", "run=c", *DAD, word)
+        assert not Path("runs/c").is_dir() or not os.listdir("runs/c")
     assert "unknown distill.method 'none'" in fails(capsys, "distill", *DAD, "distill.method=none")
 
 
