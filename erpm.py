@@ -224,6 +224,43 @@ def tensors_sha(state: dict[str, Tensor], more: str = "") -> str:
     return h.hexdigest()[:16]
 
 
+def pictures_below(top: Path) -> list[Path]:
+    """The picture files below a folder, sorted; hidden ones and what is no regular file passed
+    over, a linked folder entered once."""
+    found, seen = [], set()
+    def fail(e: OSError) -> None:
+        if not isinstance(e, FileNotFoundError):
+            raise e
+
+    for folder, names, files in os.walk(top, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        names[:] = [] if real in seen else sorted(n for n in names if not n.startswith("."))
+        kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+        paths = [Path(folder, f) for f in sorted(files) if not f.startswith(".")
+                 and f.lower().endswith(kinds)]
+        found += [p for p in paths if p.is_file()] if real not in seen else []
+        seen.add(real)
+    return found
+
+
+def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
+    """The picture in RGB, border_px cut off on each side; 16-bit grey is scaled to 8 bit (`convert`
+    would clip it to white).  Raises: UserError."""
+    try:
+        with Image.open(path) as im:
+            if im.mode[0] in "IF":
+                grey = np.asarray(im)
+                if im.mode == "F" or grey.min() < 0 or not 255 < grey.max() <= 65535:
+                    raise ValueError(f"mode {im.mode} has no known range: save it with 8 or 16 bit")
+                im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
+            elif im.mode == "P" and "transparency" in im.info:
+                im = im.convert("RGBA")
+            im = im.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
+    return ImageOps.crop(im, border_px) if border_px else im
+
+
 def file_sha(path: Path | str) -> str:
     """First 12 hex digits of the file's SHA-256.  Raises: UserError."""
     try:
@@ -337,7 +374,7 @@ class Robustify(Train):
 @dataclass(frozen=True)
 class Vqgan(Train):
     """The VQGAN of robustify.method=dad, and how it is trained where it has no weights."""
-    name: str = opt("tiny_f4_256", "one of VQGANS, or a YAML file of taming-transformers")
+    name: str = opt("tiny_f2_256", "one of VQGANS, or a YAML file of taming-transformers")
     weights: str = opt("", "file of its weights; empty = trained on the images first")
 
 
@@ -384,6 +421,8 @@ class Compare:
             label, _, words = line.partition(":")
             if line.startswith("#"):
                 title = line.strip("# ")
+            elif ":" not in line:
+                raise UserError(f"compare.rows: {line!r} is not of the form LABEL: KEY=VALUE ...")
             else:
                 runs[label] = words.split() or runs.get(label, [])
                 tables.setdefault(title, []).append(label)
@@ -466,7 +505,7 @@ def read_yaml(path: Path) -> dict:
     try:
         tree = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
-        raise UserError(f"no file {path}: give --config PATH") from None
+        raise UserError(f"no file {path} (the recipes' is given by --config PATH)") from None
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
@@ -511,7 +550,7 @@ def settings(tree, where: str) -> dict:
 
 def check(cfg: Config) -> None:
     """Raises: UserError where values that are valid by themselves do not go together."""
-    for name in ("pretrain", "robustify", "distill"):
+    for name in ("pretrain", "robustify", "vqgan", "distill"):
         stage = getattr(cfg, name)
         if stage.batch % stage.accum:
             raise UserError(f"{name}.accum: {stage.batch} images are not {stage.accum} equal "
@@ -1187,12 +1226,11 @@ def clouds(size, n=48):
 @functools.lru_cache(maxsize=2)
 def load_pictures(folder, size, limit=2000):
     """uint8 (M,3,size,size): the first `limit` pictures below a folder, resized and cropped."""
-    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds)[:limit]
+    paths = pictures_below(Path(folder))[:limit]
     if not paths:
         raise UserError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-    return torch.stack([fit(Image.open(p).convert("RGB")) for p in paths])
+    return torch.stack([fit(read_picture(p)) for p in paths])
 
 
 def _blend(x, y, a, b, multiply):
@@ -1366,24 +1404,6 @@ class View:
         mode = v2.InterpolationMode(self.interpolation)
         im = v2.functional.resize(im, self.resized, interpolation=mode, antialias=True)
         return v2.functional.center_crop(im, self.size_px)
-
-
-def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
-    """The picture in RGB, border_px cut off on each side; 16-bit grey is scaled to 8 bit (`convert`
-    would clip it to white).  Raises: UserError."""
-    try:
-        with Image.open(path) as im:
-            if im.mode[0] in "IF":
-                grey = np.asarray(im)
-                if im.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-                    raise ValueError(f"mode {im.mode} has no known range: save it with 8 or 16 bit")
-                im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-            elif im.mode == "P" and "transparency" in im.info:
-                im = im.convert("RGBA")
-            im = im.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
-    return ImageOps.crop(im, border_px) if border_px else im
 
 
 def shift_and_flip(x: Tensor, u: np.ndarray, crop: bool = True, flip: bool = True) -> Tensor:
@@ -1639,21 +1659,6 @@ def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor,
 def subfolders(top: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones."""
     return sorted(e.name for e in os.scandir(top) if e.is_dir() and not e.name.startswith("."))
-
-
-def pictures_below(top: Path) -> list[Path]:
-    """The picture files below a folder, sorted; hidden ones and what is no regular file passed
-    over, a linked folder entered once."""
-    found, seen = [], set()
-    for folder, names, files in os.walk(top, followlinks=True):
-        real = os.path.realpath(folder)
-        names[:] = [] if real in seen else sorted(n for n in names if not n.startswith("."))
-        kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-        paths = [Path(folder, f) for f in sorted(files) if not f.startswith(".")
-                 and f.lower().endswith(kinds)]
-        found += [p for p in paths if p.is_file()] if real not in seen else []
-        seen.add(real)
-    return found
 
 
 def read_tree(top: Path, label: dict[str, int]) -> tuple[list[str], list[int]]:
@@ -2153,7 +2158,9 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
     if str(path).endswith(".safetensors"):
         with safe_open(path, "pt") as f:
             meta = f.metadata() or {}
-    if "erpm" in meta and meta.get("sha") != tensors_sha(dict(sorted(state.items())), meta["erpm"]):
+    signed = {"erpm", "sha"} <= set(meta)
+    good = signed and tensors_sha(dict(sorted(state.items())), meta["erpm"])
+    if good and meta["sha"] != good:
         raise UserError(f"{path} is damaged: it does not hold what was saved; delete it to make it "
                         "again")
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -2622,8 +2629,8 @@ VQGANS = {
     "vqgan_imagenet_f16_1024": dict(
         n_embed=1024, embed_dim=256, z_channels=256, ch=128, ch_mult=(1, 1, 2, 2, 4),
         num_res_blocks=2, attn_resolutions=(16,), resolution=256),
-    "tiny_f4_256": dict(
-        n_embed=256, embed_dim=8, z_channels=32, ch=32, ch_mult=(1, 1, 1), num_res_blocks=0,
+    "tiny_f2_256": dict(
+        n_embed=256, embed_dim=8, z_channels=32, ch=32, ch_mult=(1, 1), num_res_blocks=0,
         attn_resolutions=(), resolution=32, groups=4),
 }
 
@@ -2738,9 +2745,9 @@ class VQGAN(nn.Module):
         """(B,s,s): the code that is nearest by squared L2, in float32."""
         with full_precision(z):
             flat = z.float().permute(0, 2, 3, 1).flatten(0, 2)                   # (B s s, E)
-            norms = flat.square().sum(1, keepdim=True) + self.codes.square().sum(1)
-            near = torch.addmm(norms, flat, self.codes.T, alpha=-2).argmin(1)
-        return near.view(len(z), *z.shape[2:])
+            near = [torch.addmm(self.codes.square().sum(1), some, self.codes.T, alpha=-2).argmin(1)
+                    for some in flat.split(2 ** 14)]    # all but |z|^2, which is the same for all
+        return torch.cat(near).view(len(z), *z.shape[2:])
 
     def decode(self, q: Tensor) -> Tensor:
         """Images of codes (B,E,s,s), not clamped to [0, 1] yet."""
@@ -2769,14 +2776,15 @@ def vqgan(config: str | dict, weights: Path | str | None = None) -> VQGAN:
     the discriminator and perceptual loss ("loss.*") are left out.  Without one they are random.
     Raises: UserError."""
     if isinstance(config, str) and config.endswith((".yaml", ".yml")):
-        config = read_yaml(Path(config)).get("model", {}).get("params", {})
+        model = read_yaml(Path(config)).get("model")
+        config = model.get("params", {}) if isinstance(model, dict) else {}
     config = dict(choose(VQGANS, config, "vqgan.name") if isinstance(config, str) else config)
     config = {"groups": 32} | config | config.pop("ddconfig", {})
-    lacks = [k for k in VQGANS["tiny_f4_256"] if k not in config]
+    lacks = [k for k in VQGANS["tiny_f2_256"] if k not in config]
     if lacks or config.get("double_z"):
         raise UserError(f"vqgan: the configuration lacks {', '.join(lacks)}" if lacks else
                         "vqgan: double_z is a VAE's, not a VQGAN's")
-    net = VQGAN({k: config[k] for k in VQGANS["tiny_f4_256"]})
+    net = VQGAN({k: config[k] for k in VQGANS["tiny_f2_256"]})
     if weights:
         try:
             state = read_state(weights)
@@ -3252,8 +3260,8 @@ def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generato
     of a random start.  through: the gradient crosses the quantiser, straight through.
     Paper: [B]'s algorithm, as its code has it; the student has no part in it."""
     each = [generator] * len(x) if isinstance(generator, torch.Generator) else generator
-    draws = [(torch.rand((), generator=g) < start, torch.randn(x.shape[1:], generator=g))
-             for g in each]
+    draws = [(torch.rand((), generator=g, device=g.device) < start,
+              torch.randn(x.shape[1:], generator=g, device=g.device)) for g in each]
     noise = torch.stack([n * on for on, n in draws]).to(x.device)
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     with torch.no_grad():
@@ -3421,7 +3429,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Signals:
     """Context in which Ctrl-C, SIGTERM and SIGHUP only set `hit`, for the loop to stop at a safe
     point."""
-    last = signal.SIGINT                                     # what stopped this process
+    last, late = signal.SIGINT, False                        # what stopped this process
 
     def __enter__(self):
         self.hit = 0
@@ -3432,6 +3440,7 @@ class Signals:
         if self.hit and number == signal.SIGINT:             # a second Ctrl-C is impatient
             raise KeyboardInterrupt
         self.hit = Signals.last = number
+        Signals.late = True
 
     def __exit__(self, *exc):
         for s, handler in self.old.items():
@@ -3472,8 +3481,7 @@ def keep(path: Path | None, parts: dict, step: int, seconds: float, key: dict | 
     any_rank(False)                              # all wait for the file
 
 
-def resume(path: Path | None, parts: dict, key: dict | None, device: torch.device) \
-        -> tuple[int, float]:
+def resume(path: Path | None, parts: dict, key: dict | None) -> tuple[int, float]:
     """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
     go back into the parts; (0, 0) without one.
 
@@ -3484,7 +3492,7 @@ def resume(path: Path | None, parts: dict, key: dict | None, device: torch.devic
             content = file.read_bytes()
             if sha(content[:-16]) != content[-16:].decode():
                 raise ValueError
-            saved = torch.load(io.BytesIO(content[:-16]), map_location=device, weights_only=True)
+            saved = torch.load(io.BytesIO(content[:-16]), map_location="cpu", weights_only=True)
         except Exception:                                    # truncated, foreign, or a pickle
             say(f"{file} is damaged: it is left out")
             continue
@@ -3574,7 +3582,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         swa = torch.optim.swa_utils
         parts["average"] = swa.AveragedModel(
             model, multi_avg_fn=swa.get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    at, seconds = resume(checkpoint, parts, key, device)
+    at, seconds = resume(checkpoint, parts, key)
     batches.start = at * cfg.accum
     data = iter(loader(images, workers, batch_sampler=batches))
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
@@ -3704,11 +3712,15 @@ def vqgan_step(model, batch):
     parts = {"mse": F.mse_loss(seen, x) / x.var(), "codebook": F.mse_loss(q, z.detach()),
              "commitment": 0.25 * F.mse_loss(z, q.detach())}
     net = getattr(model, "module", model)
-    used = net.nearest(z).flatten().bincount(minlength=len(net.codes)) > 0
+    used = net.nearest(z).flatten().bincount(minlength=len(net.codes)).clamp(max=1)
+    if world()[1] > 1:
+        dist.all_reduce(used)
     places, gap = (v.detach().float().permute(0, 2, 3, 1).flatten(0, 2) for v in (z, z - q))
-    worst = gap.square().sum(1).topk((~used).sum().item()).indices
-    net.codes.data[~used] = places[worst]
-    return sum(parts.values()), parts | {"codes used": used.float().mean()}
+    dead = (used == 0).nonzero()[:len(places), 0]
+    net.codes.data[dead] = places[gap.square().sum(1).topk(len(dead)).indices]
+    if world()[1] > 1:
+        dist.broadcast(net.codes.data, 0)
+    return sum(parts.values()), parts | {"codes used": (used > 0).float().mean()}
 
 
 # ---- training from another project, without files ------------------------------------------------
@@ -4597,9 +4609,12 @@ def picture_grid(student, pictures: dict[str, tuple[Tensor, Tensor]], classes: S
 
 
 def seconds(call: Callable) -> float:
-    """How long the call takes."""
+    """How long the call takes, a GPU's work included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     call()
+    wait()
     return time.perf_counter() - start
 
 
@@ -4781,7 +4796,7 @@ def alone(cfg: Config):
         try:
             yield
         finally:
-            os.unlink(file.name)
+            file.truncate(0)
 
 
 def write_config(cfg: Config) -> None:
@@ -4840,7 +4855,7 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
     kind = Train if uses else PARTS[name]
     used |= {f"{name}.{k}" for k in (*uses.split(), *(f.name for f in dataclasses.fields(kind)))}
     key = {k: v for k, v in flat(cfg).items() if k in used} | inputs
-    if path.is_file():
+    if any_rank(path.is_file()):                     # all look before one writes
         changed = differences(getattr(read_card(path), "key", {}), key)
         if changed:
             raise UserError(f"{path} was made with other settings ({changed}): take another "
@@ -4851,8 +4866,11 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
 
     def train(module: nn.Module, step: Callable, some: ImageSet) -> dict:
         some = some.training(fold(cfg.seed, name), cfg.data.crop, cfg.data.flip)
-        return fit(module, step, some, getattr(cfg, name), cfg.runtime, name=name, seed=cfg.seed,
-                   checkpoint=checkpoint, key=key, workers=cfg.data.workers)
+        stats = fit(module, step, some, getattr(cfg, name), cfg.runtime, name=name, seed=cfg.seed,
+                    checkpoint=checkpoint, key=key, workers=cfg.data.workers)
+        cost = getattr(some, "cost", {"seconds": 0, "gflops": 0})        # of its cache
+        return stats | {"seconds": round(stats["seconds"] + cost["seconds"], 2),
+                        "gflops": stats["gflops"] + cost["gflops"] / stats["images"]}
 
     net, stats = make(train)
     if world()[0] == 0:
@@ -4862,6 +4880,8 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
         for old in (checkpoint, checkpoint.with_suffix(".ckpt1")):
             old.unlink(missing_ok=True)
     any_rank(False)                                  # all wait for the file
+    if any_rank(Signals.late):
+        raise Interrupted(f"{name} is done; the same command goes on from here")
     net = load(path)
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
         f"{path}: as it comes")
@@ -4927,7 +4947,7 @@ def student_net(cfg: Config, images: ImageSet, file: str = "student",
                     size)
         if m.head == "text":
             net = zero_shot(net, prompts, cfg.dir / "text")
-        if cfg.distill.method in ("erpm", "apt") and not label:
+        if cfg.distill.method in ("erpm", "apt", "team") and not label:
             cut(net, cfg.distill.tune)        # what cannot be tuned says so before any training
             net.requires_grad_(True)
         some, since = images.subset(t.n_images), time.perf_counter()
@@ -4970,7 +4990,8 @@ def trained_vqgan(cfg: Config, images: ImageSet) -> VQGAN:
         net = vqgan(v.name)
         return net, train(net, vqgan_step, images.subset(v.n_images))
 
-    return stage(cfg, "vqgan", "vqgan", "vqgan", images, {}, make)
+    net = vqgan(v.name)
+    return stage(cfg, "vqgan", "vqgan", "vqgan", images, {"config": str(net.card.vqgan)}, make)
 
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
@@ -4981,7 +5002,8 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     r, top, (rank, size) = cfg.robustify, cfg.dir / cfg.robustify.samples, world()
     options = {k: getattr(r, k) for k in ("radius", "step", "steps", "start", "through")}
     key = options | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
-                     "teacher": weights_sha(teacher), "vqgan": weights_sha(vqgan)}
+                     "n": len(images.y), "teacher": weights_sha(teacher),
+                     "prompts": fold(teacher.card.prompts), "vqgan": weights_sha(vqgan)}
     file = top / "samples.json"
     changed = differences(json.loads(file.read_text()) if file.is_file() else key, key)
     if changed:
@@ -4990,10 +5012,12 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     if rank == 0:
         write_atomically(file, json.dumps(key))
     paths = [str(top / slug(images.classes[k]) / f"{i:08d}.png") for i, k in enumerate(images.y)]
-    missing = [k for k, i in enumerate(images.index) if not os.path.isfile(paths[i])][rank::size]
+    missing = [k for k in range(rank, len(images), size)
+               if not os.path.isfile(paths[images.index[k]])]
     with Progress(len(missing), "samples") as bar, Signals() as signals:
-        for at in range(0, len(missing), r.batch):
-            some = missing[at:at + r.batch]
+        n = max(1, r.batch // size)
+        for at in range(0, len(missing), n):
+            some = missing[at:at + n]
             x, y, index = images.__getitems__([(0, k) for k in some])
             draws = [rng("dad", cfg.seed, i) for i in index.tolist()]
             with autocast(cfg.runtime.amp, pick_device()):
@@ -5024,7 +5048,7 @@ def robust_teacher(cfg: Config, images: ImageSet, file: str = "teacher",
               "weights": m.teacher_weights and file_sha(m.teacher_weights)}
     if r.method in ("kd", "dad"):
         guide = guide_net(cfg, images).to(pick_device())
-        inputs["guide"] = weights_sha(guide)
+        inputs |= {"guide": weights_sha(guide), "prompts": fold(guide.card.prompts)}
     if r.method == "dad":
         quantiser = trained_vqgan(cfg, images).to(pick_device())
         inputs["vqgan"] = weights_sha(quantiser)
@@ -5051,10 +5075,12 @@ def robust_teacher(cfg: Config, images: ImageSet, file: str = "teacher",
 # ---- the cache of frozen views -------------------------------------------------------------------
 
 class Rows(torch.utils.data.Dataset):
-    """Rows (V,n,D) of V views in the place of images: epoch e shows view e mod V."""
+    """Rows (V,n,D) of V views in the place of images: epoch e shows view e mod V.
 
-    def __init__(self, rows: Tensor, images: ImageSet):
-        self.rows, self.images = rows, images
+    cost: {seconds, gflops} of filling them."""
+
+    def __init__(self, rows: Tensor, images: ImageSet, cost: dict):
+        self.rows, self.images, self.cost = rows, images, cost
 
     def __len__(self) -> int:
         return len(self.images)
@@ -5069,14 +5095,40 @@ class Rows(torch.utils.data.Dataset):
         return x, torch.from_numpy(self.images.y[index]), torch.from_numpy(index)
 
 
+def fill(rows: Tensor, images: ImageSet, cfg: Config, rows_of: Callable) -> dict:
+    """Writes the rows (V,n,D) that are not there yet, this process's share of them; a row ends with
+    1 when it is written.  Returns {seconds, gflops}: what all cost.  Raises: Interrupted."""
+    n, (rank, size), d = len(images), world(), cfg.distill
+    todo = [[(v, k) for k in range(at, min(at + d.batch, n))]
+            for v in range(d.views) for at in range(0, n, d.batch)][rank::size]
+    todo = [keys for keys in todo if rows[keys[-1][0], keys[-1][1], -1] != 1]
+    since, counter, left = time.perf_counter(), FlopCounterMode(display=False), sum(map(len, todo))
+    with Progress(left, "views") as bar, Signals() as signals:
+        for keys, batch in zip(todo, loader(images, cfg.data.workers, batch_sampler=todo)):
+            with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
+                found = rows_of(keys, batch)
+            parts = [v.float().flatten(1).cpu() for v in found]
+            new = torch.cat([*parts, torch.ones(len(keys), 1)], 1).to(rows.dtype)
+            if not new.isfinite().all():
+                raise UserError("distill.views: a feature is too large for half precision: take "
+                                "runtime.amp=none, or distill.views=0")
+            rows[keys[0][0], keys[0][1]:keys[-1][1] + 1] = new
+            bar.update(len(keys))
+            if signals.hit:
+                raise Interrupted("views stopped; the same command goes on from here")
+    flops = counter.get_total_flops() / len(todo[0]) if todo else 0
+    return {"seconds": (time.perf_counter() - since) * d.views * n / max(1, left * size),
+            "gflops": flops * d.views * n / 1e9}
+
+
 def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
         -> tuple[torch.utils.data.Dataset, Callable]:
     """(images, see) as they are, or with distill.views a file of what `see` gives for so many views
     of every image, filled once by all processes together, and what reads it.
 
-    frozen: the networks that it depends on.  A row ends with 1 when it is written; half precision
-    where networks run in it.  Raises: UserError when the disk is too small; Interrupted."""
-    d, device, (rank, size) = cfg.distill, pick_device(), world()
+    frozen: the networks that it depends on.  Half precision where networks run in it.
+    Raises: UserError when the disk is too small or the file is damaged; Interrupted."""
+    d, device = cfg.distill, pick_device()
     if not d.views:
         return images, see
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
@@ -5090,43 +5142,31 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
     dtype = torch.float16 if amp_type(cfg.runtime.amp, device) else torch.float32
     shape = (d.views, len(images), sum(widths) + 1)
     used = ("seed", *(f"data.{k}" for k in DRAWN), *(f"robustify.{k}" for k in HARDENED))
-    key = [str(dtype), shape, d.method, d.batch, [weights_sha(net) for net in frozen],
-           [flat(cfg)[k] for k in used]]
+    key = [str(dtype), shape, d.method, d.tune, d.batch, [flat(cfg)[k] for k in used],
+           [(weights_sha(net), getattr(net, "card", Card()).prompts) for net in frozen]]
     path, need = cfg.dir / f"views-{fold(key):016x}.bin", math.prod(shape) * dtype.itemsize
+    seal = path.with_suffix(".sha")                  # hash and cost of the file, when it is filled
     say(f"{path}: {d.views} views of {len(images):,} images, {need / 1e9:.2f} GB")
-    if rank == 0 and not path.is_file() and need > shutil.disk_usage(cfg.dir).free:
-        raise UserError(f"distill.views: {path} takes {need / 1e9:.1f} GB, more than is free there")
-    seal = path.with_suffix(".sha")                  # of the whole file, when it is filled
-    if rank == 0:
+    if world()[0] == 0:
         if not path.is_file():
             seal.unlink(missing_ok=True)
+            if need > shutil.disk_usage(cfg.dir).free:
+                raise UserError(f"distill.views: {path} takes {need / 1e9:.1f} GB, more than is "
+                                "free there")
         torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
-        if seal.is_file() and seal.read_text() != file_sha(path):
+        if seal.is_file() and json.loads(seal.read_text())["sha"] != file_sha(path):
             raise UserError(f"{path} is damaged: delete it and {seal.name} to make it again")
     any_rank(False)                                  # all wait for the file
     rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-    todo = [[(v, k) for k in range(at, min(at + d.batch, len(images)))]
-            for v in range(d.views) for at in range(0, len(images), d.batch)][rank::size]
-    todo = [keys for keys in todo if rows[keys[-1][0], keys[-1][1], -1] != 1]
-    with Progress(sum(map(len, todo)), "views") as bar, Signals() as signals:
-        for keys, batch in zip(todo, loader(images, cfg.data.workers, batch_sampler=todo)):
-            parts = [v.float().flatten(1).cpu() for v in rows_of(keys, batch)]
-            new = torch.cat([*parts, torch.ones(len(keys), 1)], 1).to(dtype)
-            if not new.isfinite().all():
-                raise UserError("distill.views: a feature is too large for half precision: take "
-                                "runtime.amp=none, or distill.views=0")
-            rows[keys[0][0], keys[0][1]:keys[-1][1] + 1] = new
-            bar.update(len(keys))
-            if signals.hit:
-                raise Interrupted("views stopped; the same command goes on from here")
+    cost = fill(rows, images, cfg, rows_of)
+    any_rank(False)                                  # all wait for all rows
+    if world()[0] == 0 and not seal.is_file():
+        write_atomically(seal, json.dumps({"sha": file_sha(path), **cost}))
     any_rank(False)
-    if rank == 0 and not seal.is_file():
-        write_atomically(seal, file_sha(path))
 
     def read(batch: Batch) -> list[Tensor]:
-        return [v.unflatten(1, some) if some else v.flatten()
-                for v, some in zip(batch.x.float().split(widths, 1), shapes)]
-    return Rows(rows, images), read
+        return [v.unflatten(1, some) for v, some in zip(batch.x.float().split(widths, 1), shapes)]
+    return Rows(rows, images, json.loads(seal.read_text())), read
 
 
 # ---- the methods: (net, other, cfg, images, train) -> (network, {"images", "seconds"}) -----------
@@ -5225,12 +5265,14 @@ def tuned_model(cfg: Config, images: ImageSet, file: str = "model", label: str =
         if role in ("student", "teacher"):
             make = student_net if role == "student" else robust_teacher
             return make(cfg, images, names.get(role, role))
-        return role and tuned_model(changed(cfg, {"distill.method": role}), images,
-                                    names.get(role, role), "", names)
+        file = names.get(role, role)
+        return role and tuned_model(changed(cfg, {"distill.method": role}), images, file,
+                                    "" if file == role else file, names)
 
     net, other = made(method.start), made(method.beside)
     inputs = {k: getattr(cfg.robustify, k) for k in HARDENED}
-    inputs |= {"start": weights_sha(net), "beside": weights_sha(other) if other else ""}
+    inputs |= {"start": weights_sha(net), "beside": weights_sha(other) if other else "",
+               "prompts": fold(net.card.prompts)}
     if method.beside == "teacher":
         ours, theirs = (n.robustness if hasattr(n, "robustness") else validate(n.card.label, n, cfg)
                         for n in (net, other))
@@ -5381,14 +5423,15 @@ def run_compare(cfg: Config, args) -> None:
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
         own = changed(cfg, {"seed": seed, "run": run})
-        images = training_images(own)
         for label, words in cfg.compare.plan[1].items():
             row, names = changed(own, words_of(words, label)), {}
             for role in ("student", "teacher", *METHODS):     # a row with another one has its own
-                sections = {"student": ("model.student", "pretrain."), "teacher": (
-                    "model.teacher", "robustify.")}.get(role, ("model.", "pretrain.", "robustify."))
-                other = [w.partition("=")[2] for w in words if w.startswith(sections)]
+                sections = {"student": ("data.", "model.student", "pretrain."),
+                            "teacher": ("data.", "model.teacher", "robustify.", "vqgan.")}.get(
+                    role, ("data.", "model.", "pretrain.", "robustify.", "vqgan."))
+                other = [w.partition(".")[2] for w in words if w.startswith(sections)]
                 names[role] = slug("-".join([role, *other]))
+            images = training_images(row)
             if row.distill.method == "none":
                 robust_teacher(row, images, names["teacher"], label)
             else:
@@ -5552,7 +5595,7 @@ def preflight(cfg: Config, command: str) -> None:
     for name in set_names(cfg):
         set_row(name)
     trains = command in ("demo", "compare", "pretrain", "robustify", "distill")
-    for name in ("pretrain", "robustify", "distill") if trains else ():
+    for name in ("pretrain", "robustify", "vqgan", "distill") if trains else ():
         batch = getattr(cfg, name).batch // getattr(cfg, name).accum
         if batch % world()[1]:
             raise UserError(f"{name}.batch: {batch} images cannot be shared by {world()[1]} "
@@ -5581,6 +5624,7 @@ def preflight(cfg: Config, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    Signals.late = False
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():

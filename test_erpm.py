@@ -2856,12 +2856,12 @@ def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here):
     words = ["compare", "run=c", *TINY, "distill.epochs=0.2", "eval.sets=shapes",
              f"compare.rows={rows}", "compare.seeds=2"]
     out = runs(*words)
-    files = {"student", "teacher", "teacher-augmix", "lp", "model", "other"}
+    files = {"student", "teacher", "teacher-augment-augmix", "lp", "model", "other"}
     for run in ("c", "c-s1"):
         assert {p.stem for p in Path("runs", run).glob("*.safetensors")} == files
         assert erpm.resolve(run=Path("runs", run)).distill.method == "erpm"
     found = {(r["label"], r["seed"]) for c in ("c", "c-s1") for r in result_rows(here / "runs" / c)}
-    for label in ("LP", "Other", "teacher-augmix", "ERPM + teacher"):
+    for label in ("LP", "Other", "teacher-augment-augmix", "ERPM + teacher"):
         assert {(label, 0), (label, 1)} <= found
     table = out.split("## Teachers")[1].split("##")[0]
     assert "as known" in out and "| Other" in table and "| LP" not in table and " ± " in table
@@ -3039,7 +3039,7 @@ def outcome(run, file):
     try:
         if file == "t.ckpt":
             net = seeded_net()
-            step, _ = erpm.resume(run / file, {"model": net}, {}, torch.device("cpu"))
+            step, _ = erpm.resume(run / file, {"model": net}, {})
             return step, erpm.weights_sha(net)
         if file == "config.yaml":
             return erpm.flat(erpm.resolve(run=run))
@@ -3378,7 +3378,7 @@ def test_samples_of_a_step_are_functions_of_the_keys_alone(monkeypatch):
 
 def test_a_vqgan_in_training_fits_its_images_and_wakes_dead_codes():
     torch.manual_seed(0)
-    net, x = erpm.vqgan("tiny_f4_256"), erpm.make_shapes(8, 32, "train")[0]
+    net, x = erpm.vqgan("tiny_f2_256"), erpm.make_shapes(8, 32, "train")[0]
     opt, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
     for k in range(30):
         loss, parts = erpm.vqgan_step(net, erpm.Batch(x, None, erpm.rng(k)))
