@@ -4002,7 +4002,10 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
     fc = nn.Linear(weight.shape[1], len(weight))
     fc.load_state_dict({"weight": weight, "bias": bias})
-    return fc.to(device)
+    fc = fc.to(device)
+    for p in fc.parameters() if world()[1] > 1 else ():     # equal to the last bit on all processes
+        dist.broadcast(p.data, 0)
+    return fc
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -5607,7 +5610,16 @@ def preflight(cfg: Config, command: str) -> None:
     if tunes and cfg.model.head == "text" and d.method in ("lp", "lp-ft"):
         raise UserError(f"distill.method={d.method}: with model.head=text the classes are prompts, "
                         "there is no linear layer to train")
-    if trains and cfg.robustify.method == "dad":
+    r, m = cfg.robustify, cfg.model
+    for key, file in (("robustify.teacher_weights", r.teacher_weights),
+                      ("model.teacher_weights", m.teacher_weights)) if trains else ():
+        if file and not Path(file).is_file():
+            raise UserError(f"{key}: no file {file}")
+    for name in {m.teacher, r.teacher} if trains and command != "pretrain" else ():
+        if name and not name.startswith("open_clip:"):
+            with torch.device("meta"):
+                named(name, None, "random", cfg.data.size_px)
+    if trains and r.method == "dad":
         with torch.device("meta"):
             vqgan(cfg.vqgan.name)
         if cfg.vqgan.weights and not Path(cfg.vqgan.weights).is_file():

@@ -3141,8 +3141,8 @@ def test_processes_with_other_settings_say_so_at_once(here):
     assert "were started with different settings" in Path("err0").read_text()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129),
-                                          (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 143), *[(signal.SIGHUP, 129), (signal.SIGINT, 130)] * SLOW])
 def test_a_stop_has_the_exit_code_of_its_signal(here, number, code):
     words = [*TINY, "run=s", "pretrain.epochs=400"]
     job = subprocess.Popen([sys.executable, str(HERE / "erpm.py"), "pretrain", *words], env=ENV,
@@ -3166,7 +3166,7 @@ CACHED = [*TINY, "run=c", "distill.views=2", "distill.epochs=3", "distill.batch=
           "distill.n_images=50", "pretrain.epochs=0.1", "robustify.epochs=0.1"]
 
 
-@pytest.mark.parametrize("method", ["erpm", "apt", "team"])
+@pytest.mark.parametrize("method", ["erpm", *["apt", "team"] * SLOW])
 def test_training_from_the_cache_equals_training_on_the_same_views(here, monkeypatch, method):
     runs("distill", *CACHED, f"distill.method={method}")
     calls, kept = [], erpm.load("runs/c").state_dict()
