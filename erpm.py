@@ -96,8 +96,11 @@ class Absent(UserError):
     """A set, or what scoring it takes, is not there at all."""
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM reached a safe point: the state is saved and the same command goes on."""
+    """A signal of STOPS reached a safe point: the state is saved and the same command goes on."""
 
 
 def choose(table, name: str, what: str):
@@ -227,19 +230,21 @@ def tensors_sha(state: dict[str, Tensor], more: str = "") -> str:
 def pictures_below(top: Path) -> list[Path]:
     """The picture files below a folder, sorted; hidden ones and what is no regular file passed
     over, a linked folder entered once."""
-    found, seen = [], set()
+    found, seen, kinds = [], set(), torchvision.datasets.folder.IMG_EXTENSIONS
+
     def fail(e: OSError) -> None:
         if not isinstance(e, FileNotFoundError):
             raise e
 
     for folder, names, files in os.walk(top, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
-        names[:] = [] if real in seen else sorted(n for n in names if not n.startswith("."))
-        kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-        paths = [Path(folder, f) for f in sorted(files) if not f.startswith(".")
-                 and f.lower().endswith(kinds)]
-        found += [p for p in paths if p.is_file()] if real not in seen else []
+        if real in seen:
+            names.clear()
+            continue
         seen.add(real)
+        names[:] = sorted(n for n in names if not n.startswith("."))
+        found += [Path(folder, f) for f in sorted(files) if f.lower().endswith(kinds)
+                  and not f.startswith(".") and os.path.isfile(os.path.join(folder, f))]
     return found
 
 
@@ -1568,7 +1573,7 @@ def loader(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
     """DataLoader whose workers leave Ctrl-C and SIGTERM to this process, which stops when it is
     ready, and end with it, however it ends; the number of workers changes no sample."""
     def leave_signals(_):
-        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for s in STOPS:
             signal.signal(s, signal.SIG_IGN)
 
     if isinstance(jobs, ImageSet) and jobs.images is not None:
@@ -3423,9 +3428,6 @@ def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.lr)
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 class Signals:
     """Context in which Ctrl-C, SIGTERM and SIGHUP only set `hit`, for the loop to stop at a safe
     point."""
@@ -3681,16 +3683,19 @@ def erpm_step(cfg: Distill, see: Callable) -> Callable:
     return step
 
 
+def attack(cfg: Robustify) -> dict:
+    """The keywords of dad_samples."""
+    return {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start", "through")}
+
+
 def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes: int) -> Callable:
     """METHOD [B]: the student learns from the teacher on x, under cfg.augment, and on x', samples
     that come beside x or are made here; without a VQGAN from x alone (kd)."""
-    options = {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start", "through")}
-
     def step(model, batch):
         (x, *others), y = (v.contiguous() for v in batch.x.split(3, 1)), batch.y
         if vqgan is not None and not others:
             draws = [rng("dad", *key) for key in batch.keys]
-            others = [_bytes(255 * dad_samples(x, y, teacher, vqgan, draws, **options))]
+            others = [_bytes(255 * dad_samples(x, y, teacher, vqgan, draws, **attack(cfg)))]
         if spec_names(cfg.augment) & set(LABEL_MIXERS):
             x, y = mix_labels(x, y, cfg.augment, batch.generator, n_classes)
         views = torch.cat([harden(x, cfg, batch.generator), *others])
@@ -4023,7 +4028,6 @@ def weights_sha(net: nn.Module) -> str:
     return net.sha[1]
 
 
-@torch.no_grad()
 def weightless(model: nn.Module) -> nn.Module:
     """A copy on the meta device, which computes shapes and FLOPs alone."""
     bare = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
@@ -4031,6 +4035,7 @@ def weightless(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, bare)
 
 
+@torch.no_grad()
 def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
     """GFLOPs of an answer to an image, by torch's counter (2 a multiply-add; matrix products and
     convolutions alone).  passes: as in Student.predict."""
@@ -5003,10 +5008,9 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
 
     Raises: UserError where the folder has other ones; Interrupted."""
     r, top, (rank, size) = cfg.robustify, cfg.dir / cfg.robustify.samples, world()
-    options = {k: getattr(r, k) for k in ("radius", "step", "steps", "start", "through")}
-    key = options | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
-                     "n": len(images.y), "teacher": weights_sha(teacher),
-                     "prompts": fold(teacher.card.prompts), "vqgan": weights_sha(vqgan)}
+    key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
+                       "n": len(images.y), "teacher": weights_sha(teacher),
+                       "prompts": fold(teacher.card.prompts), "vqgan": weights_sha(vqgan)}
     file = top / "samples.json"
     changed = differences(json.loads(file.read_text()) if file.is_file() else key, key)
     if changed:
@@ -5025,7 +5029,7 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
             draws = [rng("dad", cfg.seed, i) for i in index.tolist()]
             with autocast(cfg.runtime.amp, pick_device()):
                 made = dad_samples(x.to(pick_device()), y.to(pick_device()), teacher, vqgan, draws,
-                                   **options)
+                                   **attack(r))
             for i, picture in zip(index.tolist(), _bytes(255 * made).cpu()):
                 picture = v2.functional.to_pil_image(picture)
                 write_atomically(Path(paths[i]), lambda f: picture.save(f, "png"))
