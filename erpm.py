@@ -447,14 +447,11 @@ class Eval:
                             "classes, you say so; probe = always a linear probe",
                     "auto", "own", "probe")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
-    probe: str = opt("clean", "the head whose features a linear probe is trained on",
-                     "clean", "combined", "robust", "original")
     passes: int = opt(10, "dropout passes; 0 = closed form", 0, 1000)
     n_cell: int = opt(0, "images at most of each cell of a generated -c set; 0 = all", 0, MANY)
     batch: int = opt(256, "images a forward", 1, 10 ** 6)
     frost_dir: str = opt("", "folder of the original frost textures; empty = those of the package "
                              "imagecorruptions or imagenet-c where installed, else made here")
-    jpeg: bool = opt(True, "JPEG round trip (quality 85) of generated -c sets, as in the files")
 
 
 @dataclass(frozen=True)
@@ -3778,14 +3775,14 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
 
 
 @torch.no_grad()
-def over(images: ImageSet, f: Callable, *, device: torch.device | None = None, batch: int = 256,
+def over(images: ImageSet, f: Callable, device: torch.device, *, batch: int = 256,
          workers: int = 0, bar: Progress | None = None) -> dict:
     """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, run on every batch of
     this rank's share, and put together in the set's order on every process.
 
     A batch holds the same images for any number of processes, so the facts agree to the last bit;
     nothing is padded or counted twice."""
-    (rank, size), out, device = world(), {}, device or pick_device()
+    (rank, size), out = world(), {}
     starts = range(rank * batch, len(images), batch * size)
     lists = [[(0, p) for p in range(s, min(s + batch, len(images)))] for s in starts or [0]]
     for keys, (x, y, index) in zip(lists, loader(images, workers, batch_sampler=lists)):
@@ -3816,35 +3813,37 @@ def facts(v: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
 
 
 def figures_of(v: np.ndarray, label: str) -> dict:
-    """{"correct", "correct5", "nll", "ece"} of facts (n,4+), in float64, in one order.
+    """{"correct", "correct5", "nll", "ece"} of facts (n,4), in float64, in one order, and "heads"
+    where they tell the head that answered, (n,5).
 
     ECE: 15 bins of confidence, (lo, hi].  Source: Guo et al. 2017.
     Raises: UserError on outputs of NaN or inf."""
     bad = int((~np.isfinite(v)).any(1).sum())
     if bad:
-        raise UserError(f"{label}: its outputs are not finite (NaN or inf) for {bad} of {len(v)} "
-                        "images; try runtime.amp=none")
+        raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
+                        f"{bad} of {len(v)} images; try runtime.amp=none")
     edges = torch.linspace(0, 1, 16)[1:-1]
     at = torch.bucketize(torch.from_numpy(v[:, 3].copy()), edges).numpy()
-    right, top5, nll, confidence = v[:, :4].astype(np.float64).T
+    right, top5, nll, confidence, *head = v.astype(np.float64).T
     gap = np.bincount(at, right - confidence, 15)
-    return {"correct": int(right.sum()), "correct5": int(top5.sum()),
-            "nll": round(nll.mean(), 6), "ece": round(np.abs(gap).sum() / len(v), 6)}
-
-
-CLOSED = "product (closed form)"
+    found = {"correct": int(right.sum()), "correct5": int(top5.sum()),
+             "nll": round(nll.mean(), 6), "ece": round(np.abs(gap).sum() / len(v), 6)}
+    if head:
+        found["heads"] = np.bincount(head[0].astype(int), minlength=3).tolist()
+    return found
 
 
 def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
                   passes: int) -> dict:
     """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}, of the
     rules that need sigma only where there is live dropout."""
-    f, out, live = student.features(x), {}, student.dropout > 0
+    f, live = student.features(x), student.dropout > 0
     drawn = student.moments(f, passes, ids)
-    closed = student.moments(f, 0, ids) if live and passes else None
-    for name in [r for r in RULES if live or r not in NEEDS_SIGMA] + [CLOSED] * bool(closed):
-        mean, sigma, logits = closed if name == CLOSED else drawn
-        rule = "product" if name == CLOSED else name
+    ways = {rule: (rule, drawn) for rule in RULES if live or rule not in NEEDS_SIGMA}
+    if live and passes:
+        ways["product (closed form)"] = "product", student.moments(f, 0, ids)
+    out = {}
+    for name, (rule, (mean, sigma, logits)) in ways.items():
         head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
         p = answer(mean, sigma, head, rule).float()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
@@ -3852,19 +3851,8 @@ def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
     return out | {"moments": torch.cat([drawn[1], divergence(drawn[0])], 1).nan_to_num()}
 
 
-def row_figures(model: Callable, found: dict, label: str) -> dict:
-    """The figures of a network on a set, from its facts: of a Student for every rule."""
-    if not isinstance(model, Student):
-        return figures_of(found[""], label)
-    means = found.pop("moments").mean(0, dtype=np.float64).round(6).tolist()
-    rules = {rule: figures_of(v, label) | {
-        "heads": np.bincount(v[:, 4].astype(int), minlength=3).tolist()}
-        for rule, v in found.items()}
-    return {"rules": rules, "sigma": means[:2], "kl": means[2:]}
-
-
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
-                 *, passes: int = 10, jpeg: bool = True, frost_dir: str = "", amp: str = "auto",
+                 *, passes: int = 10, frost_dir: str = "", amp: str = "auto",
                  **options) -> dict[str, dict]:
     """{label: figures} of several networks on the same pixels; see `evaluate`."""
     weights = (p for m in models.values() if isinstance(m, nn.Module) for p in m.parameters())
@@ -3872,9 +3860,8 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
 
     def f(x, y, index):
         if cell:
-            x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg, frost_dir=frost_dir or None)
-        out = {}
-        ask = functools.cache(lambda m, x: m(x))          # a member of teams runs once a batch
+            x = corrupt(x, *cell, index=index.tolist(), jpeg=True, frost_dir=frost_dir)
+        out, ask = {}, functools.cache(lambda m, x: m(x))     # a member of teams runs once a batch
         with autocast(amp, device):
             for label, m in models.items():
                 if isinstance(m, Student):
@@ -3883,13 +3870,19 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
                     z = m(x, ask) if isinstance(m, Team) else ask(m, x)
                     z = project(z, images.ids).float()
                     found = {"": facts(z, z.log_softmax(-1), y)}
-                out |= {(label, k): v for k, v in found.items()}
+                out |= {(label, rule): v for rule, v in found.items()}
         return out
 
-    found = over(images, f, device=device, **options)
-    return {label: {"n": len(images), **row_figures(m, {
-        k: v for (of, k), v in found.items() if of == label}, label or "the network")}
-        for label, m in models.items()}
+    rows = {label: {"n": len(images)} for label in models}
+    for (label, rule), v in over(images, f, device, **options).items():
+        if rule == "moments":
+            means = v.mean(0, dtype=np.float64).round(6).tolist()
+            rows[label] |= {"sigma": means[:2], "kl": means[2:]}
+        elif rule:
+            rows[label].setdefault("rules", {})[rule] = figures_of(v, label)
+        else:
+            rows[label] |= figures_of(v, label)
+    return rows
 
 
 def aligned(images: ImageSet, card: Card) -> ImageSet:
@@ -3909,8 +3902,8 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
     {rule: the same figures and "heads", the images that clean, combined and robust answered},
     "sigma", "kl" (means, of the clean and the robust head)}.
     images: what as_images takes, or the name of a set in ./data; picture files are cut as the
-    network wants them.  cell: (corruption, severity), made on the fly.
-    options: batch, passes, jpeg, amp, workers.
+    network wants them.  cell: (corruption, severity), made on the fly, with the JPEG round trip of
+    the published files.  options: batch, passes, amp, workers.
     Raises: UserError, on outputs that are not finite too."""
     card = getattr(predict, "card", Card())
     images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
@@ -3927,8 +3920,8 @@ PROBE_L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
 def _fit_softmax(theta: Tensor, x: Tensor, y: Tensor, l2: float) -> Tensor:
-    """The theta = (W | b) that minimises mean cross-entropy + l2/2 |W|^2, from a start, by L-BFGS;
-    chunk by chunk, so that no (n,C) stands in memory.  Shapes: theta (C,D+1), x (n,D), y (n,)."""
+    """The theta = (W | b) (C,D+1) that minimises mean cross-entropy + l2/2 |W|^2, from a start, by
+    L-BFGS; chunk by chunk, so that no (n,C) stands in memory."""
     theta, rows = theta.clone().requires_grad_(), max(1, 2 ** 24 // len(theta))
     opt = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-10,
                             line_search_fn="strong_wolfe")
@@ -3968,24 +3961,20 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, *, seed: int = 0,
     for l2 in sorted(l2s, reverse=True) if len(l2s) > 1 and n < len(y) else ():
         theta = _fit_softmax(theta, x[:n], y[:n], l2)          # from strong to weak, warm starts
         loss = float(F.cross_entropy(F.linear(x[n:], theta[:, :-1], theta[:, -1]), y[n:]))
-        say(f"linear probe: l2 = {l2:g}, loss on the held-out tenth {loss:.4f}")
         best = min(best, (loss, l2))
     theta = _fit_softmax(theta, x, y, best[1]).cpu()
     weight = theta[:, :-1] / std
     return weight.float(), (theta[:, -1] - weight @ mean.to(dtype)).float(), best[1]
 
 
-def frozen_features(model: nn.Module, head: str = "clean") -> nn.Module:
-    """What stands before the last linear layer, images -> (B,D), of a plain network or of one head
-    of a Student: clean, combined, robust, or original (before tuning).
+def frozen_features(model: nn.Module) -> nn.Module:
+    """What stands before the last linear layer, of a Student of its clean head, images -> (B,D).
 
     It holds the model's own modules and freezes them.  Raises: UserError on what cannot be cut."""
     if isinstance(model, Net) and not model.card.n_classes:        # an encoder
         return freeze(model)
     if isinstance(model, Student):
-        tail = [*model.original] if head == "original" else [
-            *model.tuned.shared, *choose(dict(model.tuned.heads.items()), head, "head")]
-        *body, last = [model.backbone, *tail]
+        *body, last = model.backbone, *model.tuned.shared, *model.tuned.heads["clean"]
     else:
         *body, last = stages(model)
     return freeze(nn.Sequential(*body, last.features))
@@ -4000,8 +3989,7 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
             return {"f": features(x)}
 
     with Progress(len(images), "linear probe: features") as bar:
-        x = over(images, f, device=device, batch=cfg.eval.batch, workers=cfg.data.workers,
-                 bar=bar)["f"]
+        x = over(images, f, device, batch=cfg.eval.batch, workers=cfg.data.workers, bar=bar)["f"]
     weight, bias, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
                                     len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
@@ -4017,29 +4005,16 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
 
 def weights_sha(net: nn.Module) -> str:
     """First 12 hex digits of a hash of the network's tensors, but class embeddings of prompts,
-    which change with the set.  It is kept until a tensor is written to: a network is scored on
-    many sets."""
-    written = sum(t._version for t in (*net.parameters(), *net.buffers()))
-    if getattr(net, "sha", (None,))[0] == written:
-        return net.sha[1]
+    which change with the set."""
     texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
-    state = {k: v for k, v in net.state_dict().items() if k not in texts}
-    net.sha = written, tensors_sha(state)[:12]
-    return net.sha[1]
-
-
-def weightless(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which computes shapes and FLOPs alone."""
-    bare = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    bare |= {id(b): b.to("meta") for b in model.buffers()}
-    return copy.deepcopy(model, bare)
+    return tensors_sha({k: v for k, v in net.state_dict().items() if k not in texts})[:12]
 
 
 @torch.no_grad()
 def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
     """GFLOPs of an answer to an image, by torch's counter (2 a multiply-add; matrix products and
     convolutions alone).  passes: as in Student.predict."""
-    model = freeze(weightless(model))
+    model = freeze(copy.deepcopy(model).to("meta"))                # which computes shapes alone
     x = torch.zeros(1, 3, size_px, size_px, device="meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, Student):
@@ -4059,50 +4034,36 @@ def kind_of(card: Card, images: ImageSet) -> str:
     return "transfer"
 
 
-def training_set(name: str, images: ImageSet, cfg: Config, view: View) -> ImageSet:
-    """The training images of a set's classes, for a linear probe.  Raises: UserError."""
-    home = name.replace("folder-c:", "folder:")
-    if images.base in SETS:
-        home = "imagenet" if SETS[images.base].part is not None else images.base.removesuffix("-r")
-    try:
-        return open_set(home, cfg.data, "train", view)
-    except UserError as e:
-        raise type(e)(f"{name}: its classes are not the network's outputs, and there are no "
-                      f"training images for a linear probe: {e}") from None
-
-
 def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Config,
            probes: dict) -> tuple[str, nn.Module]:
     """(label, network) that answers on a set: with its own head where its outputs are the set's
-    classes, by prompts where it has a text tower, else by a linear probe on frozen features.
+    classes, by prompts where it has a text tower, else by a linear probe on frozen features, one of
+    those fitted so far or a new one.  Raises: UserError.
 
-    Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
-    probes: those fitted so far.  Raises: UserError."""
-    card, auto, trusted = model.card, cfg.eval.head == "auto", cfg.eval.head == "own"
-    if isinstance(model, Team) and kind_of(card, images) == "transfer":
-        raise Absent(f"{label} answers on the classes of {card.home} alone, not on {name}")
+    Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's."""
+    card, how, row = model.card, cfg.eval.head, SETS.get(images.base)
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
-    if auto and card.has_text:
+    if how == "auto" and card.has_text:
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts, cfg.dir / "text")
-    if trusted or auto and own:
+    if how == "own" or how == "auto" and own:
         if card.n_classes != len(images.outputs):
             raise UserError(f"{label} has {card.n_classes} classes and {name} needs "
-                            f"{len(images.outputs)}" + (f": {card.home} is not what it was when "
-                            "the network was trained" if card.home else ""))
+                            f"{len(images.outputs)}")
         return label, model
-    train = training_set(name, images, cfg, card.view)
-    key, head = (label, train.base), cfg.eval.probe if isinstance(model, Student) else "clean"
-    if key not in probes:
-        try:
-            features = frozen_features(model, head)
-        except UserError as e:
-            raise Absent(f"{name}: {label} needs a linear probe there: {e}") from None
-        fc = fit_probe(features, train, cfg)
-        probes[key] = freeze(nn.Sequential(features, Classifier(nn.Identity(), fc)))
-        probes[key].card = dataclasses.replace(
-            card, probe=f"{head} head, {len(train):,} images of {train.base}")
-    return f"{label}, linear probe", probes[key]
+    home = images.base.removesuffix("-r") if row else name.replace("folder-c:", "folder:")
+    try:
+        train = open_set("imagenet" if row and row.part is not None else home, cfg.data, "train",
+                         card.view)
+        features = frozen_features(model)
+    except UserError as e:
+        raise type(e)(f"its classes are not those of {name}, and a linear probe cannot be had: "
+                      f"{e}") from None
+    if (label, train.base) not in probes:
+        probe = nn.Sequential(features, Classifier(nn.Identity(), fit_probe(features, train, cfg)))
+        probe.card = dataclasses.replace(card, probe=f"{len(train):,} images of {train.base}")
+        probes[label, train.base] = freeze(probe)
+    return f"{label}, linear probe", probes[label, train.base]
 
 
 def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dict:
@@ -4111,8 +4072,7 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     "of" is a hash of everything that makes it another evaluation."""
     card, ev, transform = model.card, cfg.eval, images.transform
     if images.corrupted and not images.archive:
-        transform += (f", corrupted on the fly{', jpeg 85' if ev.jpeg else ''}, "
-                      f"{frost_source(ev.frost_dir or None)} frost")
+        transform += f", corrupted on the fly, jpeg 85, {frost_source(ev.frost_dir)} frost"
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
@@ -4122,25 +4082,31 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
             "kind": kind_of(card, images), "n": len(images), "transform": transform,
             "rule": ev.rule if isinstance(model, Student) else "", "passes": passes, "amp": amp,
-            "gflops": gflops(model, images.view.size_px, ev.passes), "train": card.train,
-            "source": images.source}
+            "gflops": gflops(model, images.view.size_px, ev.passes), "train": card.train}
 
 
 def read_rows(run: Path, rule: str = "") -> list[dict]:
-    """The rows of a run's results.jsonl; rule: that of the headline figures, "" = each row's own.
-
-    Raises: UserError on rows of another form."""
+    """The rows of a run's results.jsonl; rule: that of the headline figures, if not their own."""
     path, rows = run / "results.jsonl", []
-    for n, r in enumerate(read_jsonl(run / "results.jsonl", damaged=say), 1):
-        if "sum" in r and r.pop("sum") != sha(json.dumps(r)):
-            say(f"{path}: row {n} is damaged: eval makes it again")
+    for n, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+            whole = row.pop("sum") == sha(json.dumps(row))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            whole = False
+        if whole:
+            rows.append(row | {"run": str(run)} | ({"rule": rule} if rule and row["rule"] else {}))
         else:
-            rows.append(r)
-    if any(not {"of", "label", "seed", "set", "kind", "corruption", "severity"} <= set(r)
-           for r in rows):
-        raise UserError(f"{path} holds rows of another version of erpm.py: move it away and run "
-                        "eval again")
-    return [r | {"run": str(run)} | ({"rule": rule} if rule and r["rule"] else {}) for r in rows]
+            say(f"{path}: row {n} is damaged: eval makes it again")
+    return rows
+
+
+def append_rows(run: Path, rows: list[dict]) -> None:
+    """Adds rows to a run's results.jsonl, each with its checksum, on the first process."""
+    if world()[0] == 0:
+        with open(run / "results.jsonl", "a") as f:
+            for text in map(json.dumps, rows):
+                f.write(json.dumps(json.loads(text) | {"sum": sha(text)}) + "\n")
 
 
 def done_cells(run: Path) -> set[tuple]:
@@ -4148,64 +4114,51 @@ def done_cells(run: Path) -> set[tuple]:
     last line that a crash left without its end is cut off: the next row would continue it."""
     box, file = [set()], run / "results.jsonl"
     if world()[0] == 0 and file.is_file():
-        whole = file.read_text(errors="replace").rpartition("\n")
-        if whole[2]:
-            write_atomically(file, whole[0] + whole[1])
+        whole, end, rest = file.read_bytes().rpartition(b"\n")
+        if rest:
+            write_atomically(file, whole + end)
         box = [{(r["of"], r["corruption"], r["severity"]) for r in read_rows(run)}]
     if world()[1] > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]
 
 
-def score_cell(models: dict[str, nn.Module], rows: dict[str, dict], images: ImageSet,
-               cell: tuple[str, int], cfg: Config, bar: Progress) -> None:
-    """Scores networks on a cell and appends their rows.  Raises: Interrupted after a signal."""
-    ev, made, since = cfg.eval, images.corrupted and not images.archive, time.perf_counter()
-    images = open_cell(images.base, cfg.data, *cell) if images.archive else images
-    with Signals() as signals:
-        found = evaluate_all(models, images, cell if made else None, passes=ev.passes, jpeg=ev.jpeg,
-                             frost_dir=ev.frost_dir, amp=cfg.runtime.amp, batch=ev.batch,
-                             workers=cfg.data.workers, bar=bar)
-        seconds = time.perf_counter() - since
-        where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
-                 "images_per_s": round(len(images) / seconds, 1), "processes": world()[1],
-                 "device": pick_device().type, "packages": versions()}
-        if world()[0] == 0:
-            cfg.dir.mkdir(parents=True, exist_ok=True)
-            with open(cfg.dir / "results.jsonl", "a") as f:
-                for label, figures in found.items():
-                    row = json.loads(json.dumps(rows[label] | where | figures))
-                    f.write(json.dumps(row | {"sum": sha(json.dumps(row))}) + "\n")
-        if any_rank(bool(signals.hit)):
-            raise Interrupted("eval stopped after a whole cell; the same command goes on from here")
-
-
 def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
     """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
-    soon as it is known.  Returns the "of" of what was asked."""
-    if images.corrupted and not images.archive:
-        images = images.subset(cfg.eval.n_cell)
+    soon as it is known.  Returns the "of" of what was asked.  Raises: Interrupted by a signal."""
+    ev, made = cfg.eval, images.corrupted and not images.archive
+    images = images.subset(ev.n_cell) if made else images
     rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
     done, todo = done_cells(cfg.dir), cells(images)
-    with Progress(len(todo) * len(images), f"eval: {images.name}") as bar:
+    with Progress(len(todo) * len(images), f"eval: {images.name}") as bar, Signals() as signals:
         for cell in todo:
             pending = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
-            if pending:
-                score_cell(pending, rows, images, cell, cfg, bar)
-            else:
+            if not pending:
                 bar.update(len(images))
+                continue
+            since = time.perf_counter()
+            some = open_cell(images.base, cfg.data, *cell) if images.archive else images
+            found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
+                                 frost_dir=ev.frost_dir, amp=cfg.runtime.amp, batch=ev.batch,
+                                 workers=cfg.data.workers, bar=bar)
+            seconds = time.perf_counter() - since
+            where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
+                     "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
+                     "device": pick_device().type, "packages": versions()}
+            append_rows(cfg.dir, [rows[x] | where | figures for x, figures in found.items()])
+            if any_rank(bool(signals.hit)):
+                raise Interrupted("eval stopped after a whole cell; the same command goes on from "
+                                  "here")
     return {row["of"] for row in rows.values()}
 
 
 # ==== 10. REPORT ====
 # In: rows of results.jsonl.  Out: Markdown and figures.  Always: a pure function of the rows (the
-# picture grid alone looks at images); what is missing is called missing, never a smaller mean.
+# pictures alone look at images); what is missing is called missing, never a smaller mean.
 
 KINDS = ("home", "shift", "part", "transfer")
 PAPER_SHIFTS = ("imagenet-c", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch",
                 "objectnet", "objectnet-c")                              # [A] Tables 1 to 3
-SAME_CLASSES = {"imagenet@a": "imagenet-a", "imagenet@r": "imagenet-r",
-                "imagenet@objectnet": "objectnet"}
 ALEXNET = dict(zip(CORRUPTIONS, (       # its errors, means of 5 severities (Hendrycks 2019)
     0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572,
     0.819324, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500)))
@@ -4217,6 +4170,12 @@ KNOWN = {            # published, in percent: top-1 on imagenet, the mCE, top-1 
     "ResNet-50, AugMix": (NAN, 65.3, NAN, NAN, NAN, NAN, NAN),
     "CLIP ViT-B/32, zero-shot": (63.30, NAN, 55.77, 31.39, 69.26, 42.37, 43.96)}
 RIGHT_HEAD = {"home": 0, "part": 0, "shift": 2}          # index into HEADS, for [A] Table 6
+
+
+def _training_gflops(row: dict) -> float:
+    return row["train"]["images"] * row["train"]["gflops"]
+
+
 # name: (a row and the figures of the rule that answers -> number, scale in the tables, format)
 MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "top-1": (lambda r, f: f["correct"] / r["n"], 100, ".2f"),
@@ -4234,16 +4193,15 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "KL clean": (lambda r, f: r["kl"][0], 1, ".4f"),
     "KL robust": (lambda r, f: r["kl"][1], 1, ".4f"),
     "training, s": (lambda r, f: r["train"]["seconds"], 1, ".0f"),
+    "images/s": (lambda r, f: r["images_per_s"], 1, ".0f"),
+    "images a cell": (lambda r, f: r["n"], 1, ",.0f"),
     "ms / training image": (
         lambda r, f: r["train"]["seconds"] / r["train"]["images"], 1000, ".2f"),
-    "training GFLOPs / image": (lambda r, f: r["train"]["gflops"], 1, ".3g"),
-    "GFLOPs": (lambda r, f: r["gflops"], 1, ".3g"),
-    "time / FT": (lambda r, f: r["time / FT"], 1, ".2f"),              # see `relative`
-    "training FLOPs / FT": (lambda r, f: r["training FLOPs / FT"], 1, ".2f"),
-    "GFLOPs / original": (lambda r, f: r["GFLOPs / original"], 1, ".2f"),
-    "images/s": (lambda r, f: r["images_per_s"], 1, ".0f"),
-    "images a cell": (lambda r, f: r["n"], 1, ",.0f")}
-COSTS = ("ms / training image", "time / FT", "training FLOPs / FT", "GFLOPs / original")
+    # r["FT"], r["original"]: their rows of the same seed, by `latest`
+    "time / FT": (lambda r, f: r["train"]["seconds"] / r["FT"]["train"]["seconds"], 1, ".2f"),
+    "training FLOPs / FT": (lambda r, f: _training_gflops(r) / _training_gflops(r["FT"]), 1, ".2f"),
+    "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], 1, ".2f")}
+COSTS = tuple(MEASURES)[-4:]
 RULE_NAMES = {"oracle": "either head right", **{head: f"always {head}" for head in HEADS}}
 PERFECT, APPENDIX = "perfect routing", "Every cell: "
 BY_CORRUPTION = {c: {"corruption": c} for c in CORRUPTIONS}                 # lines of a pivot
@@ -4252,7 +4210,8 @@ BY_SEVERITY = {str(k): {"severity": k} for k in range(1, 6)}
 
 def latest(rows: list[dict]) -> list[dict]:
     """One row a cell: of each (label, seed, set) those of the evaluation with the most images, of
-    equal ones the newest.  Two never mix, not even where the newer one is not whole.
+    equal ones the newest.  Two never mix, not even where the newer one is not whole.  Beside each
+    stand rows of FT and of the original, of the same seed.
     Raises: UserError where two runs hold the same label and seed."""
     place, runs = operator.itemgetter("label", "seed", "set"), {}
     for r in rows:
@@ -4261,24 +4220,10 @@ def latest(rows: list[dict]) -> list[dict]:
             raise UserError(f"{other} and {r['run']} both hold {r['label']} of seed {r['seed']}: a "
                             "report averages over seeds; give it runs that differ in nothing else")
     last = {place(r): r["of"] for r in sorted(rows, key=operator.itemgetter("n"))}
-    return list({(*place(r), r["corruption"], r["severity"]): r
-                 for r in rows if r["of"] == last[place(r)]}.values())
-
-
-def relative(rows: list[dict]) -> list[dict]:
-    """The rows with their costs as shares of FT's and of the original's, of the same seed."""
-    of = {(r["label"], r["seed"]): r for r in rows}
-    out = []
-    for r in rows:
-        ft, plain, more = (*(of.get((x, r["seed"]), {}) for x in ("FT", "original")), {})
-        if r["train"] and ft.get("train"):
-            total = [v["images"] * v.get("gflops", NAN) for v in (r["train"], ft["train"])]
-            more = {"time / FT": r["train"]["seconds"] / ft["train"]["seconds"],
-                    "training FLOPs / FT": total[0] / total[1]}
-        if "gflops" in r and "gflops" in plain:
-            more["GFLOPs / original"] = r["gflops"] / plain["gflops"]
-        out.append(r | more)
-    return out
+    kept = {(*place(r), r["corruption"], r["severity"]): r
+            for r in rows if r["of"] == last[place(r)]}.values()
+    beside = {(r["label"], r["seed"]): r for r in kept}
+    return [r | {x: beside.get((x, r["seed"]), {}) for x in ("FT", "original")} for r in kept]
 
 
 def plain(name: str) -> str:
@@ -4286,13 +4231,14 @@ def plain(name: str) -> str:
     return name.partition(" (")[0]
 
 
-def sets_of(rows: list[dict], kind: str) -> list[str]:
-    """The sets of a kind, the papers' shifts in their order; home to one model is home to all."""
-    ranked = sorted(rows, key=lambda r: KINDS.index(r["kind"]), reverse=True)
-    kinds = {r["set"]: r["kind"] for r in ranked}
-    found = [s for s in dict.fromkeys(r["set"] for r in rows) if kinds[s] == kind]
+def by_kind(rows: list[dict]) -> list[list[str]]:
+    """The sets of each of KINDS, the papers' shifts in their order; home to one network is home to
+    all."""
+    kinds = {r["set"]: r["kind"] for r in sorted(rows, key=lambda r: -KINDS.index(r["kind"]))}
     order = {name: i for i, name in enumerate(PAPER_SHIFTS)}
-    return sorted(found, key=lambda s: order.get(plain(s), len(order)))
+    names = sorted(dict.fromkeys(r["set"] for r in rows),
+                   key=lambda s: order.get(plain(s), len(order)))
+    return [[s for s in names if kinds[s] == kind] for kind in KINDS]
 
 
 def corrupted(rows: Iterable[dict]) -> list[str]:
@@ -4302,7 +4248,8 @@ def corrupted(rows: Iterable[dict]) -> list[str]:
 
 def published(rows: list[dict]) -> list[dict]:
     """KNOWN as rows of the sets that were scored: in the tables they stand beside ours."""
-    scored = {plain(s): s for kind in ("home", "shift") for s in sets_of(rows, kind)}
+    home, shifts, *_ = by_kind(rows)
+    scored = {plain(s): s for s in home + shifts}
     return [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
              "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent / 100}
             for label, known in KNOWN.items()
@@ -4312,13 +4259,13 @@ def published(rows: list[dict]) -> list[dict]:
 def measured(row: dict, rule: str | None, measure: str) -> float:
     """A measure of a row, of a Student under a rule (by default the row's own); NaN where the row
     lacks what the measure looks for: it does not apply."""
-    found = row
-    if "rules" in row:
-        if rule == PERFECT:
-            rule = HEADS[RIGHT_HEAD.get(row["kind"], 0)]
-        found = row["rules"].get(rule or row["rule"], {})
+    if measure in row:                                                       # published
+        return row[measure]
+    if rule == PERFECT:
+        rule = HEADS[RIGHT_HEAD.get(row["kind"], 0)]
+    found = row["rules"].get(rule or row["rule"], {}) if "rules" in row else row
     try:
-        return row[measure] if measure in row else MEASURES[measure][0](row, found)
+        return MEASURES[measure][0](row, found)
     except KeyError:
         return NAN
 
@@ -4393,25 +4340,29 @@ def severities(rows: list[dict], name: str) -> dict[str, dict]:
     return {"0 (clean)": {"sets": clean[:1]}} | BY_SEVERITY
 
 
-def main_tables(rows: list[dict]) -> list[str]:
-    """[A] Tables 1 to 3: the models at home, under shift and on other classes."""
-    home, shifts, parts, transfer = (sets_of(rows, kind) for kind in KINDS)
-    known, first = rows + published(rows), home + shifts or parts or transfer
-    cost = {m: {"sets": first[:1], "measure": m} for m in COSTS}
-    mce = {s.replace("imagenet-c", "mCE"): {"sets": (s,), "measure": "mCE"}
-           for s in shifts if plain(s) == "imagenet-c"}
-    absent = [s for s in PAPER_SHIFTS if s not in map(plain, shifts)]
-    note = ""
+def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
+    """[A] Tables 1 to 4: the models at home, under shift, what they cost, and on other classes;
+    plan: the tables of compare.rows, {"title; note": models}."""
+    home, shifts, parts, transfer = by_kind(rows)
+    columns = on(home) | mean_on(shifts) | on(shifts)
+    for s in shifts:
+        if plain(s) == "imagenet-c":
+            columns[s.replace("imagenet-c", "mCE")] = {"sets": (s,), "measure": "mCE"}
+    columns |= {m: {"sets": (home + shifts)[:1], "measure": m} for m in COSTS}
+    known, note = rows + published(rows), ""
     if "imagenet" in map(plain, home):
-        note = "Published figures are those of whole sets from disk. "
-        note += f"No result for {', '.join(absent)}." if absent else ""
+        absent = [s for s in PAPER_SHIFTS if s not in map(plain, shifts)]
+        note = ("Published figures are those of whole sets from disk.  No result for "
+                f"{', '.join(absent) or 'none'}.")
+    tables = [pivot(known, "Models", models(known, home + shifts), columns, note)]
+    for title, labels in plan.items():
+        title, _, note = title.partition(";")
+        tables.append(pivot(rows, title, {x: {"label": x} for x in labels}, columns, note.strip()))
     same = []
-    for part in parts:
-        same += [part, *(s for s in shifts if plain(s) == SAME_CLASSES.get(plain(part)))]
-    return [pivot(known, "Models", models(known, first), on(first) | cost),
-            pivot(known, "Distribution shifts", models(known, shifts),
-                  on(home) | mean_on(shifts) | on(shifts) | mce, note),
-            pivot(rows, "Transfer", models(rows, transfer), on(transfer)),
+    for part in parts:                                   # of imagenet@a: imagenet-a
+        name = plain(part).partition("@")[2]
+        same += [part, *(s for s in shifts if plain(s) in (name, f"imagenet-{name}"))]
+    return [*tables, pivot(rows, "Transfer", models(rows, transfer), on(transfer)),
             pivot(rows, "The same classes, clean and shifted", models(rows, same), on(same))]
 
 
@@ -4420,8 +4371,8 @@ def student_tables(rows: list[dict], label: str) -> list[str]:
     own = [r for r in rows if r["label"] == label]
     rules = {RULE_NAMES.get(rule, rule): {"label": label, "rule": rule}
              for rule in (*own[0]["rules"], PERFECT)}
-    shifts = sets_of(own, "shift")
-    places = on(sets_of(own, "home")) | mean_on(shifts)
+    home, shifts, *_ = by_kind(own)
+    places = on(home) | mean_on(shifts)
     routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
     heads = on(dict.fromkeys(r["set"] for r in own if not r["corruption"]))
     for s in corrupted(own):
@@ -4435,20 +4386,6 @@ def student_tables(rows: list[dict], label: str) -> list[str]:
                   "head and their KL divergence to the combined one, means over the images.")]
 
 
-def corruption_tables(rows: list[dict], name: str) -> list[str]:
-    """A -c set by corruption and by severity; imagenet-c also relative to AlexNet."""
-    columns = models(rows, [name], sets=(name,))
-    tables = [pivot(rows, f"{name} by corruption (mean of 5 severities)", BY_CORRUPTION, columns),
-              pivot(rows, f"{name} by severity (mean of 15 corruptions)", severities(rows, name),
-                    columns)]
-    if plain(name) == "imagenet-c":
-        tables.append(pivot(rows, f"{name}: error relative to AlexNet's",
-                            BY_CORRUPTION | {"mCE": {}},
-                            models(rows, [name], sets=(name,), measure="mCE"),
-                            "In percent: 100 = as many errors as AlexNet."))
-    return tables
-
-
 def summary(rows: list[dict]) -> str:
     """The figures of every network on every set."""
     rows = latest(rows)
@@ -4459,34 +4396,29 @@ def summary(rows: list[dict]) -> str:
                  "NLL in nats; ECE in percent, 15 bins; means over the cells of a -c set.")
 
 
-def run_tables(rows: list[dict], tables: dict[str, list[str]]) -> list[str]:
-    """The tables of compare.rows, {"title; note": models}."""
-    home, shifts = sets_of(rows, "home"), sets_of(rows, "shift")
-    columns = on(home) | mean_on(shifts) | on(shifts) | {
-        m: {"sets": home[:1], "measure": m} for m in COSTS}
-    return [pivot(rows, title.partition(";")[0], {x: {"label": x} for x in labels}, columns,
-                  title.partition(";")[2].strip()) for title, labels in tables.items()]
-
-
-def report_text(rows: list[dict], tables: dict[str, list[str]] = {}) -> str:
+def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
     """The whole report in Markdown, a pure function of the rows and the tables of compare.rows."""
-    rows = relative(latest(rows))
-    seeds, title = len({r["seed"] for r in rows}), sets_of(rows, "home") or ["Results"]
+    rows = latest(rows)
+    seeds, title = len({r["seed"] for r in rows}), by_kind(rows)[0] or ["Results"]
     spread = f"± = standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [f"# {', '.join(title)}",
              f"Top-1 accuracy in percent; mean over the cells of a -c set; {spread}.",
-             *main_tables(rows), *run_tables(rows, tables)]
+             *main_tables(rows, plan)]
     for label in dict.fromkeys(r["label"] for r in rows if "rules" in r):
         parts += student_tables(rows, label)
+    cells = []
     for name in corrupted(rows):
-        parts += corruption_tables(rows, name)
+        columns = models(rows, [name], sets=(name,))
+        parts += [pivot(rows, f"{name} by corruption (mean of 5 severities)", BY_CORRUPTION,
+                        columns),
+                  pivot(rows, f"{name} by severity (mean of 15 corruptions)",
+                        severities(rows, name), columns)]
+        cells += [pivot(rows, f"{APPENDIX}{name}, {x}", BY_CORRUPTION,
+                        {k: column | severity for k, severity in BY_SEVERITY.items()})
+                  for x, column in columns.items()]
     ways = dict.fromkeys(f"- {r['set']}: {'75 cells of ' if r['corruption'] else ''}{r['n']:,} "
                          f"images, {r['transform']}" for r in rows)
-    parts += [summary(rows), "\n".join(["## Sets\n", *ways])]
-    for name in corrupted(rows):
-        for x, label in models(rows, [name], sets=(name,)).items():
-            columns = {k: label | severity for k, severity in BY_SEVERITY.items()}
-            parts.append(pivot(rows, f"{APPENDIX}{name}, {x}", BY_CORRUPTION, columns))
+    parts += [summary(rows), "\n".join(["## Sets\n", *ways]), *cells]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -4498,21 +4430,23 @@ STYLES = {"original": ("#000000", "s"), "teacher": ("#888888", "D"), "ERPM": ("#
 
 
 def styles(rows: list[dict]) -> dict[str, dict]:
-    """{model: how it is drawn}; with the teacher beside it dashed and hollow, and so in turns are
-    models that are no method."""
-    looks = {x: {"color": c, "marker": m, "linestyle": "-"} for x, (c, m) in STYLES.items()}
-    turns = {x: look | {"linestyle": "--", "markerfacecolor": "white"}
-             for x, look in looks.items()}
-    looks |= {f"{x} + teacher": look for x, look in turns.items()}
-    others = [x for x in dict.fromkeys(r["label"] for r in rows) if x not in looks]
-    return looks | dict(zip(others, itertools.cycle(turns.values())))
+    """{model: how it is drawn}; what is no method has a colour of its own and the markers in turn;
+    with the teacher beside it the same model is dashed and hollow."""
+    from matplotlib.colors import hsv_to_rgb
+    looks, others = {}, itertools.count()
+    for x in dict.fromkeys(r["label"].removesuffix(" + teacher") for r in rows):
+        k = -1 if x in STYLES else next(others)          # hues by the golden ratio: all differ
+        look = STYLES.get(x) or (hsv_to_rgb((k * 0.618 % 1, 0.9, 0.8)), "os^Dv<>PX*ph"[k % 12])
+        looks[x] = dict(zip(("color", "marker"), look), linestyle="-")
+        looks[f"{x} + teacher"] = looks[x] | {"linestyle": "--", "markerfacecolor": "white"}
+    return looks
 
 
-def panels(n: int, labels: Iterable[str]):
+def panels(n: int, labels: Sequence[str]):
     """(figure, n axes side by side), with room for a legend of the labels on the right."""
     from matplotlib.figure import Figure
     width = 2.2 + 4.4 * n + 0.075 * max(map(len, labels))
-    fig = Figure((width, 4.2), dpi=150, layout="constrained")
+    fig = Figure((width, max(4.2, 0.2 * len(labels))), dpi=150, layout="constrained")
     axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -4546,69 +4480,61 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def pareto_figure(rows: list[dict], shifts: Sequence[str]):
-    """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front."""
+    """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front; a
+    model that was not trained here costs 0."""
     points, looks = {}, styles(rows)
     fig, (ax,) = panels(1, models(rows, shifts))
     for x in models(rows, shifts):
-        gain = 100 * np.array(seed_means(rows, label=x, sets=shifts))
-        minutes = np.array(seed_means(rows, label=x, sets=shifts, measure="training, s")) / 60
-        if np.isnan(minutes).any():
-            ax.axhline(gain.mean(), color=looks[x]["color"], linestyle=":",
-                       label=f"{x} (not trained)")
-        elif len(gain):
-            points[x] = float(minutes.mean()), float(gain.mean())
-            ax.errorbar(*points[x], gain.std(ddof=len(gain) > 1), capsize=3, markersize=8,
+        gain, seconds = (np.array(seed_means(rows, label=x, sets=shifts, measure=m))
+                         for m in ("top-1", "training, s"))
+        if len(gain):
+            points[x] = float(np.nan_to_num(seconds).mean()) / 60, 100 * float(gain.mean())
+            ax.errorbar(*points[x], 100 * gain.std(ddof=len(gain) > 1), capsize=3, markersize=8,
                         label=x, **looks[x] | {"linestyle": ""})
     if points:
         ax.step(*zip(*pareto_front(points.values())), where="post", color="#999999", zorder=1,
                 label="Pareto front")
-        costs = [cost for cost, _ in points.values()]
-        ax.set_xscale("log" if max(costs) > 15 * min(costs) else "linear")
-        ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="training time of the model's own stage, minutes",
            ylabel=f"top-1 accuracy, %, {next(iter(mean_on(shifts)))}")
     fig.legend(loc="outside right center", frameon=False)
     return fig
 
 
+@torch.no_grad()
+def picture_figure(student: Student, pictures: dict[str, tuple[Tensor, Tensor]],
+                   classes: Sequence[str], passes: int, rule: str):
+    """Sample pictures: the true class, and what each head said, green where it is right; > = the
+    head that answered.  Shapes: pictures {heading: (x (k,3,H,W) uint8, y (k,))}, k > 1 alike."""
+    from matplotlib.figure import Figure
+    across, wide = len(next(iter(pictures.values()))[1]), 1.4 + 0.08 * max(map(len, classes))
+    fig = Figure((across * wide, 2.3 * len(pictures)), dpi=80)
+    grid = fig.subplots(len(pictures), across, squeeze=False, gridspec_kw={
+        "left": 0.02, "right": 1, "bottom": 0.08, "top": 0.95, "hspace": 0.7, "wspace": 0})
+    for axes, (heading, (x, y)) in zip(grid, pictures.items()):
+        f = student.features(x.to(pick_device()))
+        mean, sigma, logits = (m.cpu() for m in student.moments(f, passes))
+        head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
+        axes[0].set_ylabel(heading)
+        for i, ax in enumerate(axes):
+            ax.imshow(x[i].permute(1, 2, 0).numpy())
+            ax.set(title=classes[y[i]], xticks=[], yticks=[])
+            for h, (p, k) in enumerate(zip(*mean[i].max(-1))):
+                mark = ">" if h == head[i] else "  "
+                ax.text(0, -0.14 * h - 0.04, f"{mark} {HEADS[h]} {classes[k]} {p:.2f}", va="top",
+                        color="darkgreen" if k == y[i] else "firebrick",
+                        transform=ax.transAxes, fontsize=8)
+    return fig
+
+
 def figures(rows: list[dict]) -> dict:
     """{file name: matplotlib figure}.  Raises: ImportError without matplotlib."""
     rows, found = latest(rows), {}
-    names, shifts = corrupted(rows), sets_of(rows, "shift")
+    names, shifts = corrupted(rows), by_kind(rows)[1]
     if names:
         found["severity.png"] = severity_figure(rows, names)
     if any(r["set"] in shifts and r["train"] for r in rows):
         found["pareto.png"] = pareto_figure(rows, shifts)
     return found
-
-
-@torch.no_grad()
-def picture_grid(student, pictures: dict[str, tuple[Tensor, Tensor]], classes: Sequence[str],
-                 passes: int, rule: str, columns: int = 8) -> Image.Image:
-    """Sample pictures: the true class, and what each head said, green where it is right; > = the
-    head that answered.  Shapes: pictures {heading: (x (k,3,H,W) uint8, y (k,))}."""
-    side, line, font = 112, 15, ImageFont.load_default(12)
-    left = 16 + int(max(map(font.getlength, pictures)))
-    said = [font.getlength(f"> combined {name} 0.00") for name in classes]
-    wide, tall = max(side, int(max(said))) + 16, side + 4 * line + 16
-    sheet = Image.new("RGB", (left + columns * wide, len(pictures) * tall), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (heading, (x, y)) in enumerate(pictures.items()):
-        x, y, top = x[:columns], y[:columns], row * tall + 6
-        f = student.features(x.to(pick_device()))
-        mean, sigma, logits = (m.cpu() for m in student.moments(f, passes))
-        head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
-        pen.text((6, top + side // 2), heading, "black", font)
-        for i in range(len(x)):
-            at, below = left + i * wide, top + side + 2
-            picture = Image.fromarray(x[i].permute(1, 2, 0).cpu().numpy())
-            sheet.paste(picture.resize((side, side)), (at, top))
-            pen.text((at, below), classes[y[i]], "black", font)
-            for h, (p, k) in enumerate(zip(*mean[i].max(-1))):
-                mark = ">" if h == head[i] else "  "
-                pen.text((at, below + (h + 1) * line), f"{mark} {HEADS[h]} {classes[k]} {p:.2f}",
-                         "darkgreen" if k == y[i] else "firebrick", font)
-    return sheet
 
 
 # ==== 11. BENCH ====
@@ -4705,9 +4631,9 @@ def bench_augment(size: int = 224, n: int = 64) -> list[dict]:
 def training_steps(net: Net, teacher: Net, x: Tensor) -> dict[str, Callable]:
     """{method: a step of training} on images (B,3,S,S) and as many augmented ones, the augmentation
     itself left out: FT, ERPM with the last stage tuned in each head, and that from the cache."""
-    device, copied = x.device, weightless if x.device.type == "meta" else copy.deepcopy
-    student, teacher = (copied(m).to(device) for m in (Student(net, 1, 1), teacher))
-    whole = copied(net).to(device).requires_grad_(True)
+    device = x.device
+    student, teacher = (copy.deepcopy(m).to(device) for m in (Student(net, 1, 1), teacher))
+    whole = copy.deepcopy(net).to(device).requires_grad_(True)
     see = frozen_views(student.backbone, Robustify(augment="none"), True, student.original, teacher)
     batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=device), rng(0))
     with autocast("auto", device):
@@ -5303,12 +5229,12 @@ def networks_of_run(cfg: Config) -> dict[str, nn.Module]:
         raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first, or "
                         "name another run")
     nets = {p.stem: load(p).to(pick_device()) for p in files if p.stem != "vqgan"}
-    teacher = nets.get("teacher")
-    alone = [net for stem, net in nets.items()
-             if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team)
-             and net.card.classes == teacher.card.classes]
-    return {net.card.label: net for net in nets.values()} | {
-        f"{net.card.label} + teacher": freeze(Team(net, teacher)) for net in alone}
+    found, teacher = {net.card.label: net for net in nets.values()}, nets.get("teacher")
+    for stem, net in nets.items():
+        if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team) \
+                and net.card.classes == teacher.card.classes:
+            found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
+    return found
 
 
 def network_of_token(token: str) -> dict[str, nn.Module]:
@@ -5336,7 +5262,7 @@ def set_names(cfg: Config) -> list[str]:
 
 def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
     """Scores networks on all sets; those that want the same pixels see them together.  Returns the
-    "of" of what was asked.  Raises: UserError; under `all` what is absent is passed over."""
+    "of" of what was asked.  Raises: UserError; under `all` what cannot be had is passed over."""
     asked, everything = set(), cfg.eval.sets.strip() == "all"
     for view in dict.fromkeys(net.card.view for net in nets.values()):
         alike = {label: net for label, net in nets.items() if net.card.view == view}
@@ -5351,10 +5277,12 @@ def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
         for name, images in opened.items():
             able, images = {}, aligned(images, next(iter(alike.values())).card)
             for label, net in alike.items():
+                if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
+                    continue                        # it answers on the classes of home alone
                 try:
                     able |= dict([headed(label, net, name, images, cfg, probes)])
                 except UserError as e:
-                    if len(alike) == 1 and not (everything and isinstance(e, Absent)):
+                    if len(alike) == 1 and not everything:
                         raise
                     say(f"left out: {label}: {e}")
             if able:
@@ -5381,14 +5309,13 @@ def run_eval(cfg: Config, args) -> None:
 
 # ---- the other commands --------------------------------------------------------------------------
 
-def pictures_of(rows: list[dict], cfg: Config, run: Path) -> Image.Image | None:
-    """The picture grid of a run's Student, where its images are there."""
-    student = load(run) if (run / "model.safetensors").is_file() else None
+def pictures_of(rows: list[dict], cfg: Config, run: Path) -> dict:
+    """{"pictures.png": figure} of a run's Student, where its images are there."""
+    student, pictures = load(run) if (run / "model.safetensors").is_file() else None, {}
     if not isinstance(student, Student):
-        return None
-    student, pictures = student.to(pick_device()), {}
-    for name in dict.fromkeys(r["set"] for r in rows if r["kind"] in ("home", "shift")
-                              and not r["corruption"]):
+        return {}
+    home, shifts, *_ = by_kind(rows)
+    for name in home + [s for s in shifts if s not in corrupted(rows)]:
         with contextlib.suppress(UserError):         # a set that is not there is not drawn
             images = open_set(name, cfg.data, view=student.card.view)
             picks = np.linspace(0, len(images) - 1, 8).astype(int)
@@ -5397,31 +5324,30 @@ def pictures_of(rows: list[dict], cfg: Config, run: Path) -> Image.Image | None:
             for c, _ in CHECKS[1:] if len(pictures) == 1 else ():
                 pictures[f"{c} 4"] = corrupt(x, c, 4, index=index.tolist()), y
     if not pictures:
-        return None
-    return picture_grid(student, pictures, images.classes, cfg.eval.passes, cfg.eval.rule)
+        return {}
+    return {"pictures.png": picture_figure(student.to(pick_device()), pictures, images.classes,
+                                           cfg.eval.passes, cfg.eval.rule)}
 
 
 def run_report(cfg: Config, args) -> None:
-    """results.jsonl of one or more runs -> report.md and pictures in the first one."""
-    runs = [Path(r) for r in (args.run or str(cfg.dir)).split(",")]
-    found = {run: read_rows(run, cfg.eval.rule) for run in runs}
-    rows, empty = [r for some in found.values() for r in some], [r for r in runs if not found[r]]
-    if empty:
-        raise UserError(f"no results in {empty[0]}: run `python erpm.py eval` first")
-    text, drawn = report_text(rows, cfg.compare.plan[0]), {}
+    """results.jsonl of one or more runs -> report.md and figures in the first one."""
+    runs, rows, drawn = [Path(r) for r in (args.run or str(cfg.dir)).split(",")], [], {}
+    for run in runs:
+        found = read_rows(run, cfg.eval.rule)
+        if not found:
+            raise UserError(f"no results in {run}: run `python erpm.py eval` first")
+        rows += found
+    text = report_text(rows, cfg.compare.plan[0])
     say(text.partition(f"\n## {APPENDIX}")[0])
     try:
-        drawn = figures(rows)
+        drawn = figures(rows) | pictures_of(rows, cfg, runs[0])
     except ImportError:
         say("figures left out: matplotlib is not installed (pip install matplotlib)")
     for name, figure in drawn.items():
         write_atomically(runs[0] / name, lambda f: figure.savefig(f, format="png"))
         text += f"\n![{name}]({name})\n"
-    grid = pictures_of(rows, cfg, runs[0])
-    if grid:
-        write_atomically(runs[0] / "pictures.png", lambda f: grid.save(f, "png"))
     write_atomically(runs[0] / "report.md", text)
-    say(f"{runs[0]}: report.md, {', '.join([*drawn, *(['pictures.png'] if grid else [])])} written")
+    say(f"{runs[0]}: {', '.join(['report.md', *drawn])} written")
 
 
 def run_compare(cfg: Config, args) -> None:
