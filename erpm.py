@@ -3777,8 +3777,8 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
 @torch.no_grad()
 def over(images: ImageSet, f: Callable, device: torch.device, *, batch: int = 256,
          workers: int = 0, bar: Progress | None = None) -> dict:
-    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, run on every batch of
-    this rank's share, and put together in the set's order on every process.
+    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, batch by batch, each
+    on one process, in the set's order on every process.
 
     A batch holds the same images for any number of processes, so the facts agree to the last bit;
     nothing is padded or counted twice."""
@@ -3835,8 +3835,8 @@ def figures_of(v: np.ndarray, label: str) -> dict:
 
 def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
                   passes: int) -> dict:
-    """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}, of the
-    rules that need sigma only where there is live dropout."""
+    """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}; the rules
+    that need sigma only where there is live dropout."""
     f, live = student.features(x), student.dropout > 0
     drawn = student.moments(f, passes, ids)
     ways = {rule: (rule, drawn) for rule in RULES if live or rule not in NEEDS_SIGMA}
@@ -3968,9 +3968,8 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, *, seed: int = 0,
 
 
 def frozen_features(model: nn.Module) -> nn.Module:
-    """What stands before the last linear layer, of a Student of its clean head, images -> (B,D).
-
-    It holds the model's own modules and freezes them.  Raises: UserError on what cannot be cut."""
+    """What stands before the last linear layer (of a Student: its clean head's), images -> (B,D),
+    the model's own modules, which are frozen.  Raises: UserError on what cannot be cut."""
     if isinstance(model, Net) and not model.card.n_classes:        # an encoder
         return freeze(model)
     if isinstance(model, Student):
@@ -4037,10 +4036,8 @@ def kind_of(card: Card, images: ImageSet) -> str:
 def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Config,
            probes: dict) -> tuple[str, nn.Module]:
     """(label, network) that answers on a set: with its own head where its outputs are the set's
-    classes, by prompts where it has a text tower, else by a linear probe on frozen features, one of
-    those fitted so far or a new one.  Raises: UserError.
-
-    Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's."""
+    classes (their number means nothing), by prompts where it has a text tower, else by a linear
+    probe on frozen features, one of those fitted so far or a new one.  Raises: UserError."""
     card, how, row = model.card, cfg.eval.head, SETS.get(images.base)
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
     if how == "auto" and card.has_text:
@@ -4057,8 +4054,8 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
                          card.view)
         features = frozen_features(model)
     except UserError as e:
-        raise type(e)(f"its classes are not those of {name}, and a linear probe cannot be had: "
-                      f"{e}") from None
+        raise type(e)(f"{label}: its classes are not those of {name}, and a linear probe cannot be "
+                      f"had: {e}") from None
     if (label, train.base) not in probes:
         probe = nn.Sequential(features, Classifier(nn.Identity(), fit_probe(features, train, cfg)))
         probe.card = dataclasses.replace(card, probe=f"{len(train):,} images of {train.base}")
@@ -4067,9 +4064,8 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
 
 
 def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dict:
-    """The columns of a row that are known before it is computed, corruption and severity apart.
-
-    "of" is a hash of everything that makes it another evaluation."""
+    """The columns of a row that are known before it is computed; "of" is a hash of everything that
+    makes it another evaluation, corruption and severity apart."""
     card, ev, transform = model.card, cfg.eval, images.transform
     if images.corrupted and not images.archive:
         transform += f", corrupted on the fly, jpeg 85, {frost_source(ev.frost_dir)} frost"
@@ -4170,12 +4166,6 @@ KNOWN = {            # published, in percent: top-1 on imagenet, the mCE, top-1 
     "ResNet-50, AugMix": (NAN, 65.3, NAN, NAN, NAN, NAN, NAN),
     "CLIP ViT-B/32, zero-shot": (63.30, NAN, 55.77, 31.39, 69.26, 42.37, 43.96)}
 RIGHT_HEAD = {"home": 0, "part": 0, "shift": 2}          # index into HEADS, for [A] Table 6
-
-
-def _training_gflops(row: dict) -> float:
-    return row["train"]["images"] * row["train"]["gflops"]
-
-
 # name: (a row and the figures of the rule that answers -> number, scale in the tables, format)
 MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "top-1": (lambda r, f: f["correct"] / r["n"], 100, ".2f"),
@@ -4199,13 +4189,14 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
         lambda r, f: r["train"]["seconds"] / r["train"]["images"], 1000, ".2f"),
     # r["FT"], r["original"]: their rows of the same seed, by `latest`
     "time / FT": (lambda r, f: r["train"]["seconds"] / r["FT"]["train"]["seconds"], 1, ".2f"),
-    "training FLOPs / FT": (lambda r, f: _training_gflops(r) / _training_gflops(r["FT"]), 1, ".2f"),
+    "training FLOPs / FT": (
+        lambda r, f: math.prod(r["train"][k] / r["FT"]["train"][k] for k in ("images", "gflops")),
+        1, ".2f"),
     "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], 1, ".2f")}
 COSTS = tuple(MEASURES)[-4:]
 RULE_NAMES = {"oracle": "either head right", **{head: f"always {head}" for head in HEADS}}
-PERFECT, APPENDIX = "perfect routing", "Every cell: "
-BY_CORRUPTION = {c: {"corruption": c} for c in CORRUPTIONS}                 # lines of a pivot
-BY_SEVERITY = {str(k): {"severity": k} for k in range(1, 6)}
+PERFECT = "perfect routing"
+BY_SEVERITY = {str(k): {"severity": k} for k in range(1, 6)}                # lines of a pivot
 
 
 def latest(rows: list[dict]) -> list[dict]:
@@ -4246,41 +4237,24 @@ def corrupted(rows: Iterable[dict]) -> list[str]:
     return list(dict.fromkeys(r["set"] for r in rows if r["corruption"]))
 
 
-def published(rows: list[dict]) -> list[dict]:
-    """KNOWN as rows of the sets that were scored: in the tables they stand beside ours."""
-    home, shifts, *_ = by_kind(rows)
-    scored = {plain(s): s for s in home + shifts}
-    return [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
-             "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent / 100}
-            for label, known in KNOWN.items()
-            for s, percent in zip(("imagenet", *PAPER_SHIFTS), known) if s in scored]
-
-
-def measured(row: dict, rule: str | None, measure: str) -> float:
-    """A measure of a row, of a Student under a rule (by default the row's own); NaN where the row
-    lacks what the measure looks for: it does not apply."""
-    if measure in row:                                                       # published
-        return row[measure]
-    if rule == PERFECT:
-        rule = HEADS[RIGHT_HEAD.get(row["kind"], 0)]
-    found = row["rules"].get(rule or row["rule"], {}) if "rules" in row else row
-    try:
-        return MEASURES[measure][0](row, found)
-    except KeyError:
-        return NAN
-
-
-def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str | None = None,
+def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str = "",
                measure: str = "top-1", **where) -> list[float]:
-    """A measure of a model, a number a seed: the mean over sets of the mean over a set's cells;
-    [] when a cell is missing for a seed.  where: the rows that count, such as severity=3."""
+    """A measure of a model, a number a seed: the mean over sets of the mean over a set's cells.
+    [] when a cell is missing for a seed, NaN where a row lacks what the measure looks for.
+
+    rule: of a Student, by default the row's own.  where: the rows that count: severity=3."""
     own = [r for r in rows if r["label"] == label]
     seeds, wide = dict.fromkeys(r["seed"] for r in own), corrupted(own)
     cells = (1 if "corruption" in where else len(CORRUPTIONS)) * (1 if "severity" in where else 5)
     found = {(seed, s): [] for seed in seeds for s in sets}
     for r in own:
         if r["set"] in sets and all(r[k] == v for k, v in where.items()):
-            found[r["seed"], r["set"]].append(measured(r, rule, measure))
+            right = HEADS[RIGHT_HEAD.get(r["kind"], 0)] if rule == PERFECT else rule
+            f = r["rules"].get(right or r["rule"], {}) if "rules" in r else r
+            value = NAN
+            with contextlib.suppress(KeyError):
+                value = r[measure] if measure in r else MEASURES[measure][0](r, f)
+            found[r["seed"], r["set"]].append(value)
     if any(len(v) < (cells if s in wide else 1) for (_, s), v in found.items()):
         return []
     return [float(np.mean([np.mean(found[seed, s]) for s in sets])) for seed in seeds]
@@ -4349,9 +4323,13 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
         if plain(s) == "imagenet-c":
             columns[s.replace("imagenet-c", "mCE")] = {"sets": (s,), "measure": "mCE"}
     columns |= {m: {"sets": (home + shifts)[:1], "measure": m} for m in COSTS}
-    known, note = rows + published(rows), ""
-    if "imagenet" in map(plain, home):
-        absent = [s for s in PAPER_SHIFTS if s not in map(plain, shifts)]
+    scored, note = {plain(s): s for s in home + shifts}, ""
+    known = rows + [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
+                     "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent / 100}
+                    for label, figures in KNOWN.items()
+                    for s, percent in zip(("imagenet", *PAPER_SHIFTS), figures) if s in scored]
+    if "imagenet" in scored:
+        absent = [s for s in PAPER_SHIFTS if s not in scored]
         note = ("Published figures are those of whole sets from disk.  No result for "
                 f"{', '.join(absent) or 'none'}.")
     tables = [pivot(known, "Models", models(known, home + shifts), columns, note)]
@@ -4406,19 +4384,15 @@ def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
              *main_tables(rows, plan)]
     for label in dict.fromkeys(r["label"] for r in rows if "rules" in r):
         parts += student_tables(rows, label)
-    cells = []
     for name in corrupted(rows):
         columns = models(rows, [name], sets=(name,))
-        parts += [pivot(rows, f"{name} by corruption (mean of 5 severities)", BY_CORRUPTION,
-                        columns),
+        parts += [pivot(rows, f"{name} by corruption (mean of 5 severities)",
+                        {c: {"corruption": c} for c in CORRUPTIONS}, columns),
                   pivot(rows, f"{name} by severity (mean of 15 corruptions)",
                         severities(rows, name), columns)]
-        cells += [pivot(rows, f"{APPENDIX}{name}, {x}", BY_CORRUPTION,
-                        {k: column | severity for k, severity in BY_SEVERITY.items()})
-                  for x, column in columns.items()]
     ways = dict.fromkeys(f"- {r['set']}: {'75 cells of ' if r['corruption'] else ''}{r['n']:,} "
                          f"images, {r['transform']}" for r in rows)
-    parts += [summary(rows), "\n".join(["## Sets\n", *ways]), *cells]
+    parts += [summary(rows), "\n".join(["## Sets\n", *ways])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -4473,12 +4447,6 @@ def severity_figure(rows: list[dict], names: Sequence[str]):
     return fig
 
 
-def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, gain) points that no other beats, the cheapest first."""
-    return sorted(p for p in set(points)
-                  if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
-
-
 def pareto_figure(rows: list[dict], shifts: Sequence[str]):
     """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front; a
     model that was not trained here costs 0."""
@@ -4491,38 +4459,13 @@ def pareto_figure(rows: list[dict], shifts: Sequence[str]):
             points[x] = float(np.nan_to_num(seconds).mean()) / 60, 100 * float(gain.mean())
             ax.errorbar(*points[x], 100 * gain.std(ddof=len(gain) > 1), capsize=3, markersize=8,
                         label=x, **looks[x] | {"linestyle": ""})
-    if points:
-        ax.step(*zip(*pareto_front(points.values())), where="post", color="#999999", zorder=1,
-                label="Pareto front")
+    front = sorted(p for p in set(points.values()) if not any(
+        q != p and q[0] <= p[0] and q[1] >= p[1] for q in points.values()))     # nothing beats it
+    ax.step([cost for cost, _ in front], [gain for _, gain in front], where="post",
+            color="#999999", zorder=1, label="Pareto front")
     ax.set(xlabel="training time of the model's own stage, minutes",
            ylabel=f"top-1 accuracy, %, {next(iter(mean_on(shifts)))}")
     fig.legend(loc="outside right center", frameon=False)
-    return fig
-
-
-@torch.no_grad()
-def picture_figure(student: Student, pictures: dict[str, tuple[Tensor, Tensor]],
-                   classes: Sequence[str], passes: int, rule: str):
-    """Sample pictures: the true class, and what each head said, green where it is right; > = the
-    head that answered.  Shapes: pictures {heading: (x (k,3,H,W) uint8, y (k,))}, k > 1 alike."""
-    from matplotlib.figure import Figure
-    across, wide = len(next(iter(pictures.values()))[1]), 1.4 + 0.08 * max(map(len, classes))
-    fig = Figure((across * wide, 2.3 * len(pictures)), dpi=80)
-    grid = fig.subplots(len(pictures), across, squeeze=False, gridspec_kw={
-        "left": 0.02, "right": 1, "bottom": 0.08, "top": 0.95, "hspace": 0.7, "wspace": 0})
-    for axes, (heading, (x, y)) in zip(grid, pictures.items()):
-        f = student.features(x.to(pick_device()))
-        mean, sigma, logits = (m.cpu() for m in student.moments(f, passes))
-        head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
-        axes[0].set_ylabel(heading)
-        for i, ax in enumerate(axes):
-            ax.imshow(x[i].permute(1, 2, 0).numpy())
-            ax.set(title=classes[y[i]], xticks=[], yticks=[])
-            for h, (p, k) in enumerate(zip(*mean[i].max(-1))):
-                mark = ">" if h == head[i] else "  "
-                ax.text(0, -0.14 * h - 0.04, f"{mark} {HEADS[h]} {classes[k]} {p:.2f}", va="top",
-                        color="darkgreen" if k == y[i] else "firebrick",
-                        transform=ax.transAxes, fontsize=8)
     return fig
 
 
@@ -5220,9 +5163,9 @@ def tuned_model(cfg: Config, images: ImageSet, file: str = "model", label: str =
 
 # ---- eval ----------------------------------------------------------------------------------------
 
-def networks_of_run(cfg: Config) -> dict[str, nn.Module]:
+def networks_of_run(cfg: Config) -> list[dict[str, nn.Module]]:
     """{label: network} of a run's folder: original, teacher, what was tuned, and each of them in a
-    team with the teacher."""
+    team with the teacher; a mapping for those that want the same pixels."""
     order = {"student": 0, "teacher": 1, "model": 3}
     files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
     if not files:
@@ -5234,7 +5177,8 @@ def networks_of_run(cfg: Config) -> dict[str, nn.Module]:
         if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team) \
                 and net.card.classes == teacher.card.classes:
             found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
-    return found
+    return [{label: net for label, net in found.items() if net.card.view == view}
+            for view in dict.fromkeys(net.card.view for net in found.values())]
 
 
 def network_of_token(token: str) -> dict[str, nn.Module]:
@@ -5261,32 +5205,31 @@ def set_names(cfg: Config) -> list[str]:
 
 
 def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
-    """Scores networks on all sets; those that want the same pixels see them together.  Returns the
-    "of" of what was asked.  Raises: UserError; under `all` what cannot be had is passed over."""
-    asked, everything = set(), cfg.eval.sets.strip() == "all"
-    for view in dict.fromkeys(net.card.view for net in nets.values()):
-        alike = {label: net for label, net in nets.items() if net.card.view == view}
-        opened, probes = {}, {}
-        for name in set_names(cfg):                 # what is not there says so before any scoring
+    """Scores networks that want the same pixels on all sets.  Returns the "of" of what was asked.
+
+    Raises: UserError; under `all` what cannot be had is passed over."""
+    everything, card = cfg.eval.sets.strip() == "all", next(iter(nets.values())).card
+    asked, opened, probes = set(), {}, {}
+    for name in set_names(cfg):                     # what is not there says so before any scoring
+        try:
+            opened[name] = aligned(open_set(name, cfg.data, view=card.view), card)
+        except Absent as e:
+            if not everything:
+                raise
+            say(f"left out: {str(e).partition(':')[0]}")
+    for name, images in opened.items():
+        able = {}
+        for label, net in nets.items():
+            if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
+                continue                            # it answers on the classes of home alone
             try:
-                opened[name] = open_set(name, cfg.data, view=view)
-            except Absent as e:
-                if not everything:
+                able |= dict([headed(label, net, name, images, cfg, probes)])
+            except UserError as e:
+                if len(nets) == 1 and not everything:
                     raise
-                say(f"left out: {str(e).partition(':')[0]}")
-        for name, images in opened.items():
-            able, images = {}, aligned(images, next(iter(alike.values())).card)
-            for label, net in alike.items():
-                if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
-                    continue                        # it answers on the classes of home alone
-                try:
-                    able |= dict([headed(label, net, name, images, cfg, probes)])
-                except UserError as e:
-                    if len(alike) == 1 and not everything:
-                        raise
-                    say(f"left out: {label}: {e}")
-            if able:
-                asked |= score(able, images, cfg)
+                say(f"left out: {e}")
+        if able:
+            asked |= score(able, images, cfg)
     return asked
 
 
@@ -5295,12 +5238,11 @@ def run_eval(cfg: Config, args) -> None:
     tokens = list(dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(",")))))
     if tokens and not (cfg.dir / "config.yaml").is_file():
         write_config(cfg)                                # `report --run` looks for it
-    asked = set() if tokens else score_all(networks_of_run(cfg), cfg)
-    for token in tokens:                             # one by one: they may be large
-        try:
-            asked |= score_all(network_of_token(token), cfg)
-        except UserError as e:
-            raise type(e)(f"{token}: {e}; what is scored is kept") from None
+    asked = set()
+    for token in tokens:                                 # one by one: they may be large
+        asked |= score_all(network_of_token(token), cfg)
+    for nets in [] if tokens else networks_of_run(cfg):
+        asked |= score_all(nets, cfg)
     if world()[0] == 0:
         rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
         say(summary(rows) if rows else "nothing to score")
@@ -5309,24 +5251,34 @@ def run_eval(cfg: Config, args) -> None:
 
 # ---- the other commands --------------------------------------------------------------------------
 
-def pictures_of(rows: list[dict], cfg: Config, run: Path) -> dict:
-    """{"pictures.png": figure} of a run's Student, where its images are there."""
-    student, pictures = load(run) if (run / "model.safetensors").is_file() else None, {}
+@torch.no_grad()
+def pictures_of(run: Path, cfg: Config):
+    """A matplotlib figure of 8 test images, clean and corrupted: the true class, and what each head
+    of the run's Student said, green where it is right; > = the head that answered."""
+    from matplotlib.figure import Figure
+    student = load(run).to(pick_device())
     if not isinstance(student, Student):
-        return {}
-    home, shifts, *_ = by_kind(rows)
-    for name in home + [s for s in shifts if s not in corrupted(rows)]:
-        with contextlib.suppress(UserError):         # a set that is not there is not drawn
-            images = open_set(name, cfg.data, view=student.card.view)
-            picks = np.linspace(0, len(images) - 1, 8).astype(int)
-            x, y, index = images.__getitems__([(0, int(p)) for p in picks])
-            pictures[name] = x, y
-            for c, _ in CHECKS[1:] if len(pictures) == 1 else ():
-                pictures[f"{c} 4"] = corrupt(x, c, 4, index=index.tolist()), y
-    if not pictures:
-        return {}
-    return {"pictures.png": picture_figure(student.to(pick_device()), pictures, images.classes,
-                                           cfg.eval.passes, cfg.eval.rule)}
+        raise UserError(f"{run}: one head, nothing to show")
+    images = open_set(cfg.data.name, cfg.data, view=student.card.view)
+    picks = np.linspace(0, len(images) - 1, 8).astype(int)
+    x, y, index = images.__getitems__([(0, int(p)) for p in picks])
+    fig = Figure((8 * (1.4 + 0.08 * max(map(len, images.classes))), 2.3 * len(CHECKS)), dpi=80)
+    grid = fig.subplots(len(CHECKS), 8, gridspec_kw={
+        "left": 0.02, "right": 1, "bottom": 0.08, "top": 0.95, "hspace": 0.7, "wspace": 0})
+    for axes, check in zip(grid, CHECKS):
+        shown = corrupt(x, check[0], 4, index=index.tolist()) if check else x
+        f = student.features(shown.to(pick_device()))
+        mean, sigma, logits = (m.cpu() for m in student.moments(f, cfg.eval.passes))
+        head = student.pick_head(mean, sigma, cfg.eval.rule, logits=logits, y=y)
+        axes[0].set_ylabel(f"{check[0]} 4" if check else "clean")
+        for i, ax in enumerate(axes):
+            ax.imshow(shown[i].permute(1, 2, 0).numpy())
+            ax.set(title=images.classes[y[i]], xticks=[], yticks=[])
+            for h, (p, k) in enumerate(zip(*mean[i].max(-1))):
+                said = f"{'>' if h == head[i] else '  '} {HEADS[h]} {images.classes[k]} {p:.2f}"
+                ax.text(0, -0.14 * h - 0.04, said, va="top", transform=ax.transAxes, fontsize=8,
+                        color="darkgreen" if k == y[i] else "firebrick")
+    return fig
 
 
 def run_report(cfg: Config, args) -> None:
@@ -5338,9 +5290,11 @@ def run_report(cfg: Config, args) -> None:
             raise UserError(f"no results in {run}: run `python erpm.py eval` first")
         rows += found
     text = report_text(rows, cfg.compare.plan[0])
-    say(text.partition(f"\n## {APPENDIX}")[0])
+    say(text)
     try:
-        drawn = figures(rows) | pictures_of(rows, cfg, runs[0])
+        drawn = figures(rows)
+        with contextlib.suppress(UserError):             # no Student, or no test images
+            drawn["pictures.png"] = pictures_of(runs[0], cfg)
     except ImportError:
         say("figures left out: matplotlib is not installed (pip install matplotlib)")
     for name, figure in drawn.items():
