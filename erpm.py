@@ -3775,14 +3775,14 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
 
 
 @torch.no_grad()
-def over(images: ImageSet, f: Callable, device: torch.device, *, batch: int = 256,
-         workers: int = 0, bar: Progress | None = None) -> dict:
+def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
+         bar: Progress | None = None) -> dict:
     """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, batch by batch, each
     on one process, in the set's order on every process.
 
     A batch holds the same images for any number of processes, so the facts agree to the last bit;
     nothing is padded or counted twice."""
-    (rank, size), out = world(), {}
+    (rank, size), device, out = world(), pick_device(), {}
     starts = range(rank * batch, len(images), batch * size)
     lists = [[(0, p) for p in range(s, min(s + batch, len(images)))] for s in starts or [0]]
     for keys, (x, y, index) in zip(lists, loader(images, workers, batch_sampler=lists)):
@@ -3795,7 +3795,7 @@ def over(images: ImageSet, f: Callable, device: torch.device, *, batch: int = 25
         if bar is not None:
             bar.update(len(keys) * size)
     for k, v in out.items() if size > 1 else ():
-        v = v.to(pick_device())                  # every row is one rank's, 0 on the others: exact
+        v = v.to(device)                         # every row is one rank's, 0 on the others: exact
         dist.all_reduce(v)
         out[k] = v.cpu()
     return {k: v.numpy() for k, v in out.items()}
@@ -3855,14 +3855,11 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
                  *, passes: int = 10, frost_dir: str = "", amp: str = "auto",
                  **options) -> dict[str, dict]:
     """{label: figures} of several networks on the same pixels; see `evaluate`."""
-    weights = (p for m in models.values() if isinstance(m, nn.Module) for p in m.parameters())
-    device = next((p.device for p in weights), pick_device())
-
     def f(x, y, index):
         if cell:
             x = corrupt(x, *cell, index=index.tolist(), jpeg=True, frost_dir=frost_dir)
         out, ask = {}, functools.cache(lambda m, x: m(x))     # a member of teams runs once a batch
-        with autocast(amp, device):
+        with autocast(amp, pick_device()):
             for label, m in models.items():
                 if isinstance(m, Student):
                     found = student_facts(m, x, y, images.ids, passes)
@@ -3874,7 +3871,7 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
         return out
 
     rows = {label: {"n": len(images)} for label in models}
-    for (label, rule), v in over(images, f, device, **options).items():
+    for (label, rule), v in over(images, f, **options).items():
         if rule == "moments":
             means = v.mean(0, dtype=np.float64).round(6).tolist()
             rows[label] |= {"sigma": means[:2], "kl": means[2:]}
@@ -3901,6 +3898,7 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
     predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
     {rule: the same figures and "heads", the images that clean, combined and robust answered},
     "sigma", "kl" (means, of the clean and the robust head)}.
+    A module is put in eval mode, on the accelerator where there is one, as the images are.
     images: what as_images takes, or the name of a set in ./data; picture files are cut as the
     network wants them.  cell: (corruption, severity), made on the fly, with the JPEG round trip of
     the published files.  options: batch, passes, amp, workers.
@@ -3910,7 +3908,7 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
     if hasattr(predict, "card") and images.images is None and not images.own_view:
         images = dataclasses.replace(images, view=card.view)
     if isinstance(predict, nn.Module):
-        predict.eval()
+        predict.eval().to(pick_device())
     return evaluate_all({"": predict}, aligned(images, card), cell, **options)[""]
 
 
@@ -3981,20 +3979,18 @@ def frozen_features(model: nn.Module) -> nn.Module:
 
 def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
     """The linear layer for the set's classes on what `features` makes of its images."""
-    device = next(features.parameters()).device
-
     def f(x, y, index):
-        with autocast(cfg.runtime.amp, device):
+        with autocast(cfg.runtime.amp, pick_device()):
             return {"f": features(x)}
 
     with Progress(len(images), "linear probe: features") as bar:
-        x = over(images, f, device, batch=cfg.eval.batch, workers=cfg.data.workers, bar=bar)["f"]
+        x = over(images, f, batch=cfg.eval.batch, workers=cfg.data.workers, bar=bar)["f"]
     weight, bias, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
                                     len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
     fc = nn.Linear(weight.shape[1], len(weight))
     fc.load_state_dict({"weight": weight, "bias": bias})
-    fc = fc.to(device)
+    fc = fc.to(pick_device())
     for p in fc.parameters() if world()[1] > 1 else ():     # equal to the last bit on all processes
         dist.broadcast(p.data, 0)
     return fc
