@@ -4054,7 +4054,7 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
                       f"had: {e}") from None
     if (label, train.base) not in probes:
         probe = nn.Sequential(features, Classifier(nn.Identity(), fit_probe(features, train, cfg)))
-        probe.card = dataclasses.replace(card, probe=f"{len(train):,} images of {train.base}")
+        probe.card = card
         probes[label, train.base] = freeze(probe)
     return f"{label}, linear probe", probes[label, train.base]
 
@@ -4069,8 +4069,8 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
     amp = str(amp_type(cfg.runtime.amp, pick_device()))
-    of = fold(label, weights_sha(model), card.prompts, card.probe, images.name, transform,
-              len(images), cfg.seed, passes, amp, versions()["erpm"])
+    of = fold(label, weights_sha(model), card.prompts, images.name, transform, len(images),
+              cfg.seed, passes, amp, versions()["erpm"])
     return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
             "kind": kind_of(card, images), "n": len(images), "transform": transform,
             "rule": ev.rule if isinstance(model, Student) else "", "passes": passes, "amp": amp,
