@@ -4416,7 +4416,7 @@ def panels(n: int, labels: Sequence[str]):
     """(figure, n axes side by side), with room for a legend of the labels on the right."""
     from matplotlib.figure import Figure
     width = 2.2 + 4.4 * n + 0.075 * max(map(len, labels))
-    fig = Figure((width, max(4.2, 0.2 * len(labels))), dpi=150, layout="constrained")
+    fig = Figure((width, max(4.2, 0.22 * len(labels) + 0.3)), dpi=150, layout="constrained")
     axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)

@@ -2434,41 +2434,39 @@ def test_mce_is_that_worked_by_hand():
     assert float(table["x"][table[""].index("mCE")]) == pytest.approx(100 * by_hand, abs=0.01)
 
 
-def test_every_rule_and_measure_stands_in_the_report():
+PICKS = "ERPM: which rule picks the head"
+
+
+@pytest.mark.parametrize("title, heading, cells", [
+    ("Models", "ERPM", "60.00 40.00 60.00 20.00 10.00 0.25 0.50 1.50"),
+    ("Models", "FT", "60.00 missing missing missing 80.00 1.00 1.00 1.50"),
+    ("Models", "original", "60.00 missing missing missing - - - 1.00"),
+    (PICKS, "kl", "60.00 40.00 60.00 20.00 60.00 40.00"),
+    (PICKS, "product (closed form)", "60.00 40.00 60.00 20.00 60.00 40.00"),
+    (PICKS, "always robust", "70.00 50.00 70.00 30.00 0.00 100.00"),
+    (PICKS, "perfect routing", "60.00 50.00 70.00 30.00 100.00 100.00"),
+    ("Every model on every set", "ERPM on shapes", "60.00 90.00 1.250 12.50 7 10"),
+    ("ERPM: the heads (product)", "shapes-c, severity 3",
+     "60.00 0.00 40.00 40.00 0.2500 0.5000 1.5000 0.7500")])
+def test_every_rule_and_measure_stands_in_the_report(title, heading, cells):
     rows = [*fake_rows((0,), right=6), fake_row("shapes-r", right=2),
             fake_row(label="original", gflops=2.0, train={}),
             fake_row(label="FT", train={"images": 50, "seconds": 4.0, "gflops": 2.0})]
-    models, rules = (lines_of(rows, x) for x in ("Models", "ERPM: which rule picks the head"))
-    assert models["ERPM"][4:] == ["10.00", "0.25", "0.50", "1.50"]
-    assert models["FT"][:2] + models["FT"][4:] == ["60.00", "missing", "80.00", "1.00", "1.00",
-                                                   "1.50"]
-    assert models["original"][4:] == ["-", "-", "-", "1.00"]
-    assert rules[""] == ["shapes", "mean of 2 shifts", "shapes-c", "shapes-r", "F shapes",
-                         "F mean of 2 shifts"]
-    assert rules["kl"] == ["60.00", "40.00", "60.00", "20.00", "60.00", "40.00"]
-    assert rules["always robust"] == ["70.00", "50.00", "70.00", "30.00", "0.00", "100.00"]
-    assert rules["perfect routing"] == ["60.00", "50.00", "70.00", "30.00", "100.00", "100.00"]
-    assert {"either head right", "product (closed form)"} < set(rules)
-    assert lines_of(rows, "Every model on every set")["ERPM on shapes"] == [
-        "60.00", "90.00", "1.250", "12.50", "7", "10"]
-    assert lines_of(rows, "ERPM: the heads (product)")["shapes-c, severity 3"] == [
-        "60.00", "0.00", "40.00", "40.00", "0.2500", "0.5000", "1.5000", "0.7500"]
+    assert lines_of(rows, title)[heading] == cells.split()
 
 
 def test_other_classes_and_qualified_names_are_other_columns():
-    part = "shapes (10 of 20 images)"
+    part, made = "shapes (10 of 20 images)", "shapes-c (regenerated)"
     rows = [fake_row(part, label="x", right=5, kind="home"), *fake_rows((0,), "x")[1:],
-            *[fake_row("shapes-c (regenerated)", cell, 0, "x", 2) for cell in CELLS],
-            fake_row(part, label="clip", kind="transfer"),
-            fake_row("sun397", label="clip", right=7, kind="transfer"),
+            *[fake_row(made, cell, 0, "x", 2) for cell in CELLS],
+            *[fake_row(s, label="clip", kind="transfer") for s in (part, "sun397")],
             fake_row("flowers102", label="x, linear probe", right=8, kind="transfer")]
     assert lines_of(rows, "Transfer") == {"": ["sun397", "flowers102"], "clip": [
-        "70.00", "missing"], "x, linear probe": ["missing", "80.00"]}
+        "60.00", "missing"], "x, linear probe": ["missing", "80.00"]}
     models = lines_of(rows, "Models")
-    assert models[""][:4] == [part, "mean of 2 shifts", "shapes-c", "shapes-c (regenerated)"]
+    assert models[""][:4] == [part, "mean of 2 shifts", "shapes-c", made]
     assert models["x"][:4] == ["50.00", "35.00", "50.00", "20.00"]
-    assert models["clip"][:2] == ["60.00", "missing"]
-    steps = lines_of(rows, "shapes-c (regenerated) by severity (mean of 15 corruptions)")
+    steps = lines_of(rows, f"{made} by severity (mean of 15 corruptions)")
     assert steps["0 (clean)"] == ["50.00"] and steps["5"] == ["20.00"]
 
 
