@@ -4322,8 +4322,8 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     scored, note = {plain(s): s for s in home + shifts}, ""
     known = rows + [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
                      "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent / 100}
-                    for label, figures in KNOWN.items()
-                    for s, percent in zip(("imagenet", *PAPER_SHIFTS), figures) if s in scored]
+                    for label, values in KNOWN.items()
+                    for s, percent in zip(("imagenet", *PAPER_SHIFTS), values) if s in scored]
     if "imagenet" in scored:
         absent = [s for s in PAPER_SHIFTS if s not in scored]
         note = ("Published figures are those of whole sets from disk.  No result for "

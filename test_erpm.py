@@ -2181,6 +2181,18 @@ def test_a_network_that_has_other_classes_now_is_refused(three_networks, here, c
     assert "its classes are not those of folder:flat, and a linear probe cannot be had" in line
 
 
+def test_a_team_is_not_asked_on_other_classes(here):
+    for file, label in (("student", "original"), ("teacher", "teacher")):
+        saved(here / f"runs/x/{file}.safetensors", erpm.build("cifar:resnet8-s2", 10), label=label)
+    (here / "runs/x/config.yaml").write_text("run: x")
+    make_tree(here / "two", n=1)
+    words = ["--set", "shapes,folder:two", "data.n_test=9", "data.size_px=32"]
+    assert "left out" not in runs("eval", "--run", "runs/x", *words)
+    assert [r["label"] for r in result_rows("runs/x")] == [
+        "original", "teacher", "original + teacher", "original, linear probe",
+        "teacher, linear probe"]
+
+
 def test_all_scores_what_is_there_and_refuses_what_is_half_there(three_networks, here, capsys):
     torch.save(erpm.build("torchvision:shufflenet_v2_x0_5", 3).net.state_dict(), "w.pth")
     words = ["eval", "--set", "all", "data.n_test=10", "data.n_train=100", "--model",
