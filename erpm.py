@@ -4170,8 +4170,6 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "ECE": (lambda r, f: f["ece"], 100, ".2f"),
     # all severities weigh alike, so the mean over the cells is the mCE
     "mCE": (lambda r, f: (1 - f["correct"] / r["n"]) / ALEXNET[r["corruption"]], 100, ".2f"),
-    "clean": (lambda r, f: f["heads"][0] / r["n"], 100, ".2f"),
-    "combined": (lambda r, f: f["heads"][1] / r["n"], 100, ".2f"),
     "robust": (lambda r, f: f["heads"][2] / r["n"], 100, ".2f"),
     "F": (lambda r, f: f["heads"][RIGHT_HEAD[r["kind"]]] / r["n"], 100, ".2f"),
     "sigma clean": (lambda r, f: r["sigma"][0], 1, ".4f"),
@@ -4351,13 +4349,13 @@ def student_tables(rows: list[dict], label: str) -> list[str]:
     heads = on(dict.fromkeys(r["set"] for r in own if not r["corruption"]))
     for s in corrupted(own):
         heads |= {f"{s}, severity {k}": {"sets": (s,)} | at for k, at in BY_SEVERITY.items()}
-    columns = (*HEADS, "F", "sigma clean", "sigma robust", "KL clean", "KL robust")
+    columns = ("robust", "sigma clean", "sigma robust", "KL clean", "KL robust")
     return [pivot(own, f"{label}: which rule picks the head", rules, places | on(shifts) | routed,
                   "F = share of images sent to the right head: clean at home, robust under shift."),
             pivot(own, f"{label}: the heads ({own[0]['rule']})", heads,
                   {measure: {"label": label, "measure": measure} for measure in columns},
-                  "Share of the images that each head answered; sigma of the clean and the robust "
-                  "head and their KL divergence to the combined one, means over the images.")]
+                  "Share of the images that the robust head answered; sigma of the clean and the "
+                  "robust head, their KL divergence to the combined one: means over the images.")]
 
 
 def summary(rows: list[dict]) -> str:
