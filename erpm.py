@@ -74,7 +74,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import yaml
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
