@@ -3448,9 +3448,7 @@ def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -
 
 def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
     """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
-    go back into the parts; (0, 0) without one.
-
-    Raises: UserError if all are damaged, or another job's."""
+    go back into the parts; (0, 0) without one.  Raises: UserError if it is another job's."""
     files = [p for p in (path, path.with_suffix(".ckpt1")) if p.is_file()]
     for file in files:
         content = file.read_bytes()
@@ -3475,9 +3473,7 @@ def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
 
 
 def log_row(checkpoint: Path | None, row: dict, losses: list[dict[str, Tensor]]) -> str:
-    """Appends means over steps to log.jsonl beside the checkpoint; what the terminal is told.
-
-    Raises: UserError on a loss that is not finite."""
+    """Appends means over steps to log.jsonl beside the checkpoint; what the terminal is told."""
     means = {k: round(float(sum(v[k] for v in losses)) / len(losses), 5) for k in losses[0]}
     if not all(map(math.isfinite, means.values())):
         raise UserError(f"{row['stage']}: the loss is not finite at step {row['step']} ({means}); "
@@ -3493,8 +3489,9 @@ def log_row(checkpoint: Path | None, row: dict, losses: list[dict[str, Tensor]])
 def feed(images: ImageSet, batches: Batches, accum: int, workers: int) -> Iterator[Batch]:
     """The micro-batches, on this process's device.  All that is random is a function of the seed,
     the micro-batch and the rank; the global generator, which dropout takes, is set likewise."""
-    device, seed, numbers = pick_device(), batches.seed, itertools.count(batches.start)
-    for i, (x, y, index) in zip(numbers, loader(images, workers, batch_sampler=batches)):
+    device, seed = pick_device(), batches.seed
+    loaded = loader(images, workers, batch_sampler=batches)
+    for i, (x, y, index) in enumerate(loaded, batches.start):
         key, epoch = (seed, *divmod(i, accum), world()[0]), i // batches.per_epoch
         torch.manual_seed(fold("dropout", *key))
         yield Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
