@@ -3418,20 +3418,6 @@ def differences(old: dict, new: dict) -> str:
                      if old.get(k) != new.get(k))
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The file's rows; none if it is absent.  A line that is no JSON is told and left out, the last
-    one without a word: a crash cut it off."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    rows = []
-    for i, line in enumerate(lines, 1):
-        try:
-            rows.append({**json.loads(line)})
-        except (ValueError, TypeError):
-            if i < len(lines):
-                say(f"{path}, line {i}: not JSON, it is left out")
-    return rows
-
-
 def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -> None:
     """Writes a checkpoint, on the first process, beside the one before it; returns when it is there
     on all."""
@@ -3687,7 +3673,8 @@ def vqgan_step(model, batch):
 
 def checked(section: str, options: dict) -> Train:
     """The section with these values.  Raises: UserError."""
-    values = settings({section: options}, f"erpm.{section}()")
+    values = {f"{section}.{k}": v for k, v in options.items()}
+    values = {k: typed(v, k, f"erpm.{section}()") for k, v in values.items()}
     return getattr(changed(Config(), values), section)
 
 
@@ -4082,11 +4069,16 @@ def read_rows(run: Path, rule: str = "") -> list[dict]:
 
     Raises: UserError on rows of another form."""
     path, rows = run / "results.jsonl", []
-    for n, r in enumerate(read_jsonl(path), 1):
-        if "sum" in r and r.pop("sum") != sha(json.dumps(r)):
-            say(f"{path}: row {n} is damaged: eval makes it again")
+    for n, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+            whole = row.pop("sum", None) in (None, sha(json.dumps(row)))
+        except (ValueError, TypeError, AttributeError):
+            whole = False
+        if whole:
+            rows.append(row)
         else:
-            rows.append(r)
+            say(f"{path}: row {n} is damaged: eval makes it again")
     if any(not {"of", "label", "seed", "set", "kind", "corruption", "severity"} <= set(r)
            for r in rows):
         raise UserError(f"{path} holds rows of another version of erpm.py: move it away and run "

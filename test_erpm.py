@@ -1908,7 +1908,7 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(tmp_path):
     with pytest.raises(erpm.Interrupted, match="stopped at step 6 of 8"):
         quick_fit(tmp_path / "b", step=stop, **options)
     assert equal(quick_fit(tmp_path / "b", **options), whole)
-    a, b = (erpm.read_jsonl(tmp_path / d / "log.jsonl") for d in "ab")
+    a, b = ((tmp_path / d / "log.jsonl").read_text().splitlines() for d in "ab")
     assert a == b and len(a) == 8 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -3025,7 +3025,7 @@ def test_a_damaged_row_is_computed_again(left_behind):
                for r in map(json.loads, before)]
     file.write_text("\n".join([before[0].replace('"n": 60', '"n": 61'), "{", *before[1:]]) + "\n")
     out = runs("eval", "--run", run, "--set", "shapes")
-    assert "row 1 is damaged: eval makes it again" in out and "line 2: not JSON" in out
+    assert "row 1 is damaged: eval makes it again" in out and "row 2 is damaged" in out
     again = [{k: r.get(k) for k in figures[0]} for r in erpm.read_rows(run)]
     assert sorted(map(str, again)) == sorted(map(str, figures))
     file.write_text("\n".join(before) + "\n")
