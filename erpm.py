@@ -2931,8 +2931,7 @@ def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
 
 class Tuned(nn.Sequential):
     """A trained part on a frozen network: in training mode only dropout is switched on, so
-    BatchNorm keeps the pretrained statistics, unless norms = "own".  The baselines train a tail as
-    `cut` gives it."""
+    BatchNorm keeps the pretrained statistics, unless norms = "own"."""
     norms = "frozen"
 
     def train(self, mode: bool = True):
@@ -3128,8 +3127,7 @@ class Student(nn.Module):
 
         Raises: UserError when the rule needs sigma and there is no live dropout."""
         if rule in NEEDS_SIGMA and self.dropout == 0:
-            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout: set dropout "
-                            "above 0")
+            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout")
         mean, sigma, logits = self.moments(self.features(x), passes)
         head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
@@ -3422,9 +3420,8 @@ def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -
     """Writes a checkpoint, on the first process, beside the one before it; returns when it is there
     on all."""
     if world()[0] == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "seconds": seconds, "key": json.dumps(key),
-                  "processes": world()[1]}
+        state = {"step": step, "seconds": seconds, "key": json.dumps(key), "processes": world()[1]}
+        state |= {name: part.state_dict() for name, part in parts.items()}
         torch.save(state, content := io.BytesIO())
         if path.is_file():
             os.replace(path, path.with_suffix(".ckpt1"))
@@ -3459,12 +3456,11 @@ def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
 
 
 def log_row(checkpoint: Path | None, row: dict, losses: list[dict[str, Tensor]]) -> str:
-    """Appends means over steps to log.jsonl beside the checkpoint; what the terminal is told."""
+    """Appends the means to log.jsonl beside the checkpoint; what the terminal is told."""
     means = {k: round(float(sum(v[k] for v in losses)) / len(losses), 5) for k in losses[0]}
     if not all(map(math.isfinite, means.values())):
-        raise UserError(f"{row['stage']}: the loss is not finite at step {row['step']} ({means}); "
-                        "the last checkpoint stands; try a smaller learning rate or "
-                        "runtime.amp=none")
+        raise UserError(f"{row['stage']}: the loss is not finite at step {row['step']} ({means}): "
+                        "try a smaller learning rate or runtime.amp=none")
     if checkpoint and world()[0] == 0:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         with open(checkpoint.with_name("log.jsonl"), "a") as f:
@@ -3485,19 +3481,17 @@ def feed(images: ImageSet, batches: Batches, accum: int, workers: int) -> Iterat
 
 
 def add_gradients(model: nn.Module, step: Callable, data: Iterator[Batch], accum: int, scaler,
-                  amp: str) -> dict[str, Tensor]:
-    """Losses of a step, means of its micro-batches, whose gradients are added up."""
-    sums = {}
-    for k in range(accum):
-        batch = next(data)
+                  amp: str) -> list[dict[str, Tensor]]:
+    """Losses of the micro-batches of a step, whose gradients are added up."""
+    losses = []
+    for k, batch in enumerate(itertools.islice(data, accum)):
         one_by_one = world()[1] > 1 and k < accum - 1        # processes average their sums once
         with model.no_sync() if one_by_one else contextlib.nullcontext():
             with autocast(amp, batch.x.device):
                 loss, parts = step(model, batch)
             scaler.scale(loss / accum).backward()
-        for name, v in {"loss": loss, **parts}.items():
-            sums[name] = sums.get(name, 0) + v.detach() / accum
-    return sums
+        losses.append({name: v.detach() for name, v in {"loss": loss, **parts}.items()})
+    return losses
 
 
 def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
@@ -3533,7 +3527,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
             for group in opt.param_groups:
                 group["lr"] = lr
             with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
-                losses += [add_gradients(wrapped, step, data, cfg.accum, scaler, runtime.amp)]
+                losses += add_gradients(wrapped, step, data, cfg.accum, scaler, runtime.amp)
             scaler.unscale_(opt)
             if cfg.clip:
                 nn.utils.clip_grad_norm_(trained, cfg.clip)
