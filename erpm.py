@@ -3028,9 +3028,8 @@ def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
 
 
 def project(z: Tensor, ids: Tensor | None) -> Tensor:
-    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it.
-
-    ids (C,k): of ImageSet; None = the outputs are the classes."""
+    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it, ids (C,k)
+    of ImageSet; None = the outputs are the classes."""
     return z if ids is None else z[..., ids.to(z.device)].amax(-1)
 
 
@@ -3205,9 +3204,8 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
 
 
 def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str, Tensor]:
-    """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one.
-
-    Paper: WiSE-FT (Wortsman et al. 2022)."""
+    """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one: WiSE-FT
+    (Wortsman et al. 2022)."""
     a, b = original.state_dict(), tuned.state_dict()
     counts = b if alpha else a                            # what is no float cannot be mixed
     return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else counts[k]
