@@ -3028,8 +3028,8 @@ def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
 
 
 def project(z: Tensor, ids: Tensor | None) -> Tensor:
-    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it, ids (C,k)
-    of ImageSet; None = the outputs are the classes."""
+    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it, the ids
+    (C,k) of an ImageSet; None = the outputs are the classes."""
     return z if ids is None else z[..., ids.to(z.device)].amax(-1)
 
 
@@ -3159,7 +3159,8 @@ class Team(nn.Module):
         self.net, self.teacher, self.tails = net, teacher, nn.ModuleList()
         if tune is not None:
             self.net, tail = cut(net, tune)
-            self.tails += [copy.deepcopy(tail).requires_grad_(True), freeze(tail)][::-1]
+            robust = copy.deepcopy(tail).requires_grad_(True)
+            self.tails.extend([freeze(tail), robust])
 
     def forward(self, x: Tensor, ask: Callable | None = None) -> Tensor:
         """ask: (module, x) -> its output, where it is known already."""
