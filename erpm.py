@@ -3358,7 +3358,7 @@ class Batch(NamedTuple):
 def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
     """The autocast type; "auto" = bf16 where the hardware has it, fp16 on older GPUs, else None."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
         amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
     if amp == "fp16" and device.type == "cpu":
