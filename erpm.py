@@ -371,7 +371,6 @@ class Robustify(Train):
     step: float = opt(0.1, "dad: L2 norm of an ascent step", 0, 1000)
     steps: int = opt(1, "dad: ascent steps", 0, 1000)
     start: float = opt(0.8, "dad: probability of a random start", 0, 1)
-    through: bool = opt(False, "dad: the gradient crosses the quantiser, straight through")
     samples: str = opt("", "dad: folder (in the run's, unless absolute) of samples that are made "
                            "once; empty = new ones every epoch")
 
@@ -2864,14 +2863,15 @@ def zero_shot(model: nn.Module, prompts: tuple, cache: Path | None = None) -> nn
 # In: boundary features of x and x~, logits of both teachers.  Out: the losses of [A] eq. 3-5, and
 # at inference the head that answers ([A] eq. 6).  Always: the frozen part stays equal bit for bit.
 
-HEADS = ("clean", "combined", "robust")
-
 
 class Heads(NamedTuple):
     """Logits of the three heads, (B,C) each."""
     clean: Tensor
     combined: Tensor
     robust: Tensor
+
+
+HEADS = Heads._fields
 
 
 class Prediction(NamedTuple):
@@ -2894,14 +2894,14 @@ class Dropout(nn.Module):
     def __init__(self, p: float, key: int):
         super().__init__()
         self.p, self.key = p, key
-        self.sample = None                 # (passes T, images B that are not repeated yet), or off
+        self.sample = None               # off, or (passes T, whether the images are repeated here)
         self.masks = torch.empty(0)                          # the last masks drawn, (T, *features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sample is None:
             return F.dropout(x, self.p, self.training)
-        t, b = self.sample
-        if x.shape[0] == b:
+        t, repeats = self.sample
+        if repeats:
             x = x.repeat(t, *[1] * (x.ndim - 1))
         if self.masks.shape != (t, *x.shape[1:]) or self.masks.device != x.device:
             masks = torch.rand(t, *x.shape[1:], generator=rng("mask", self.key)) >= self.p
@@ -2910,9 +2910,12 @@ class Dropout(nn.Module):
 
 
 def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
-    """The stage with live dropout of rate p: its own dropout layers where it has some (pretrained
-    networks carry none, or some with rate 0), else the ends of its residual branches where it is
-    a block of open_clip, else one behind it."""
+    """The stage with live dropout of rate p: before the Linear of a Classifier; in its own dropout
+    layers where it has some (pretrained networks carry none, or some with rate 0), else at the ends
+    of its residual branches where it is a block of open_clip, else behind it."""
+    if isinstance(stage, Classifier):
+        stage.drop = Dropout(p, key)
+        return stage
     children = [(m, k, c) for m in stage.modules() for k, c in m.named_children()]
     spots = ([(m, k, c) for m, k, c in children
               if isinstance(c, nn.Dropout) and k != "attn_drop"]  # a fused kernel reads attn_drop.p
@@ -2923,14 +2926,10 @@ def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
     return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
 
 
-class Tuned(nn.Module):
+class Tuned(nn.Sequential):
     """A trained part on a frozen network: in training mode only dropout is switched on, so
-    BatchNorm keeps the pretrained statistics, unless norms = "own".  The baselines train a tail as
-    `cut` gives it."""
-
-    def __init__(self, tail: nn.Module | None = None, norms: str = "frozen"):
-        super().__init__()
-        self.tail, self.norms = tail, norms
+    BatchNorm keeps the pretrained statistics, unless norms = "own"."""
+    norms = "frozen"
 
     def train(self, mode: bool = True):
         super().train(False)
@@ -2941,9 +2940,6 @@ class Tuned(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, f: Tensor) -> Tensor:
-        return self.tail(f)
-
 
 class ThreeHeads(Tuned):
     """Shared tail with dropout and three heads; the only part of a Student that is trained."""
@@ -2951,17 +2947,15 @@ class ThreeHeads(Tuned):
     def __init__(self, tail: nn.Sequential, head: int, dropout: float, dropout_in: str):
         super().__init__()
 
-        def with_dropout(stage: nn.Module, key: int) -> nn.Module:
+        def tuned(stage: nn.Module, key: int) -> nn.Module:
             stage = copy.deepcopy(stage).requires_grad_(True)
-            if isinstance(stage, Classifier):
-                stage.drop = Dropout(dropout, key)
-                return stage
-            return put_dropout(stage, dropout, key) if dropout_in == "tail" else stage
+            drops = dropout_in == "tail" or isinstance(stage, Classifier)
+            return put_dropout(stage, dropout, key) if drops else stage
 
         n = len(tail) - 1 - head
-        self.shared = nn.Sequential(*(with_dropout(s, i) for i, s in enumerate(tail[:n])))
+        self.shared = nn.Sequential(*(tuned(s, i) for i, s in enumerate(tail[:n])))
         self.heads = nn.ModuleDict({name: nn.Sequential(
-            *(with_dropout(s, fold(name, i)) for i, s in enumerate(tail[n:]))) for name in HEADS})
+            *(tuned(s, fold(name, i)) for i, s in enumerate(tail[n:]))) for name in HEADS})
 
     def forward(self, f: Tensor, n_clean: int | None = None) -> Heads:
         """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
@@ -3008,7 +3002,7 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
 
     Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
     logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
-    Paper: [A] eq. 6.  Raises: UserError on an unknown rule, sigma = 0, a missing input."""
+    Paper: [A] eq. 6.  Raises: UserError on an unknown rule, a missing input."""
     choose(RULES, rule, "rule")
     if rule in HEADS:
         return torch.full((len(mean),), HEADS.index(rule), device=mean.device)
@@ -3017,10 +3011,8 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
     if rule == "oracle":
         right = mean[:, ::2].argmax(-1) == y[:, None]                                    # (B,2)
         return torch.where(right[:, 1] & ~right[:, 0], 2, 0)
-    if rule in NEEDS_SIGMA and not sigma.any():
-        raise UserError(f"rule {rule!r}: sigma is 0 everywhere, there is no live dropout")
-    z = None if logits is None else logits[:, ::2]
-    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], z).argmin(-1)
+    z, s = None if logits is None else logits[:, ::2], sigma.clamp_min(TINY)
+    return 2 * OBJECTIVES[rule](s, divergence(mean), mean[:, ::2], z).argmin(-1)
 
 
 def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
@@ -3033,9 +3025,8 @@ def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
 
 
 def project(z: Tensor, ids: Tensor | None) -> Tensor:
-    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it.
-
-    ids (C,k): of ImageSet; None = the outputs are the classes."""
+    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it, the ids
+    (C,k) of an ImageSet; None = the outputs are the classes."""
     return z if ids is None else z[..., ids.to(z.device)].amax(-1)
 
 
@@ -3046,7 +3037,7 @@ class Student(nn.Module):
     can cut; its modules become the frozen backbone and the clean head's teacher.
     tune: stages tuned; head: of these the last ones that each head has for itself.
     dropout_in: "tail" as [A] (tuned stages and classifiers), "head" = before the classifiers only.
-    forward(x) -> Heads; x (B,3,H,W), uint8 or in [0, 1]."""
+    forward(x) -> Heads; x (B,3,H,W), uint8 or in [0, 1].  Raises: UserError."""
 
     def __init__(self, net: nn.Module, tune: int = 2, head: int = 2, dropout: float = 0.1, *,
                  dropout_in: str = "tail"):
@@ -3076,19 +3067,6 @@ class Student(nn.Module):
     def forward(self, x: Tensor) -> Heads:
         return self.tuned(self.features(x))
 
-    @contextlib.contextmanager
-    def _sampling(self, f: Tensor, passes: int):
-        """Context in which tuned(f') draws `passes` masks; f' is f, repeated for each pass where
-        dropout stands in the stages (in residual branches too), else the classifiers repeat it."""
-        drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
-        for d in drops:
-            d.sample = (passes, 0 if self.early else f.shape[0])
-        try:
-            yield f.repeat(passes, *[1] * (f.ndim - 1)) if self.early else f
-        finally:
-            for d in drops:
-                d.sample = None
-
     @torch.no_grad()
     def moments(self, f: Tensor, passes: int = 10, ids: Tensor | None = None) \
             -> tuple[Tensor, Tensor, Tensor]:
@@ -3101,23 +3079,34 @@ class Student(nn.Module):
         Paper: [A] section 3.3; differs: all images share the T masks."""
         mode = self.training
         self.eval()
-        out = self._sampled(f, passes, ids) if passes else self._closed_form(f, ids)
+        if passes:
+            z = project(self._passes(f, passes), ids)
+            p = z.softmax(-1)                                                    # (T,B,3,C)
+            mean, z = p.mean(0), z.mean(0)
+            top = mean.argmax(-1, keepdim=True).expand(passes, -1, -1, -1)
+            sigma = p.gather(-1, top)[..., 0].std(0, correction=0)               # (B,3)
+        else:
+            z, sigma = self._closed_form(f, ids)
+            mean = z.softmax(-1)
         self.train(mode)
-        return out
+        return mean, sigma[:, ::2], z
 
-    def _sampled(self, f: Tensor, passes: int, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        with self._sampling(f, passes) as repeated:
-            z = torch.stack([h.float().unflatten(0, (passes, -1)) for h in self.tuned(repeated)], 2)
-        z = project(z, ids)
-        p = z.softmax(-1)                                                        # (T,B,3,C)
-        mean = p.mean(0)
-        top = mean.argmax(-1, keepdim=True).expand(len(p), -1, -1, -1)
-        sigma = p.gather(-1, top)[..., 0].std(0, correction=0)                   # (B,3)
-        return mean, sigma[:, ::2], z.mean(0)
+    def _passes(self, f: Tensor, n: int) -> Tensor:
+        """Logits (T,B,3,C) of n dropout passes.  The images are repeated where dropout stands in
+        the stages (in residual branches too), else as late as the classifiers."""
+        drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
+        f = f.repeat(n, *[1] * (f.ndim - 1)) if self.early else f
+        try:
+            for d in drops:
+                d.sample = (n, not self.early)
+            return torch.stack([z.float().unflatten(0, (n, -1)) for z in self.tuned(f)], 2)
+        finally:
+            for d in drops:
+                d.sample = None
 
-    def _closed_form(self, f: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Dropout moves a feature h_i by variance h_i^2 p/(1-p), and p_top to first order by
-        d p_top / d h, which autograd knows for any classifier."""
+    def _closed_form(self, f: Tensor, ids: Tensor | None) -> list[Tensor]:
+        """Logits (B,3,C) and sigma (B,3).  Dropout moves a feature h_i by variance
+        h_i^2 p/(1-p), and p_top to first order by d p_top / d h, which autograd knows."""
         f, found, q = self.tuned.shared(f), [], self.dropout / (1 - self.dropout)
         for *blocks, last in self.tuned.heads.values():
             h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
@@ -3126,13 +3115,7 @@ class Student(nn.Module):
                 z = project(last.fc(h.view_as(h)).float(), ids)      # a leaf stops FLOP counters
                 [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)       # image by image
             found.append((z.detach(), (q * (g * h.detach()).square().sum(-1)).sqrt()))
-        z, sigma = (torch.stack(v, 1) for v in zip(*found))
-        return z.softmax(-1), sigma[:, ::2], z
-
-    def pick_head(self, mean: Tensor, sigma: Tensor, rule: str, **more) -> Tensor:
-        """`select` on moments of this network: saturated, it may have a sigma of 0 on a whole
-        batch although its dropout is live."""
-        return select(mean, sigma.clamp_min(TINY) if self.dropout else sigma, rule, **more)
+        return [torch.stack(v, 1) for v in zip(*found)]
 
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
         """What the chosen head says.  passes: dropout passes in one batch after one pass of the
@@ -3140,10 +3123,9 @@ class Student(nn.Module):
 
         Raises: UserError when the rule needs sigma and there is no live dropout."""
         if rule in NEEDS_SIGMA and self.dropout == 0:
-            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout: set dropout "
-                            "above 0")
+            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout")
         mean, sigma, logits = self.moments(self.features(x), passes)
-        head = self.pick_head(mean, sigma, rule, logits=logits)
+        head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
 
 
@@ -3160,38 +3142,28 @@ def team(clean: Tensor, robust: Sequence[Tensor], tau: float = 0.5) -> Tensor:
     return w * clean + (1 - w) * r
 
 
-class Ways(nn.Module):
-    """A network whose last `tune` stages stand twice on one frozen backbone: as they were, and a
-    copy that is to become robust.  forward(x) -> logits (clean, robust), (B,C) each."""
-
-    def __init__(self, net: Net, tune: int):
-        super().__init__()
-        self.card = net.card
-        self.backbone, tail = cut(net, tune)
-        self.robust = copy.deepcopy(tail).requires_grad_(True)
-        self.original = freeze(tail)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        f = self.backbone(x)
-        return self.original(f), self.robust(f)
-
-
 class Team(nn.Module):
     """A network and the robust teacher, which stays beside it: they answer by `team`.
 
-    net: a Net, whose answer is the clean one, or a Student or Ways, whose last head is a robust
-    one; tune: a Net is made Ways of so many stages.  forward(x) -> log probabilities (B,C)."""
+    net: a Net, whose answer is the clean one, or a Student, whose last head is a robust one; tune:
+    the last so many stages of a Net stand twice on its frozen backbone, as they were and as a copy
+    that is to become robust.  forward(x) -> log probabilities (B,C)."""
 
     def __init__(self, net: nn.Module, teacher: Net, tune: int | None = None):
         super().__init__()
-        self.net, self.teacher = net if tune is None else Ways(net, tune), teacher
         self.card = dataclasses.replace(net.card, team={
             "tune": tune, "teacher": dataclasses.asdict(teacher.card)})
+        self.net, self.teacher, self.tails = net, teacher, nn.ModuleList()
+        if tune is not None:
+            self.net, tail = cut(net, tune)
+            robust = copy.deepcopy(tail).requires_grad_(True)
+            self.tails.extend([freeze(tail), robust])
 
     def forward(self, x: Tensor, ask: Callable | None = None) -> Tensor:
         """ask: (module, x) -> its output, where it is known already."""
         z, zt = (ask(m, x) if ask else m(x) for m in (self.net, self.teacher))
-        clean, *robust = (z[0], z[-1]) if isinstance(z, tuple) else (z,)
+        z = [tail(z) for tail in self.tails] if self.tails else z
+        clean, *robust = (z,) if isinstance(z, Tensor) else (z[0], z[-1])
         clean, *robust = (v.float().softmax(-1) for v in (clean, *robust, zt))
         return team(clean, robust).clamp_min(TINY).log()
 
@@ -3220,8 +3192,7 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
     Shapes: z.clean, z.robust (b,C), z.combined (2b,C) clean first; z0 = initial model on the clean,
     zt = robust teacher on the augmented images, (b,C) each; y (b,).
     Paper: [A] eq. 5 = eq. 3 + eq. 4."""
-    loss = functools.partial(head_loss, y=y, alpha=alpha, t=t, smoothing=smoothing)
-    b = len(y)
+    loss, b = functools.partial(head_loss, y=y, alpha=alpha, t=t, smoothing=smoothing), len(y)
     # METHOD [A] eq. 3: clean images, teacher = the initial model
     clean = {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0)}
     # METHOD [A] eq. 4: augmented images, teacher = the robust small model
@@ -3231,14 +3202,9 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
 
 
 def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str, Tensor]:
-    """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one.
-
-    Paper: WiSE-FT (Wortsman et al. 2022).  Raises: UserError on networks that differ in more than
-    their weights."""
+    """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one: WiSE-FT
+    (Wortsman et al. 2022)."""
     a, b = original.state_dict(), tuned.state_dict()
-    odd = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k].shape != b[k].shape)
-    if odd:
-        raise UserError(f"cannot interpolate two networks of other tensors: {', '.join(odd[:4])}")
     counts = b if alpha else a                            # what is no float cannot be mixed
     return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else counts[k]
             for k, v in b.items()}
@@ -3246,39 +3212,34 @@ def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str
 
 # ---- [B]: discrete adversarial samples -----------------------------------------------------------
 
-def _norm(v: Tensor) -> Tensor:
-    """The L2 norm of each image, (B,1,1,1), never 0."""
-    return v.flatten(1).norm(dim=1).clamp_min(TINY).view(-1, 1, 1, 1)
-
-
+@torch.no_grad()
 def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generator, *,
-                radius: float = 0.1, step: float = 0.1, steps: int = 1, start: float = 0.8,
-                through: bool = False) -> Tensor:
+                radius: float = 0.1, step: float = 0.1, steps: int = 1,
+                start: float = 0.8) -> Tensor:
     """Discrete adversarial samples x' of images, (B,3,S,S) in [0, 1].
 
     Shapes: x (B,3,S,S), uint8 or in [0, 1]; y (B,).  teacher: images in [0, 1] -> logits.
     generator: one, from which the images draw in turn, or a sequence of one for each image.
     radius, step: L2 norms, of the ball around the reconstruction and of a step.  start: probability
-    of a random start.  through: the gradient crosses the quantiser, straight through.
-    Paper: [B]'s algorithm, as its code has it; the student has no part in it."""
+    of a random start.
+    Paper: [B]'s algorithm, as its code has it: the gradient does not cross the quantiser."""
+    def norm(v: Tensor) -> Tensor:
+        return v.flatten(1).norm(dim=1).clamp_min(TINY).view(-1, 1, 1, 1)
+
     each = [generator] * len(x) if isinstance(generator, torch.Generator) else generator
     draws = [(torch.rand((), generator=g, device=g.device) < start,
               torch.randn(x.shape[1:], generator=g, device=g.device)) for g in each]
     noise = torch.stack([n * on for on, n in draws]).to(x.device)
-    x = x.float() / 255 if x.dtype == torch.uint8 else x
-    with torch.no_grad():
-        x0 = vqgan(x)
-    v = (x0 + radius * noise / _norm(noise)).clamp(0, 1)
+    x0 = vqgan(x.float() / 255 if x.dtype == torch.uint8 else x)
+    v = (x0 + radius * noise / norm(noise)).clamp(0, 1)
     for _ in range(steps):
         with torch.enable_grad():
-            v.requires_grad_()
-            z = teacher(vqgan(v) if through else v.view_as(v))      # a leaf stops FLOP counters
+            z = teacher(v.requires_grad_().view_as(v))               # a leaf stops FLOP counters
             [g] = torch.autograd.grad(F.cross_entropy(z.float(), y, reduction="sum"), v)
         # METHOD [B]: an ascent step on the teacher's loss, then back into the ball
-        d = v.detach() + step * g / _norm(g) - x0
-        v = (x0 + d * (radius / _norm(d)).clamp(max=1)).clamp(0, 1)
-    with torch.no_grad():
-        return vqgan(v)
+        d = v + step * g / norm(g) - x0
+        v = (x0 + d * (radius / norm(d)).clamp(max=1)).clamp(0, 1)
+    return vqgan(v)
 
 
 def dad_loss(z: Tensor, zt: Tensor, y: Tensor, t: float = 4.0, smoothing: float = 0.0) \
@@ -3394,7 +3355,7 @@ class Batch(NamedTuple):
 def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
     """The autocast type; "auto" = bf16 where the hardware has it, fp16 on older GPUs, else None."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
         amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
     if amp == "fp16" and device.type == "cpu":
@@ -3428,18 +3389,17 @@ def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
 class Signals:
     """Context in which Ctrl-C, SIGTERM and SIGHUP only set `hit`, for the loop to stop at a safe
     point."""
-    last, late = signal.SIGINT, False                        # what stopped this process
+    hit = 0                                      # the last signal of the process, or none
 
     def __enter__(self):
-        self.hit = 0
+        Signals.hit = 0
         self.old = {s: signal.signal(s, self._note) for s in STOPS}
         return self
 
     def _note(self, number, frame):
-        if self.hit and number == signal.SIGINT:             # a second Ctrl-C is impatient
+        if Signals.hit and number == signal.SIGINT:          # a second Ctrl-C is impatient
             raise KeyboardInterrupt
-        self.hit = Signals.last = number
-        Signals.late = True
+        Signals.hit = number
 
     def __exit__(self, *exc):
         for s, handler in self.old.items():
@@ -3452,49 +3412,29 @@ def differences(old: dict, new: dict) -> str:
                      if old.get(k) != new.get(k))
 
 
-def read_jsonl(path: Path, damaged: Callable = lambda text: None) -> list[dict]:
-    """The file's rows; none if it is absent.  damaged: is told of lines that are no JSON; a last
-    one that a crash cut off is dropped without a word."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    rows = []
-    for i, line in enumerate(lines, 1):
-        try:
-            rows.append({**json.loads(line)})
-        except (ValueError, TypeError):
-            if i < len(lines):
-                damaged(f"{path}, line {i}: not JSON, it is left out")
-    return rows
-
-
-def keep(path: Path | None, parts: dict, step: int, seconds: float, key: dict | None) -> None:
-    """Writes a checkpoint, on the first process, and keeps the one before it; returns when it is
-    there on all."""
-    if path and world()[0] == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "seconds": seconds, "key": json.dumps(key),
-                  "processes": world()[1]}
+def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -> None:
+    """Writes a checkpoint, on the first process, beside the one before it; returns when it is there
+    on all."""
+    if world()[0] == 0:
+        state = {"step": step, "seconds": seconds, "key": json.dumps(key), "processes": world()[1]}
+        state |= {name: part.state_dict() for name, part in parts.items()}
         torch.save(state, content := io.BytesIO())
         if path.is_file():
             os.replace(path, path.with_suffix(".ckpt1"))
         write_atomically(path, content.getvalue() + sha(content.getvalue()).encode())
-    any_rank(False)                              # all wait for the file
+    any_rank(False)
 
 
-def resume(path: Path | None, parts: dict, key: dict | None) -> tuple[int, float]:
+def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
     """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
-    go back into the parts; (0, 0) without one.
-
-    Raises: UserError if all are damaged, or another job's."""
-    files = [p for p in (path, path and path.with_suffix(".ckpt1")) if p and p.is_file()]
+    go back into the parts; (0, 0) without one.  Raises: UserError if it is another job's."""
+    files = [p for p in (path, path.with_suffix(".ckpt1")) if p.is_file()]
     for file in files:
-        try:
-            content = file.read_bytes()
-            if sha(content[:-16]) != content[-16:].decode():
-                raise ValueError
-            saved = torch.load(io.BytesIO(content[:-16]), map_location="cpu", weights_only=True)
-        except Exception:                                    # truncated, foreign, or a pickle
+        content = file.read_bytes()
+        if sha(content[:-16]).encode() != content[-16:]:
             say(f"{file} is damaged: it is left out")
             continue
+        saved = torch.load(io.BytesIO(content[:-16]), map_location="cpu", weights_only=True)
         changed = differences(json.loads(saved["key"]), key)
         if changed:
             raise UserError(f"{file} is a half-done job with other settings ({changed}): finish it "
@@ -3511,15 +3451,12 @@ def resume(path: Path | None, parts: dict, key: dict | None) -> tuple[int, float
     return 0, 0.0
 
 
-def log_row(checkpoint: Path | None, row: dict, sums: dict[str, Tensor], n: int) -> str:
-    """Appends the means of n steps to log.jsonl beside the checkpoint; what the terminal is told.
-
-    Raises: UserError on a loss that is not finite."""
-    means = {k: round(float(v) / n, 5) for k, v in sums.items()}
+def log_row(checkpoint: Path | None, row: dict, losses: list[dict[str, Tensor]]) -> str:
+    """Appends the means to log.jsonl beside the checkpoint; what the terminal is told."""
+    means = {k: round(float(sum(v[k] for v in losses)) / len(losses), 5) for k in losses[0]}
     if not all(map(math.isfinite, means.values())):
-        raise UserError(f"{row['stage']}: the loss is not finite at step {row['step']} ({means}); "
-                        "the last checkpoint stands; try a smaller learning rate or "
-                        "runtime.amp=none")
+        raise UserError(f"{row['stage']}: the loss is not finite at step {row['step']} ({means}): "
+                        "try a smaller learning rate or runtime.amp=none")
     if checkpoint and world()[0] == 0:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         with open(checkpoint.with_name("log.jsonl"), "a") as f:
@@ -3527,38 +3464,30 @@ def log_row(checkpoint: Path | None, row: dict, sums: dict[str, Tensor], n: int)
     return f"loss {means['loss']:.4f}"
 
 
-def add_gradients(model: nn.Module, step: Callable, data: Iterator, accum: int, scaler,
-                  amp: str, seed: int, at: int, per_epoch: int) -> dict[str, Tensor]:
-    """Losses of step `at`, means of its micro-batches, whose gradients are added up.
+def feed(images: ImageSet, batches: Batches, accum: int, workers: int) -> Iterator[Batch]:
+    """The micro-batches, on this process's device.  All that is random is a function of the seed,
+    the micro-batch and the rank; the global generator, which dropout takes, is set likewise."""
+    device, seed = pick_device(), batches.seed
+    loaded = loader(images, workers, batch_sampler=batches)
+    for i, (x, y, index) in enumerate(loaded, batches.start):
+        key, epoch = (seed, *divmod(i, accum), world()[0]), i // batches.per_epoch
+        torch.manual_seed(fold("dropout", *key))
+        yield Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
+                    rng("step", *key), [(seed, epoch, k) for k in index.tolist()])
 
-    per_epoch: micro-batches.  All that is random is a function of seed, micro-batch and rank."""
-    device, sums = pick_device(), {}
-    for k in range(accum):
-        x, y, index = next(data)
-        key, epoch = (seed, at, k, world()[0]), (at * accum + k) // per_epoch
-        torch.manual_seed(fold("dropout", *key))             # dropout has the global generator
-        batch = Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
-                      rng("step", *key), [(seed, epoch, i) for i in index.tolist()])
+
+def add_gradients(model: nn.Module, step: Callable, data: Iterator[Batch], accum: int, scaler,
+                  amp: str) -> list[dict[str, Tensor]]:
+    """Losses of the micro-batches of a step, whose gradients are added up."""
+    losses = []
+    for k, batch in enumerate(itertools.islice(data, accum)):
         one_by_one = world()[1] > 1 and k < accum - 1        # processes average their sums once
         with model.no_sync() if one_by_one else contextlib.nullcontext():
-            with autocast(amp, device):
+            with autocast(amp, batch.x.device):
                 loss, parts = step(model, batch)
             scaler.scale(loss / accum).backward()
-        for name, v in {"loss": loss, **parts}.items():
-            sums[name] = sums.get(name, 0) + v.detach() / accum
-    return sums
-
-
-def update(opt: torch.optim.Optimizer, scaler, lr: float, clip: float) -> None:
-    """One optimizer step on the gradients that have been added up."""
-    for group in opt.param_groups:
-        group["lr"] = lr
-    scaler.unscale_(opt)
-    if clip:
-        nn.utils.clip_grad_norm_((p for g in opt.param_groups for p in g["params"]), clip)
-    scaler.step(opt)
-    scaler.update()
-    opt.zero_grad(set_to_none=True)
+        losses.append({name: v.detach() for name, v in {"loss": loss, **parts}.items()})
+    return losses
 
 
 def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
@@ -3567,48 +3496,51 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     """Trains the module in place and returns {"images", "seconds", "gflops" (an image)}.
 
     step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is
-    the module or its DDP wrapper.  images: as `training` made them.  checkpoint: where it goes on
-    if it was interrupted, log.jsonl beside it; key tells whose that is; None = nothing is written.
+    the module or its DDP wrapper.  checkpoint: where it goes on if it was interrupted, log.jsonl
+    beside it; key tells whose that is; None = nothing is written.
     Raises: UserError on a loss that is not finite; Interrupted on a signal."""
     device, size, seed = pick_device(), world()[1], fold(seed, name)
-    model.to(device).train()
-    batches = Batches(len(images), cfg.batch // cfg.accum, seed)
-    per_epoch = max(1, batches.per_epoch // cfg.accum)
-    total = max(1, round(cfg.epochs * per_epoch))
-    parts = {"model": model, "opt": make_optimizer(model, cfg),
-             "scaler": torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)}
+    opt = make_optimizer(model.to(device).train(), cfg)
+    scaler = torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)
+    parts = {"model": model, "opt": opt, "scaler": scaler}
     if cfg.ema:
         swa = torch.optim.swa_utils
         parts["average"] = swa.AveragedModel(
             model, multi_avg_fn=swa.get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    at, seconds = resume(checkpoint, parts, key)
-    batches.start = at * cfg.accum
-    data = iter(loader(images, workers, batch_sampler=batches))
+    at, seconds = resume(checkpoint, parts, key) if checkpoint else (0, 0.0)
+    batches = Batches(len(images), cfg.batch // cfg.accum, seed, at * cfg.accum)
+    data, per_epoch = feed(images, batches, cfg.accum, workers), max(1, len(images) // cfg.batch)
+    total = max(1, round(cfg.epochs * per_epoch))
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
-    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, {n:,} trained parameters"
+    trained = [p for group in opt.param_groups for p in group["params"]]
+    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, "
+        f"{sum(p.numel() for p in trained):,} trained parameters"
         + (f"; goes on at step {at:,}" if at else ""))
-    sums, logged, since, counter = {}, at, time.perf_counter(), FlopCounterMode(display=False)
+    losses, since, counter = [], time.perf_counter(), FlopCounterMode(display=False)
     with Progress(total * cfg.batch, name, at * cfg.batch) as bar, Signals() as signals:
         while at < total:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
+            for group in opt.param_groups:
+                group["lr"] = lr
             with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
-                losses = add_gradients(wrapped, step, data, cfg.accum, parts["scaler"],
-                                       runtime.amp, seed, at, batches.per_epoch)
-            update(parts["opt"], parts["scaler"], lr, cfg.clip)
+                losses += add_gradients(wrapped, step, data, cfg.accum, scaler, runtime.amp)
+            scaler.unscale_(opt)
+            if cfg.clip:
+                nn.utils.clip_grad_norm_(trained, cfg.clip)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
             if cfg.ema:
                 parts["average"].update_parameters(model)
-            at, sums = at + 1, {k: sums.get(k, 0) + v for k, v in losses.items()}
-            to_save = at % runtime.save_every == 0
-            if to_save or at % runtime.log_every == 0 or at == total or size == 1 and signals.hit:
+            at, saves = at + 1, (at + 1) % runtime.save_every == 0
+            if saves or at % runtime.log_every == 0 or at == total or size == 1 and signals.hit:
                 seconds, since = seconds + time.perf_counter() - since, time.perf_counter()
                 row = {"stage": name, "step": at, "epoch": round(at / per_epoch, 3), "lr": lr}
-                bar.set_postfix_str(log_row(checkpoint, row, sums, at - logged), refresh=False)
-                sums, logged = {}, at
-                hit = any_rank(bool(signals.hit)) and at < total
-                if hit or to_save and at < total:
+                bar.set_postfix_str(log_row(checkpoint, row, losses), refresh=False)
+                losses, stops = [], any_rank(bool(signals.hit)) and at < total
+                if checkpoint and at < total and (stops or saves):
                     keep(checkpoint, parts, at, seconds, key)
-                if hit:
+                if stops:
                     raise Interrupted(f"{name} stopped at step {at} of {total}; the same command "
                                       "goes on from here")
             bar.update(cfg.batch)
@@ -3634,18 +3566,20 @@ def plain_step(cfg: Train, aug: Robustify | None = None, n_classes: int = 0,
     alone); aug.jsd: on x alone, and AugMix's consistency over three views.
 
     n_classes: mixup and cutmix of aug.augment mix images and labels first."""
+    mixes = n_classes and spec_names(aug.augment) & set(LABEL_MIXERS)
+    n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
+
     def step(model, batch):
         x, y, g, _ = batch
-        if aug and n_classes and spec_names(aug.augment) & set(LABEL_MIXERS):
+        if mixes:
             x, y = mix_labels(x, y, aug.augment, g, n_classes)
-        n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
         z = model(torch.cat([x] * clean + [harden(x, aug, g) for _ in range(n_views)])).float()
-        if n_views < 2:
-            y = torch.cat([y] * (clean + n_views))
-            return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
-        z = z.chunk(3)
-        ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
-        return ce + aug.jsd * consistency, {"ce": ce, "jsd": consistency}
+        if n_views == 2:
+            z = z.chunk(3)
+            ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
+            return ce + aug.jsd * consistency, {"ce": ce, "jsd": consistency}
+        y = torch.cat([y] * (len(z) // len(y)))
+        return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
     return step
 
 
@@ -3682,7 +3616,7 @@ def erpm_step(cfg: Distill, see: Callable) -> Callable:
 
 def attack(cfg: Robustify) -> dict:
     """The keywords of dad_samples."""
-    return {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start", "through")}
+    return {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start")}
 
 
 def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes: int) -> Callable:
@@ -3727,45 +3661,42 @@ def vqgan_step(model, batch):
 
 # ---- training from another project, without files ------------------------------------------------
 
-def checked(section: str, **values) -> dict:
-    """The values of a section's fields, or a UserError."""
-    values = {k: typed(v, f"{section}.{k}", f"erpm.{section}()") for k, v in values.items()}
-    check(Config(**{section: dataclasses.replace(PARTS[section], **values)}))
-    spec_names(values.get("augment", "none"))
-    return values
+def checked(section: str, options: dict) -> Train:
+    """The section with these values.  Raises: UserError."""
+    values = {f"{section}.{k}": v for k, v in options.items()}
+    values = {k: typed(v, k, f"erpm.{section}()") for k, v in values.items()}
+    return getattr(changed(Config(), values), section)
 
 
-def robustify(net: nn.Module, images, *, augment: str = "pixmix+augmix", severity: float = 3.0,
-              jsd: float = 0.0, seed: int = 0, crop: bool = True, flip: bool = True,
-              **training) -> nn.Module:
+def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip: bool = True,
+              **options) -> nn.Module:
     """The network, trained in place to be robust: cross-entropy on images and augmented images.
 
     images: an ImageSet, (x uint8 (n,3,S,S), y), or any sized data set of (uint8 image, label).
-    net takes images as a Net does.  training: fields of Train (epochs, batch, lr, ...).
-    Raises: UserError."""
-    net = net if isinstance(net, Net) else Net(net)
-    cfg = Robustify(**checked("robustify", augment=augment, severity=severity, jsd=jsd, **training))
-    images = as_images(images).training(seed, crop, flip)
-    step = plain_step(cfg, cfg, n_classes=len(images.classes))
-    fit(net, step, images, cfg, Runtime(), name="robustify", seed=seed)
+    net takes images as a Net does.  options: fields of Robustify (augment, severity, jsd, epochs,
+    batch, lr, ...).  Raises: UserError."""
+    net, images = net if isinstance(net, Net) else Net(net), as_images(images)
+    cfg = checked("robustify", options)
+    fit(net, plain_step(cfg, cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
+        Runtime(), name="robustify", seed=seed)
     return freeze(net)
 
 
 def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pixmix+augmix",
-            severity: float = 3.0, alpha: float = 0.5, temperature: float = 2.0, seed: int = 0,
-            crop: bool = True, flip: bool = True, **training) -> Student:
+            severity: float = 3.0, seed: int = 0, crop: bool = True, flip: bool = True,
+            **options) -> Student:
     """The Student, tuned in place by [A] eq. 5: its clean head learns from the original network,
     its robust head from the teacher.
 
-    teacher: a robust network, images -> logits of the same classes.  images, training: as for
-    robustify.  Raises: UserError."""
+    teacher: a robust network, images -> logits of the same classes.  images: as for robustify.
+    options: fields of Distill (alpha, temperature, epochs, ...).  Raises: UserError."""
     teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
-    cfg = Distill(**checked("distill", alpha=alpha, temperature=temperature, **training))
-    aug = Robustify(**checked("robustify", augment=augment, severity=severity))
+    cfg, aug = checked("distill", options), checked("robustify", {
+        "augment": augment, "severity": severity})
     student.to(pick_device())
     step = erpm_step(cfg, frozen_views(student.backbone, aug, True, student.original, teacher))
-    images = as_images(images).training(seed, crop, flip)
-    fit(student.tuned, step, images, cfg, Runtime(), name="distill", seed=seed)
+    fit(student.tuned, step, as_images(images).training(seed, crop, flip), cfg, Runtime(),
+        name="distill", seed=seed)
     return student.eval()
 
 
@@ -3844,7 +3775,7 @@ def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
         ways["product (closed form)"] = "product", student.moments(f, 0, ids)
     out = {}
     for name, (rule, (mean, sigma, logits)) in ways.items():
-        head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
+        head = select(mean, sigma, rule, logits=logits, y=y)
         p = answer(mean, sigma, head, rule).float()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
         out[name] = torch.cat([facts(p, log_p, y), head[:, None]], 1)
@@ -4751,7 +4682,7 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
         for old in (checkpoint, checkpoint.with_suffix(".ckpt1")):
             old.unlink(missing_ok=True)
     any_rank(False)                                  # all wait for the file
-    if any_rank(Signals.late):
+    if any_rank(bool(Signals.hit)):
         raise Interrupted(f"{name} is done; the same command goes on from here")
     net = load(path)
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
@@ -4766,7 +4697,8 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
 def tail_of(net: Net, tune: int, norms: str = "frozen") -> tuple[Tuned, nn.Module]:
     """(the last stages and the classifier to be trained, the frozen rest); 0: the Linear alone."""
     backbone, tail = cut(net.to(pick_device()), tune)
-    part = Tuned(tail.requires_grad_(True), norms)
+    part = Tuned(tail.requires_grad_(True))
+    part.norms = norms
     tail[-1].features.requires_grad_(tune > 0)
     return part, backbone
 
@@ -5096,9 +5028,9 @@ def tune_team(net, teacher, cfg, images, train):
     its BatchNorm takes statistics of its own."""
     device = pick_device()
     both = Team(net, freeze(teacher), cfg.distill.tune).to(device)
-    see = frozen_views(both.net.backbone, cfg.robustify, clean=False)
-    images, see = cached(cfg, images, see, both.net.backbone)
-    return both, train(both.net.robust, tail_step(cfg.distill, see), images)
+    see = frozen_views(both.net, cfg.robustify, clean=False)
+    images, see = cached(cfg, images, see, both.net)
+    return both, train(both.tails[1], tail_step(cfg.distill, see), images)
 
 
 class Method(NamedTuple):
@@ -5263,7 +5195,7 @@ def pictures_of(run: Path, cfg: Config):
         shown = corrupt(x, check[0], 4, index=index.tolist()) if check else x
         f = student.features(shown.to(pick_device()))
         mean, sigma, logits = (m.cpu() for m in student.moments(f, cfg.eval.passes))
-        head = student.pick_head(mean, sigma, cfg.eval.rule, logits=logits, y=y)
+        head = select(mean, sigma, cfg.eval.rule, logits=logits, y=y)
         axes[0].set_ylabel(f"{check[0]} 4" if check else "clean")
         for i, ax in enumerate(axes):
             ax.imshow(shown[i].permute(1, 2, 0).numpy())
@@ -5514,7 +5446,7 @@ def preflight(cfg: Config, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    Signals.late = False
+    Signals.hit = 0
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
@@ -5535,7 +5467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
         print(f"erpm.py: {e or 'interrupted'}", file=sys.stderr)
-        return 128 + Signals.last
+        return 128 + (Signals.hit or signal.SIGINT)
     except (MemoryError, RuntimeError) as e:
         if "memory" not in str(e) and not isinstance(e, MemoryError):
             raise
