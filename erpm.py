@@ -46,7 +46,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import importlib
 import importlib.util
 import io
 import itertools
@@ -453,7 +452,7 @@ class Eval:
     n_cell: int = opt(0, "images at most of each cell of a generated -c set; 0 = all", 0, MANY)
     batch: int = opt(256, "images a forward", 1, 10 ** 6)
     frost_dir: str = opt("", "folder of the original frost textures; empty = those of the package "
-                             "imagecorruptions or imagenet-c where installed, else made here")
+                             "imagecorruptions where installed, else made here")
     jpeg: bool = opt(True, "JPEG round trip (quality 85) of generated -c sets, as in the files")
 
 
@@ -643,6 +642,12 @@ def config_help() -> str:
 SMALL_PX = 64  # images whose longer side is at most this get CIFAR-10-C's constants
 
 
+def slices(x, size):
+    """Slices of a batch of `size` values each, which stay in a CPU's cache; on a GPU one slice."""
+    n = max(1, size // x.shape[1:].numel() if x.device.type == "cpu" else len(x))
+    return [slice(i, i + n) for i in range(0, len(x), n)]
+
+
 def draw(gens, shape, fill, *args, dtype=torch.float32):
     """(B,*shape) on the generators' device, row k filled by `fill` from generator k: what an image
     draws does not depend on its batch."""
@@ -663,23 +668,11 @@ def gaussian_noise(x, c, gens):
     return truncate(draw(gens, x.shape[1:], torch.Tensor.normal_).mul_(255 * c).add_(x))
 
 
-@functools.lru_cache(maxsize=8)
-def poisson_table(photons, device, levels=4096):
-    """uint8 (256 * levels,): row v holds the noisy values of pixel value v at even quantiles."""
-    n = torch.arange(photons + 1, dtype=torch.float64)  # counts above white are clipped anyway
-    rate = torch.arange(256, dtype=torch.float64)[:, None] * (photons / 255)
-    quantiles = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    below = torch.special.gammaincc(n + 1, rate)  # P(count <= n)
-    counts = torch.searchsorted(below, quantiles.expand(256, -1).contiguous())
-    return truncate(counts.clamp_(max=photons) * (255 / photons)).flatten().to(device)
-
-
 def shot_noise(x, c, gens):
-    """Poisson counts with c photons at white: a random quantile, looked up in a table, for
-    torch.poisson takes five times as long."""
-    key = draw(gens, x.shape[1:], torch.Tensor.random_, 0, 4096, dtype=torch.int32)
-    key = key.add_(x.int(), alpha=4096).flatten()
-    return poisson_table(c, x.device).index_select(0, key).view(x.shape)
+    """Poisson counts with c photons at white."""
+    rates = x.float().mul_(c / 255)
+    counts = torch.stack([torch.poisson(r, generator=g) for r, g in zip(rates, gens)])
+    return truncate(counts.mul_(255 / c))
 
 
 def impulse_noise(x, c, gens):
@@ -708,17 +701,20 @@ def gaussian_taps(sigma, radius):
     return (k / k.sum()).tolist()
 
 
-def gaussian(x, sigma):
-    """Gaussian blur of (B,C,H,W), edge repeated, cut at 4 sigma; a sum of shifted views, which on a
-    CPU is several times faster than a convolution."""
-    r = int(4 * sigma + 0.5)
-    y = F.pad(x.float(), (r, r, r, r), mode="replicate")
-    for dim in (3, 2):
-        out = torch.zeros_like(y.narrow(dim, 0, x.shape[dim]))
-        for i, tap in enumerate(gaussian_taps(sigma, r)):
-            out.add_(y.narrow(dim, i, x.shape[dim]), alpha=tap)
-        y = out
-    return y
+@functools.lru_cache(maxsize=64)
+def blur_matrix(n, sigma, cut, edge, device):
+    """(n,n) Gaussian blur of n values, cut at so many sigma; edge: np.pad's mode."""
+    r = int(cut * sigma + 0.5)
+    i = torch.from_numpy(np.pad(np.arange(n), r, edge)).unfold(0, 2 * r + 1, 1)  # (n, taps)
+    taps = torch.tensor(gaussian_taps(sigma, r)).expand(n, -1)
+    return torch.zeros(n, n).scatter_add_(1, i, taps).to(device)
+
+
+def gaussian(x, sigma, cut=4, edge="edge"):
+    """Gaussian blur of (B,C,H,W), one plane at a time, or the matrix product rounds by the size of
+    the batch."""
+    rows, columns = (blur_matrix(n, sigma, cut, edge, x.device) for n in x.shape[-2:])
+    return torch.stack([rows @ y @ columns.T for y in x.float().flatten(0, 1)]).view(x.shape)
 
 
 def glass_blur(x, c, gens):
@@ -795,9 +791,8 @@ def snow(x, c, gens):
     angles = draw(gens, (), torch.Tensor.uniform_, -135, -45).tolist()
     flakes = truncate(motion(flakes, radius, sigma, angles)).float()
     y = x.float()
-    white = (y[:, :1] * 0.299).add_(y[:, 1:2], alpha=0.587).add_(y[:, 2:], alpha=0.114)
-    white = torch.maximum(y, white.mul_(1.5).add_(127.5)).mul_(1 - keep)
-    return truncate(white.add_(y, alpha=keep).add_(flakes + flakes.flip(-2, -1)))
+    white = torch.maximum(y, v2.functional.rgb_to_grayscale(y) * 1.5 + 127.5)
+    return truncate(torch.lerp(white, y, keep) + flakes + flakes.flip(-2, -1))
 
 
 def plasma(gens, side, decay):
@@ -826,15 +821,9 @@ ICE = ((.305, .585, .650, .07), (.787, .805, .841, .08), (.787, .805, .841, .08)
 
 
 def frost_folder(folder=None):
-    """The folder of the original textures: `folder`, or a PyPI package's, or None."""
-    specs = [importlib.util.find_spec(p) for p in ("imagecorruptions", "imagenet_c")]  # no import
-    folders = [Path(s.origin).parent / "frost" for s in specs if s and s.origin]
-    return folder or next((f for f in folders if all((f / n).is_file() for n in ICE_FILES)), None)
-
-
-def frost_source(folder=None):
-    """"original" or "procedural": the textures that frost draws from."""
-    return "original" if frost_folder(folder) else "procedural"
+    """The folder of the original textures: `folder`, or the PyPI package's, or None."""
+    package = importlib.util.find_spec("imagecorruptions")  # no import: it wants an old NumPy
+    return folder or package and Path(package.origin).parent / "frost"
 
 
 @functools.lru_cache(maxsize=32)
@@ -844,8 +833,7 @@ def frost_textures(folder, h, w, device):
     folder, textures = frost_folder(folder), []
     for i, (*tint, deviation) in enumerate(ICE):
         if folder:
-            with Image.open(Path(folder) / ICE_FILES[i]) as file:
-                ice = v2.functional.pil_to_tensor(file.convert("RGB"))
+            ice = v2.functional.pil_to_tensor(read_picture(Path(folder) / ICE_FILES[i]))
         else:
             ice = plasma([rng("ice", i)], 256, 1.04).repeat(1, 2, 2)
             ice = (ice - ice.mean()) * (deviation / ice.std()) + torch.tensor(tint).view(3, 1, 1)
@@ -891,16 +879,6 @@ def contrast(x, c, gens):
     return truncate(torch.lerp(y.mean((2, 3), keepdim=True), y, c))
 
 
-@functools.lru_cache(maxsize=32)
-def blur_matrix(n, sigma, device):
-    """(n,n) Gaussian blur, cut at 3 sigma, mirrored about the edge as often as it takes."""
-    r = int(3 * sigma + 0.5)
-    i = (torch.arange(n)[:, None] + torch.arange(-r, r + 1)) % (2 * n)
-    i = torch.where(i < n, i, 2 * n - 1 - i)
-    m = torch.zeros(n, n).scatter_add_(1, i, torch.tensor(gaussian_taps(sigma, r)).expand(n, -1))
-    return m.to(device)
-
-
 def remap(x, points, corners):
     """Bilinear x (B,C,H,W) at points (B,2,H,W), columns and rows in pixels, mirrored about the
     centre of the edge pixel (corners) or about its outer edge."""
@@ -930,13 +908,9 @@ def elastic_transform(x, c, gens):
     a, b, offset = affine(h, w, shift).to(x.device)[..., None, None].unbind(2)  # (B,2,1,1) each
     u, v = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]
     y = remap(x.float(), a * u + b * v + offset, True)
-    if amplitude:
-        field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
-        rows, columns = blur_matrix(h, sigma, x.device), blur_matrix(w, sigma, x.device)
-        for f in field:  # one by one, or the matrix product rounds by the size of the batch
-            f.copy_(rows @ f @ columns.T)
-        y = remap(y, field.add_(torch.stack(torch.broadcast_tensors(u, v))), False)
-    return truncate(y)
+    field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
+    field = gaussian(field, sigma, 3, "symmetric")
+    return truncate(remap(y, field + torch.stack(torch.broadcast_tensors(u, v)), False))
 
 
 def by_pillow(x, edit):
@@ -958,7 +932,7 @@ def pixelate(x, c, gens):
     return torch.from_numpy(few.take(columns, 3).take(rows, 2)).to(x.device)
 
 
-def jpeg_compression(x, c, gens=()):
+def jpeg_compression(x, c, gens):
     """JPEG at quality c, chroma 4:2:0, by Pillow."""
     def edit(image):
         image.save(file := io.BytesIO(), "JPEG", quality=c)
@@ -1009,11 +983,10 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
     above. A GPU draws other numbers.
     Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
     function, *columns = choose(RECIPES, str(name), "corruption")
-    came = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    came = f"{x.dtype} {tuple(x.shape)}"
     fits = re.fullmatch(r"torch.uint8 \(\d+, 3, (\d+), (\d+)\)", came)
     if not fits or not all(32 <= int(side) <= 512 for side in fits.groups()):
-        raise UserError(
-            f"expected images as a uint8 tensor (B,3,H,W), sides of 32 to 512 px, got {came}")
+        raise UserError(f"expected torch.uint8 (B,3,H,W), sides of 32 to 512 px, got {came}")
     if severity not in (1, 2, 3, 4, 5):
         raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
     index = range(len(x)) if index is None else [int(k) for k in index]
@@ -1023,12 +996,10 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
     if frost_dir and name == "frost":
         function = functools.partial(frost, folder=frost_dir)
     c, out = columns[max(h, w) <= SMALL_PX][severity - 1], torch.empty_like(x)
-    n = max(1, 2 ** 19 // (3 * h * w)) if x.device.type == "cpu" else len(x)  # stays in the cache
-    for i in range(0, len(x), n):
-        gens = [rng("corrupt", int(seed), k, name, severity, device=x.device)
-                for k in index[i:i + n]]
-        y = function(x[i:i + n].contiguous(), c, gens)
-        out[i:i + n] = jpeg_compression(y, 85) if jpeg else y
+    for s in slices(x, 2 ** 19):
+        gens = [rng("corrupt", int(seed), k, name, severity, device=x.device) for k in index[s]]
+        y = function(x[s].contiguous(), c, gens)
+        out[s] = jpeg_compression(y, 85, gens) if jpeg else y
     return out
 
 
@@ -1045,26 +1016,9 @@ def _key(generator):
     return torch.randint(2**62, (), generator=generator, device=generator.device).item()
 
 
-def _column(v, x, dtype=torch.float32):
-    """NumPy v (N,) as a tensor (N,1,1,1) on the device of x."""
-    return torch.from_numpy(v).to(x.device, dtype).view(-1, 1, 1, 1)
-
-
 def _bytes(x):
     """uint8: x in 0..255, rounded and clipped."""
     return truncate(x + 0.5)
-
-
-def _image_by_image(x, generator, transform):
-    """x under a transform of torchvision, which would treat a batch as one image."""
-    with seeded(_key(generator)):
-        return torch.stack([transform(image) for image in x])
-
-
-def _chunks(x, size=2**20):
-    """Slices of the batch that stay in the cache; on a GPU one slice."""
-    n = max(1, size // x[0].numel()) if x.device.type == "cpu" else len(x)
-    return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
 # The nine operations of AugMix, within a grey level of PIL's but for the borders of what moves;
@@ -1094,13 +1048,14 @@ def equalize(x, level):
 
 def posterize(x, level):
     """x with its upper 4 - int(0.4 level) bits kept."""
-    return x & _column(256 - (16 << (level * 4 / 10).astype(int)), x, torch.uint8)
+    return x & x.new_tensor(256 - (16 << (level * 4 / 10).astype(int)))[:, None, None, None]
 
 
 def solarize(x, level):
     """x with the values from 256 - int(25.6 level) on inverted."""
-    over = _column(255 - (level * 256 / 10).astype(int), x, torch.int16) - x  # < 0 where inverted
-    return x ^ over.bitwise_right_shift_(15).to(torch.uint8)  # a comparison is several times slower
+    last = x.new_tensor(255 - (level * 256 / 10).astype(int), dtype=torch.int16)
+    over = last[:, None, None, None] - x  # < 0 where inverted; a comparison is far slower
+    return x ^ over.bitwise_right_shift_(15).to(torch.uint8)
 
 
 def rotate(x, level):
@@ -1115,36 +1070,19 @@ def rotate(x, level):
     return truncate(F.grid_sample(x.float(), grid, align_corners=False))
 
 
-def _take(views, *index):
-    """views[index] for NumPy index arrays."""
-    if views.device.type == "cpu":  # NumPy copies whole runs, 5 times faster than torch
-        return torch.from_numpy(views.numpy()[index])
-    return views[tuple(torch.from_numpy(i).to(views.device) for i in index)]
-
-
-def _slide(x, shift):
-    """x with row r of image n moved left by shift (N,H or 1) columns: bilinear, 0 outside."""
+def shear_x(x, level):
+    """x with row r moved left by 0.03 level (r + 1/2) columns: bilinear, 0 outside."""
     n, c, h, w = x.shape
-    shift = np.clip(shift, -w, w)
+    shift = (0.03 * level[:, None] * (np.arange(h) + 0.5)).clip(-w, w)  # (N,H)
     left = np.floor(shift).astype(int)
     p = np.abs(left).max() + 1
-    views = F.pad(x, (p, p)).unfold(3, w, 1)  # (N,3,H,2p+1,W): a row from every start
-    at = np.arange(n)[:, None, None], np.arange(c)[:, None], np.arange(h), left[:, None] + p
-    near = _take(views, *at)
-    if (left == shift).all():
-        return near
-    far = _take(views, *at[:3], at[3] + 1).float()
-    return truncate(near.float().lerp_(far, _column(shift - left, x).view(n, 1, h, 1)))
-
-
-def shear_x(x, level):
-    """x with row r moved left by 0.03 level (r + 1/2) columns."""
-    return _slide(x, 0.03 * level[:, None] * (np.arange(x.shape[2]) + 0.5))
-
-
-def translate_x(x, level):
-    """x moved left by int(level W / 30) columns."""
-    return _slide(x, (level * x.shape[3] / 30).astype(int)[:, None])
+    padded = F.pad(x, (p, p))
+    start = torch.from_numpy(left + p + np.arange(h) * (w + 2 * p))[:, None]
+    start = start + torch.arange(n * c).view(n, c, 1) * (h * (w + 2 * p))  # (N,3,H)
+    rows = padded.flatten().unfold(0, w + 1, 1).index_select(0, start.flatten().to(x.device))
+    rows = rows.view(n, c, h, w + 1).float()
+    share = torch.from_numpy(shift - left).to(x.device, torch.float32)[:, None, :, None]
+    return truncate(torch.lerp(rows[..., :-1], rows[..., 1:], share))
 
 
 def shear_y(x, level):
@@ -1152,10 +1090,16 @@ def shear_y(x, level):
     return shear_x(x.mT, level).mT.contiguous()
 
 
+def translate_x(x, level):
+    """x moved left by int(level W / 30) columns."""
+    steps = (level * x.shape[3] / 30).astype(int).tolist()
+    return torch.stack([F.pad(image, (-step, step)) for image, step in zip(x, steps)])
+
+
 def translate_y(x, level):
-    """x moved up by int(level H / 30) rows: each plane as one long row."""
-    step = (level * x.shape[2] / 30).astype(int)[:, None]
-    return _slide(x.flatten(2)[:, :, None], step * x.shape[3]).view(x.shape)
+    """x moved up by int(level H / 30) rows."""
+    steps = (level * x.shape[2] / 30).astype(int).tolist()
+    return torch.stack([F.pad(image, (0, 0, -step, step)) for image, step in zip(x, steps)])
 
 
 GEOMETRIC_OPS = (rotate, shear_x, shear_y, translate_x, translate_y)
@@ -1181,19 +1125,6 @@ def _do_ops(images, op, level):
     return images
 
 
-def _mix_chains(x, weights, op, level):
-    """x and its chains op, level (N,width,depth) averaged with weights (N, 1 + width)."""
-    n, width, depth = op.shape
-    views = [image for image in x for _ in range(width)]
-    for t in range(depth):
-        views = _do_ops(views, op[..., t].ravel(), level[..., t].ravel())
-    mixed = torch.full_like(x, 0.5, dtype=torch.float32)  # so that truncation rounds
-    for i, shares in enumerate(weights.tolist()):
-        for view, share in zip((x[i], *views[i * width:(i + 1) * width]), shares):
-            mixed[i].add_(view, alpha=share)
-    return truncate(mixed)
-
-
 def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     """x mixed with `width` chains of depth[0] to depth[1] random operations each.
 
@@ -1207,7 +1138,17 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     steps = random.integers(low, high + 1, (n, width, 1))
     op, level = _draw_ops(random, severity, n, width, high)
     op = np.where(np.arange(high) < steps, op, -1)
-    return torch.cat([_mix_chains(x[s], weights[s], op[s], level[s]) for s in _chunks(x)])
+    op, level = (np.insert(v, 0, -1, axis=1) for v in (op, level))  # x is the chain of no operation
+    out = torch.empty_like(x)
+    for s in slices(x, 2 ** 20):
+        views = [image for image in x[s] for _ in range(width + 1)]
+        for t in range(high):
+            views = _do_ops(views, op[s, :, t].ravel(), level[s, :, t].ravel())
+        mixed = torch.full_like(x[s], 0.5, dtype=torch.float32)  # so that truncation rounds
+        for i, (view, share) in enumerate(zip(views, weights[s].ravel().tolist())):
+            mixed[i // (width + 1)].add_(view, alpha=share)
+        out[s] = truncate(mixed)
+    return out
 
 
 def jsd(logits_clean, logits_aug1, logits_aug2):
@@ -1221,16 +1162,13 @@ def jsd(logits_clean, logits_aug1, logits_aug2):
 
 
 @functools.lru_cache(maxsize=4)
-def clouds(size, n=48):
-    """uint8 (n,3,size,size): plasma, a field a channel, a stand-in for PixMix's pictures."""
-    side = 1 << (size - 1).bit_length()
-    fields = plasma([rng("clouds", i) for i in range(3 * n)], side, 1.3)
-    return _bytes(255 * fields.view(n, 3, side, side)[..., :size, :size])
-
-
-@functools.lru_cache(maxsize=2)
 def load_pictures(folder, size, limit=2000):
-    """uint8 (M,3,size,size): the first `limit` pictures below a folder, resized and cropped."""
+    """uint8 (M,3,size,size) for pixmix: the first `limit` pictures below a folder, resized and
+    cropped; without a folder 48 clouds of plasma, a field a channel."""
+    if not folder:
+        side = 1 << (size - 1).bit_length()
+        fields = plasma([rng("clouds", i) for i in range(3 * 48)], side, 1.3)
+        return _bytes(255 * fields.view(48, 3, side, side)[..., :size, :size])
     paths = pictures_below(Path(folder))[:limit]
     if not paths:
         raise UserError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
@@ -1240,10 +1178,9 @@ def load_pictures(folder, size, limit=2000):
 
 def _blend(x, y, a, b, multiply):
     """x and y in [0, 1] added (a x + b y about grey) or multiplied (x^a y^b), clipped."""
-    a, b = _column(a, x), _column(b, x)
     if multiply:
         return ((2 * x) ** a * (2 * y).clamp(min=1e-37) ** b / 2).clamp(0, 1)
-    return (a * x + b * y + (1 - a - b) / 2).clamp(0, 1)
+    return (x * a + y * b + (1 - a - b) / 2).clamp(0, 1)
 
 
 def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
@@ -1254,7 +1191,7 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     """
     random, (n, _, h, w) = np.random.default_rng(_key(generator)), x.shape
     size = max(h, w) * 8 // 7
-    pool = load_pictures(pictures, size) if pictures else clouds(size)
+    pool = load_pictures(pictures, size)
     crop = random.integers([[len(pool)], [size - h + 1], [size - w + 1]], size=(3, n))
     pictures = [pool[i, :, r:r + h, c:c + w].to(x.device) for i, r, c in crop.T]
     op, level = _draw_ops(random, severity, k + 1, n)
@@ -1262,34 +1199,21 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     op, rounds = np.where(own, op, -1), random.integers(k + 1, size=n)
     a, small, b = (random.beta(*ab, (k + 1, n)) for ab in ((beta, 1), (1, beta), (1, beta)))
     a, b = np.where(inner, a, 1 + small), np.where(inner, b, -b)
-    mixed = torch.stack(_do_ops(x, op[0], level[0])) / 255
+    mixed = [image / 255 for image in _do_ops(x, op[0], level[0])]
     for j in range(1, k + 1):
-        for kind in (False, True):
-            at = np.flatnonzero((rounds >= j) & (multiply[j] == kind))
-            if len(at):
-                other = [x[i] if own[j, i] else pictures[i] for i in at]
-                other = torch.stack(_do_ops(other, op[j, at], level[j, at])) / 255
-                place = torch.from_numpy(at).to(x.device)
-                mixed[place] = _blend(mixed[place], other, a[j, at], b[j, at], kind)
-    return _bytes(mixed * 255)
+        at = np.flatnonzero(rounds >= j)
+        others = [x[i] if own[j, i] else pictures[i] for i in at]
+        for i, other in zip(at, _do_ops(others, op[j, at], level[j, at])):
+            mixed[i] = _blend(mixed[i], other / 255, a[j, i], b[j, i], multiply[j, i])
+    return _bytes(torch.stack(mixed) * 255)
 
 
-def _conv(z, weight, dilation):
+def _conv(z, weight, dilation=1):
     """(N,O,H,W): each image of z (N,C,H,W) under its own weight (N,O,C,K,K), then normalised."""
     n, c, h, w = z.shape
     weight, pad = weight.to(z.device, z.dtype), dilation * (weight.shape[-1] // 2)
     z = F.conv2d(z.reshape(1, n * c, h, w), weight.flatten(0, 1), None, 1, pad, dilation, n)
     return F.instance_norm(z.view(n, -1, h, w))
-
-
-def _noise_block(z, kernels):
-    """(N,3,H,W): z through 1x1, three chained convolutions on quarters of the channels, 1x1."""
-    first, *middle, last = kernels
-    parts, done, carry = _conv(z, *first).relu_().chunk(4, 1), [], 0
-    for part, kernel in zip(parts, middle):
-        carry = _conv(part + carry, *kernel).relu_()
-        done.append(carry)
-    return _conv(torch.cat([*done, parts[3]], 1), *last)
 
 
 def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
@@ -1301,34 +1225,32 @@ def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     """
     random = np.random.default_rng(_key(generator))
     draw = lambda *shape: torch.from_numpy(random.uniform(-1, 1, (len(x), *shape)))
-    strength = random.uniform(*strength, len(x))
+    strength = x.new_tensor(random.uniform(*strength, (len(x), 1, 1, 1)), dtype=torch.float32)
     mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in PIXELS)
-    blocks, out = [], []
+    blocks, out = [], torch.empty_like(x)
     for sizes in random.integers([2, 3], size=(4, 3, 2)).tolist():
         # kernels of 1 or 3 px at dilation 1 to 3
-        middle = [(draw(hidden, hidden, 1 + 2 * k, 1 + 2 * k), 1 + d) for k, d in sizes]
-        blocks.append([(draw(4 * hidden, 3, 1, 1), 1), *middle, (draw(3, 4 * hidden, 1, 1), 1)])
-    for s in _chunks(x, 2**16):
+        kernels = [(draw(hidden, hidden, 1 + 2 * k, 1 + 2 * k), 1 + d) for k, d in sizes]
+        blocks.append((draw(4 * hidden, 3, 1, 1), kernels, draw(3, 4 * hidden, 1, 1)))
+    for s in slices(x, 2 ** 16):
         z = (x[s] - mean) / std
-        for kernels in blocks:
-            z = z + _column(strength[s], x) * _noise_block(z, [(w[s], d) for w, d in kernels])
-        out.append(_bytes(z * std + mean))
-    return torch.cat(out)
+        for wide, kernels, narrow in blocks:
+            *parts, rest = _conv(z, wide[s]).relu_().chunk(4, 1)
+            done, carry = [], 0
+            for part, (weight, dilation) in zip(parts, kernels):
+                carry = _conv(part + carry, weight[s], dilation).relu_()
+                done.append(carry)
+            z = z + strength[s] * _conv(torch.cat([*done, rest], 1), narrow[s])
+        out[s] = _bytes(z * std + mean)
+    return out
 
 
-def cutout(x, generator):
-    """x with a square of half its side in grey (the CIFAR-10 setting: 16 of 32 px)."""
-    return _image_by_image(x, generator, v2.RandomErasing(1, (0.25, 0.25), (1, 1), 128))
-
-
-def randaugment(x, generator, num_ops=2, magnitude=9):
-    """x under torchvision's RandAugment."""
-    return _image_by_image(x, generator, v2.RandAugment(num_ops, magnitude))
-
-
-def erasing(x, generator):
-    """x with a random rectangle in grey in a quarter of the images (Zhong et al. 2020)."""
-    return _image_by_image(x, generator, v2.RandomErasing(0.25, value=128))
+def image_by_image(transform):
+    """A transform of torchvision, which treats a batch as one image, as an augmentation."""
+    def augmentation(x, generator):
+        with seeded(_key(generator)):
+            return torch.stack([transform(image) for image in x])
+    return augmentation
 
 
 AUGMENTATIONS = {  # in the order in which a sum applies them
@@ -1336,9 +1258,10 @@ AUGMENTATIONS = {  # in the order in which a sum applies them
     "deepaugment": deepaugment,
     "pixmix": pixmix,
     "augmix": augmix,
-    "randaugment": randaugment,
-    "cutout": cutout,
-    "erasing": erasing,
+    "randaugment": image_by_image(v2.RandAugment(2, 9)),
+    # a square of half the side in grey, as on CIFAR-10; a random rectangle (Zhong et al. 2020)
+    "cutout": image_by_image(v2.RandomErasing(1, (0.25, 0.25), (1, 1), 128)),
+    "erasing": image_by_image(v2.RandomErasing(0.25, value=128)),
 }
 LABEL_MIXERS = {"mixup": functools.partial(v2.MixUp, alpha=0.8),  # alpha as in [B]
                 "cutmix": functools.partial(v2.CutMix, alpha=1.0)}
@@ -4112,7 +4035,7 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     card, ev, transform = model.card, cfg.eval, images.transform
     if images.corrupted and not images.archive:
         transform += (f", corrupted on the fly{', jpeg 85' if ev.jpeg else ''}, "
-                      f"{frost_source(ev.frost_dir or None)} frost")
+                      f"{'original' if frost_folder(ev.frost_dir) else 'procedural'} frost")
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
@@ -4618,27 +4541,24 @@ def picture_grid(student, pictures: dict[str, tuple[Tensor, Tensor]], classes: S
 
 def seconds(call: Callable) -> float:
     """How long the call takes, a GPU's work included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
     start = time.perf_counter()
     call()
-    wait()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, rounds: int = 5) -> dict:
     """{"ours", "theirs", "ratio", "spread"}: median images/s and ratio over the rounds, and the
-    least and largest ratio; None for theirs where there is no such package."""
+    least and largest ratio; "ours" alone where there is no such package."""
     sides = [(ours, n), (theirs, n_theirs)] if theirs else [(ours, n)]
     rates = np.array([[images / seconds(call) for call, images in sides]
                       for _ in range(rounds + 1)])[1:]                # the first round warms up
-    row = {"ours": np.median(rates[:, 0]).round(1).item(), "theirs": None, "ratio": None,
-           "spread": None}
+    row = dict(zip(("ours", "theirs"), np.median(rates, 0).round(1).tolist()))
     if theirs:
-        ratios = rates[:, 0] / rates[:, 1]
-        row |= {"theirs": np.median(rates[:, 1]).round(1).item(),
-                "ratio": np.median(ratios).round(2).item(),
-                "spread": np.array([ratios.min(), ratios.max()]).round(2).tolist()}
+        ratios = (rates[:, 0] / rates[:, 1]).round(2)
+        row |= {"ratio": np.median(ratios).item(), "spread": [ratios.min().item(),
+                                                              ratios.max().item()]}
     return row
 
 
@@ -4647,108 +4567,63 @@ def bench_images(n: int, size: int) -> Tensor:
     return v2.functional.resize(make_shapes(n, 128, "test")[0], [size, size], antialias=True)
 
 
-def _if_it_runs(call: Callable) -> Callable | None:
-    """The call, or None where it fails: the public packages are old, and break part by part with
-    newer NumPy and scikit-image."""
-    try:
-        call()
-    except Exception:
-        return None
-    return call
-
-
 def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[dict]:
-    """Every corruption against the PyPI package imagecorruptions, where installed, and all of them
-    as one: images/s of a sample that gets each once."""
-    x, rows, package = bench_images(n, size), [], "imagecorruptions"
+    """Every corruption against the PyPI package imagecorruptions, where it can be imported, and all
+    of them as one: images/s of a sample that gets each once."""
+    try:
+        from imagecorruptions import corrupt as other
+    except (ImportError, AttributeError):              # it is old, and needs an old NumPy
+        other = None
+    x, rows = bench_images(n, size), []
     pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).numpy()]
-    for name in CORRUPTIONS:
-        few = pictures[:1] if name == "glass_blur" else pictures     # a Python loop over the pixels
-        theirs = _if_it_runs(lambda: [
-            importlib.import_module(package).corrupt(p, severity, name) for p in few])
-        row = paired(lambda: corrupt(x, name, severity), theirs, n, len(few), 3)
-        rows.append({"part": name, "against": package, **row})
-    sums = {"the 15": rows[:], "the 14 without glass_blur": [
-        r for r in rows if r["part"] != "glass_blur"]}
-    for part, some in sums.items():
-        row = {"part": part, "against": package, "theirs": None, "ratio": None, "spread": None}
-        row["ours"] = round(len(some) / sum(1 / r["ours"] for r in some), 1)
-        if all(r["theirs"] for r in some):
-            row["theirs"] = round(len(some) / sum(1 / r["theirs"] for r in some), 1)
-            row["ratio"] = round(row["ours"] / row["theirs"], 2)
-        rows.append(row)
+    parts = {name: [name] for name in CORRUPTIONS} | {
+        "the 15": CORRUPTIONS,
+        "the 14 without glass_blur": [c for c in CORRUPTIONS if c != "glass_blur"]}
+    for part, names in parts.items():
+        few = pictures[:1] if "glass_blur" in names else pictures    # a Python loop over the pixels
+        theirs = lambda: [other(p, severity, c) for c in names for p in few]
+        row = paired(lambda: [corrupt(x, c, severity) for c in names], other and theirs,
+                     n, len(few), 3)
+        rows.append({"part": part, "against": "imagecorruptions", **row})
     return rows
 
 
 def bench_augment(size: int = 224, n: int = 64) -> list[dict]:
-    """AugMix alone against torchvision v2, as a JSD sample (picture and two views) against timm.
-
-    Severity 3 and the paper's nine operations on all sides; timm also as its factory sets it up."""
-    from timm.data.auto_augment import AugMixAugment, augment_and_mix_transform, augmix_ops
-    g, x = rng("bench"), bench_images(n, size)
-    images = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x]
-    nine = ["AutoContrast", "Equalize", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
-            "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
-    fair = {"magnitude_std": float("inf"), "interpolation": Image.BILINEAR}
-    vision, views = v2.AugMix(3, all_ops=False), lambda: augmix(x, g, severity=3)
-    timms = {"timm, the nine operations": AugMixAugment(augmix_ops(3, fair, nine)),
-             "timm": augment_and_mix_transform("augmix-m3")}
-    rows = [{"part": "augmix", "against": "torchvision v2", **paired(
-        views, lambda: torch.stack([vision(i) for i in x]), n, n)}]
-    for name, t in timms.items():
-        rows.append({"part": "augmix + JSD sample", "against": name, **paired(
-            lambda: torch.stack([x, views(), views()]),
-            lambda: np.stack([np.asarray(v) for i in images for v in (i, t(i), t(i))]), n, n)})
-    return rows
+    """AugMix at severity 3, with the paper's nine operations, against torchvision v2."""
+    g, x, other = rng("bench"), bench_images(n, size), v2.AugMix(3, all_ops=False)
+    row = paired(lambda: augmix(x, g, severity=3), lambda: [other(image) for image in x], n, n)
+    return [{"part": "augmix", "against": "torchvision v2", **row}]
 
 
-def training_steps(net: Net, teacher: Net, x: Tensor) -> dict[str, Callable]:
-    """{method: a step of training} on images (B,3,S,S) and as many augmented ones, the augmentation
-    itself left out: FT, ERPM with the last stage tuned in each head, and that from the cache."""
-    device, copied = x.device, weightless if x.device.type == "meta" else copy.deepcopy
-    student, teacher = (copied(m).to(device) for m in (Student(net, 1, 1), teacher))
-    whole = copied(net).to(device).requires_grad_(True)
-    see = frozen_views(student.backbone, Robustify(augment="none"), True, student.original, teacher)
-    batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=device), rng(0))
-    with autocast("auto", device):
+def bench_training(n: int = 8) -> list[dict]:
+    """A step of training, the augmentation left out: ERPM with the last stage tuned in each head,
+    live and from the cache, against FT; ViT-S/16 with a ResNet-18 teacher at 224 px."""
+    net, teacher = (freeze(named(f"timm:{name}", 1000, "random", 224)).to(pick_device())
+                    for name in ("vit_small_patch16_224", "resnet18"))
+    x = bench_images(n, 224).to(pick_device())
+    batch = Batch(x, torch.zeros(n, dtype=torch.long, device=x.device), rng(0))
+    plain, student = Robustify(augment="none"), Student(net, 1, 1).to(x.device)
+    see = frozen_views(student.backbone, plain, True, student.original, teacher)
+    with autocast("auto", x.device):
         held = see(batch)
 
     def step(model: nn.Module, loss: Callable) -> Callable:
         opt = make_optimizer(model.train(), Train())
 
         def once() -> None:
-            with autocast("auto", device):
+            with autocast("auto", x.device):
                 value = loss(model, batch)[0]
             value.backward()
             opt.step()
             opt.zero_grad()
         return once
 
-    return {"FT": step(whole, plain_step(Train(), Robustify(augment="none"))),
-            "ERPM": step(student.tuned, erpm_step(Distill(), see)),
-            "ERPM, cached": step(student.tuned, erpm_step(Distill(), lambda batch: held))}
-
-
-def bench_training(n: int = 8) -> list[dict]:
-    """ERPM, live and from the cache, against FT: time of a step of ViT-S/16 with a ResNet-18
-    teacher, and FLOPs of one of ViT-L/14 with a ViT-B/16 teacher, at 224 px."""
-    rows, x = [], bench_images(n, 224).to(pick_device())
-    make = lambda name: freeze(named(f"timm:{name}", 1000, "random", 224))
-    steps = training_steps(make("vit_small_patch16_224"), make("resnet18"), x)
-    for part in ("ERPM", "ERPM, cached"):
-        row = paired(steps[part], steps["FT"], n, n)
-        rows.append({"part": f"{part}, ViT-S/16", "against": "FT", **row})
-    steps, counts = training_steps(make("vit_large_patch14_224"), make("vit_base_patch16_224"),
-                                   x.to("meta")), {}
-    for part, step in steps.items():
-        with FlopCounterMode(display=False) as counter:
-            step()
-        counts[part] = counter.get_total_flops() / n
-    for part in ("ERPM", "ERPM, cached"):
-        rows.append({"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT",
-                     "ours": round(counts[part] / 1e9, 1), "theirs": round(counts["FT"] / 1e9, 1),
-                     "ratio": round(counts["FT"] / counts[part], 2), "spread": None})
-    return rows
+    whole = copy.deepcopy(net).requires_grad_(True)
+    ft = step(whole, plain_step(Train(), plain))
+    steps = {"ERPM": step(student.tuned, erpm_step(Distill(), see)),
+             "ERPM, cached": step(student.tuned, erpm_step(Distill(), lambda batch: held))}
+    return [{"part": f"{part}, ViT-S/16", "against": "FT", **paired(ours, ft, n, n)}
+            for part, ours in steps.items()]
 
 
 def bench_answers(n: int = 32) -> list[dict]:
