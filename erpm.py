@@ -735,7 +735,7 @@ def glass_blur(x, c, gens):
         j = here + step
         made = active.index_select(0, j).mul_(step > 0)  # 1: j was itself written in this pass
         link = step.mul_(made).add_(here)
-        for _ in range(5 if d > 1 else 0):  # an offset of reach 1 never points to such a pixel
+        for _ in range(5):
             link = link.index_select(0, link)
         source = source.index_select(0, j.index_select(0, link))
     y = truncate(gaussian(x, sigma)).transpose(0, 1).reshape(3, -1).index_select(1, source)
@@ -975,12 +975,11 @@ CORRUPTIONS = tuple(RECIPES)
 
 
 def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
-    """x corrupted, uint8 (B,3,H,W) on x's device: a function of (x, index, seed, name, severity).
+    """x corrupted, uint8 (B,3,H,W) on x's device: a function of (x, index, seed, name, severity);
+    a GPU draws other numbers. Sides of 32 to 512 px.
 
     index: B ints, the identities of the images, by default 0..B-1. jpeg: the round trip at quality
-    85 that the published files went through. frost_dir: folder of the original textures. Sides
-    of 32 to 512 px. Constants: make_cifar_c.py's up to 64 px (longer side), make_imagenet_c.py's
-    above. A GPU draws other numbers.
+    85 that the published files went through. frost_dir: folder of the original textures.
     Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
     function, *columns = choose(RECIPES, str(name), "corruption")
     came = f"{x.dtype} {tuple(x.shape)}"
@@ -992,10 +991,10 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
     index = range(len(x)) if index is None else [int(k) for k in index]
     if len(index) != len(x):
         raise UserError(f"{len(x)} images but {len(index)} indices")
-    (h, w), severity = x.shape[-2:], int(severity)
+    severity = int(severity)
     if frost_dir and name == "frost":
         function = functools.partial(frost, folder=frost_dir)
-    c, out = columns[max(h, w) <= SMALL_PX][severity - 1], torch.empty_like(x)
+    c, out = columns[max(x.shape[-2:]) <= SMALL_PX][severity - 1], torch.empty_like(x)
     for s in slices(x, 2 ** 19):
         gens = [rng("corrupt", int(seed), k, name, severity, device=x.device) for k in index[s]]
         y = function(x[s].contiguous(), c, gens)
@@ -1007,8 +1006,6 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
 # In: uint8 (B,3,H,W) on any device, a torch.Generator. Out: uint8 (B,3,H,W), drawn anew for each
 # image. Always: a function of (x, generator state), and the global generator stays as it was.
 # A CPU generator gives the same draws whatever the device of x, and never waits for a GPU.
-
-PIXELS = ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))  # ImageNet's mean and deviation, 0..255
 
 
 def _key(generator):
@@ -1226,7 +1223,8 @@ def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     random = np.random.default_rng(_key(generator))
     draw = lambda *shape: torch.from_numpy(random.uniform(-1, 1, (len(x), *shape)))
     strength = x.new_tensor(random.uniform(*strength, (len(x), 1, 1, 1)), dtype=torch.float32)
-    mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in PIXELS)
+    pixels = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # ImageNet's mean and deviation
+    mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in pixels)
     blocks, out = [], torch.empty_like(x)
     for sizes in random.integers([2, 3], size=(4, 3, 2)).tolist():
         # kernels of 1 or 3 px at dilation 1 to 3
@@ -4539,26 +4537,22 @@ def picture_grid(student, pictures: dict[str, tuple[Tensor, Tensor]], classes: S
 # and settings, in turns within one run, so that a busy machine slows both alike.
 
 
-def seconds(call: Callable) -> float:
-    """How long the call takes, a GPU's work included."""
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, rounds: int = 5) -> dict:
     """{"ours", "theirs", "ratio", "spread"}: median images/s and ratio over the rounds, and the
     least and largest ratio; "ours" alone where there is no such package."""
     sides = [(ours, n), (theirs, n_theirs)] if theirs else [(ours, n)]
-    rates = np.array([[images / seconds(call) for call, images in sides]
-                      for _ in range(rounds + 1)])[1:]                # the first round warms up
+    rates = np.zeros((rounds + 1, len(sides)))
+    for i, j in np.ndindex(rates.shape):
+        start = time.perf_counter()
+        sides[j][0]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        rates[i, j] = sides[j][1] / (time.perf_counter() - start)
+    rates = rates[1:]                                                 # the first round warms up
     row = dict(zip(("ours", "theirs"), np.median(rates, 0).round(1).tolist()))
     if theirs:
-        ratios = (rates[:, 0] / rates[:, 1]).round(2)
-        row |= {"ratio": np.median(ratios).item(), "spread": [ratios.min().item(),
-                                                              ratios.max().item()]}
+        ratios = np.sort(rates[:, 0] / rates[:, 1]).round(2)
+        row |= {"ratio": np.median(ratios).item(), "spread": ratios[[0, -1]].tolist()}
     return row
 
 
