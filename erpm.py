@@ -826,34 +826,30 @@ def frost_folder(folder=None):
     return folder or package and Path(package.origin).parent / "frost"
 
 
-@functools.lru_cache(maxsize=32)
-def frost_textures(folder, h, w, device):
-    """The five textures, uint8 (3,H,W), or tinted plasma where their files are not to be had;
-    a fifth of it for small images, more where that would hardly cover one."""
-    folder, textures = frost_folder(folder), []
-    for i, (*tint, deviation) in enumerate(ICE):
-        if folder:
-            ice = v2.functional.pil_to_tensor(read_picture(Path(folder) / ICE_FILES[i]))
-        else:
-            ice = plasma([rng("ice", i)], 256, 1.04).repeat(1, 2, 2)
-            ice = (ice - ice.mean()) * (deviation / ice.std()) + torch.tensor(tint).view(3, 1, 1)
-            ice = truncate(ice * 255)
-        least = 1.1 * max(h / ice.shape[1], w / ice.shape[2])
-        scale = max(least, 0.2 if max(h, w) <= SMALL_PX else 1)
-        size = [round(n * scale) for n in ice.shape[1:]]
-        textures.append(v2.functional.resize(ice, size, antialias=False).to(device))
-    return textures
+@functools.lru_cache(maxsize=64)
+def ice(i, h, w, folder, device):
+    """Texture i, uint8 (3,H,W), or tinted plasma where its file is not to be had; a fifth of it for
+    small images, more where that would hardly cover one."""
+    if folder := frost_folder(folder):
+        y = v2.functional.pil_to_tensor(read_picture(Path(folder) / ICE_FILES[i]))
+    else:
+        *tint, deviation = ICE[i]
+        y = plasma([rng("ice", i)], 256, 1.04).repeat(1, 2, 2)
+        y = (y - y.mean()) * (deviation / y.std()) + torch.tensor(tint).view(3, 1, 1)
+        y = truncate(y * 255)
+    least = 1.1 * max(h / y.shape[1], w / y.shape[2])
+    scale = max(least, 0.2 if max(h, w) <= SMALL_PX else 1)
+    size = [round(n * scale) for n in y.shape[1:]]
+    return v2.functional.resize(y, size, antialias=False).to(device)
 
 
 def frost(x, c, gens, folder=None):
     """c0 * image + c1 * a random crop of one of five pictures of ice."""
-    h, w = x.shape[-2:]
-    textures = frost_textures(folder, h, w, x.device)
-    out = x.float().mul_(c[0])
+    (h, w), out = x.shape[-2:], x.float().mul_(c[0])
     for o, (which, u, v) in zip(out, draw(gens, (3,), torch.Tensor.uniform_).tolist()):
-        ice = textures[int(which * 5)]
-        top, left = int(u * (ice.shape[1] - h)), int(v * (ice.shape[2] - w))
-        o.add_(ice[:, top:top + h, left:left + w], alpha=c[1])
+        y = ice(int(which * 5), h, w, folder, x.device)
+        top, left = int(u * (y.shape[1] - h)), int(v * (y.shape[2] - w))
+        o.add_(y[:, top:top + h, left:left + w], alpha=c[1])
     return truncate(out)
 
 
@@ -1032,7 +1028,7 @@ def autocontrast(x, level):
 
 def equalize(x, level):
     """x with a flat histogram per channel, by PIL's integer rule: one table a plane."""
-    planes, same = x.flatten(2).flatten(0, 1), torch.arange(256, device=x.device)
+    planes, same = x.flatten(0, 1).flatten(1), torch.arange(256, device=x.device)
     first = torch.arange(len(planes), dtype=torch.int32, device=x.device)[:, None] * 256
     index = (planes + first).flatten()
     counts = index.bincount(minlength=256 * len(planes)).view(-1, 256)
@@ -1070,16 +1066,14 @@ def rotate(x, level):
 def shear_x(x, level):
     """x with row r moved left by 0.03 level (r + 1/2) columns: bilinear, 0 outside."""
     n, c, h, w = x.shape
-    shift = (0.03 * level[:, None] * (np.arange(h) + 0.5)).clip(-w, w)  # (N,H)
+    shift = (0.03 * level[:, None] * (np.arange(h) + 0.5)).clip(-w, w)
+    shift = shift[:, None].repeat(c, 1).ravel()  # (N 3 H,): of every row of every plane
     left = np.floor(shift).astype(int)
     p = np.abs(left).max() + 1
-    padded = F.pad(x, (p, p))
-    start = torch.from_numpy(left + p + np.arange(h) * (w + 2 * p))[:, None]
-    start = start + torch.arange(n * c).view(n, c, 1) * (h * (w + 2 * p))  # (N,3,H)
-    rows = padded.flatten().unfold(0, w + 1, 1).index_select(0, start.flatten().to(x.device))
-    rows = rows.view(n, c, h, w + 1).float()
-    share = torch.from_numpy(shift - left).to(x.device, torch.float32)[:, None, :, None]
-    return truncate(torch.lerp(rows[..., :-1], rows[..., 1:], share))
+    start = torch.from_numpy(left + p + np.arange(len(left)) * (w + 2 * p)).to(x.device)
+    rows = F.pad(x, (p, p)).flatten().unfold(0, w + 1, 1).index_select(0, start).float()
+    share = torch.from_numpy(shift - left).to(x.device, torch.float32)[:, None]
+    return truncate(torch.lerp(rows[:, :-1], rows[:, 1:], share)).view(x.shape)
 
 
 def shear_y(x, level):
@@ -1205,14 +1199,6 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     return _bytes(torch.stack(mixed) * 255)
 
 
-def _conv(z, weight, dilation=1):
-    """(N,O,H,W): each image of z (N,C,H,W) under its own weight (N,O,C,K,K), then normalised."""
-    n, c, h, w = z.shape
-    weight, pad = weight.to(z.device, z.dtype), dilation * (weight.shape[-1] // 2)
-    z = F.conv2d(z.reshape(1, n * c, h, w), weight.flatten(0, 1), None, 1, pad, dilation, n)
-    return F.instance_norm(z.view(n, -1, h, w))
-
-
 def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     """x through a residual network whose random weights are drawn anew for each image.
 
@@ -1221,26 +1207,25 @@ def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     Differs: kernel sizes and dilations are drawn for each batch, strengths for each image.
     """
     random = np.random.default_rng(_key(generator))
-    draw = lambda *shape: torch.from_numpy(random.uniform(-1, 1, (len(x), *shape)))
-    strength = x.new_tensor(random.uniform(*strength, (len(x), 1, 1, 1)), dtype=torch.float32)
-    pixels = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # ImageNet's mean and deviation
-    mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in pixels)
-    blocks, out = [], torch.empty_like(x)
+    draw = lambda *shape: x.new_tensor(random.uniform(-1, 1, (len(x), *shape)), dtype=torch.float32)
+    conv = lambda z, w, d=1: F.instance_norm(F.conv2d(z, w, padding="same", dilation=d))
+    strength, blocks, out = random.uniform(*strength, len(x)).tolist(), [], []
     for sizes in random.integers([2, 3], size=(4, 3, 2)).tolist():
         # kernels of 1 or 3 px at dilation 1 to 3
         kernels = [(draw(hidden, hidden, 1 + 2 * k, 1 + 2 * k), 1 + d) for k, d in sizes]
         blocks.append((draw(4 * hidden, 3, 1, 1), kernels, draw(3, 4 * hidden, 1, 1)))
-    for s in slices(x, 2 ** 16):
-        z = (x[s] - mean) / std
+    pixels = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # ImageNet's mean and deviation
+    mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in pixels)
+    for i, z in enumerate(((x - mean) / std).split(1)):
         for wide, kernels, narrow in blocks:
-            *parts, rest = _conv(z, wide[s]).relu_().chunk(4, 1)
+            *parts, rest = conv(z, wide[i]).relu_().chunk(4, 1)
             done, carry = [], 0
             for part, (weight, dilation) in zip(parts, kernels):
-                carry = _conv(part + carry, weight[s], dilation).relu_()
+                carry = conv(part + carry, weight[i], dilation).relu_()
                 done.append(carry)
-            z = z + strength[s] * _conv(torch.cat([*done, rest], 1), narrow[s])
-        out[s] = _bytes(z * std + mean)
-    return out
+            z = z + strength[i] * conv(torch.cat([*done, rest], 1), narrow[i])
+        out.append(z)
+    return _bytes(torch.cat(out) * std + mean)
 
 
 def image_by_image(transform):
