@@ -452,7 +452,7 @@ class Eval:
     n_cell: int = opt(0, "images at most of each cell of a generated -c set; 0 = all", 0, MANY)
     batch: int = opt(256, "images a forward", 1, 10 ** 6)
     frost_dir: str = opt("", "folder of the original frost textures; empty = those of the package "
-                             "imagecorruptions where installed, else made here")
+                             "imagecorruptions or imagenet-c where installed, else made here")
     jpeg: bool = opt(True, "JPEG round trip (quality 85) of generated -c sets, as in the files")
 
 
@@ -820,18 +820,23 @@ ICE = ((.305, .585, .650, .07), (.787, .805, .841, .08), (.787, .805, .841, .08)
        (.540, .599, .648, .10), (.441, .484, .528, .14))  # mean RGB, deviation within 224 px
 
 
-def frost_folder(folder=None):
-    """The folder of the original textures: `folder`, or the PyPI package's, or None."""
+def frost_folder():
+    """The folder of the original textures in the PyPI package imagecorruptions, or None."""
     package = importlib.util.find_spec("imagecorruptions")  # no import: it wants an old NumPy
-    return folder or package and Path(package.origin).parent / "frost"
+    return package and Path(package.origin).parent / "frost"
+
+
+def frost_source():
+    """"original" or "procedural": the textures that frost draws from."""
+    return "original" if frost_folder() else "procedural"
 
 
 @functools.lru_cache(maxsize=64)
-def ice(i, h, w, folder, device):
+def ice(i, h, w, device):
     """Texture i, uint8 (3,H,W), or tinted plasma where its file is not to be had; a fifth of it for
     small images, more where that would hardly cover one."""
-    if folder := frost_folder(folder):
-        y = v2.functional.pil_to_tensor(read_picture(Path(folder) / ICE_FILES[i]))
+    if folder := frost_folder():
+        y = v2.functional.pil_to_tensor(read_picture(folder / ICE_FILES[i]))
     else:
         *tint, deviation = ICE[i]
         y = plasma([rng("ice", i)], 256, 1.04).repeat(1, 2, 2)
@@ -843,11 +848,11 @@ def ice(i, h, w, folder, device):
     return v2.functional.resize(y, size, antialias=False).to(device)
 
 
-def frost(x, c, gens, folder=None):
+def frost(x, c, gens):
     """c0 * image + c1 * a random crop of one of five pictures of ice."""
     (h, w), out = x.shape[-2:], x.float().mul_(c[0])
     for o, (which, u, v) in zip(out, draw(gens, (3,), torch.Tensor.uniform_).tolist()):
-        y = ice(int(which * 5), h, w, folder, x.device)
+        y = ice(int(which * 5), h, w, x.device)
         top, left = int(u * (y.shape[1] - h)), int(v * (y.shape[2] - w))
         o.add_(y[:, top:top + h, left:left + w], alpha=c[1])
     return truncate(out)
@@ -970,12 +975,12 @@ RECIPES = {  # name: function; c of severities 1 to 5 in make_imagenet_c.py; in 
 CORRUPTIONS = tuple(RECIPES)
 
 
-def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
+def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
     """x corrupted, uint8 (B,3,H,W) on x's device: a function of (x, index, seed, name, severity);
     a GPU draws other numbers. Sides of 32 to 512 px.
 
     index: B ints, the identities of the images, by default 0..B-1. jpeg: the round trip at quality
-    85 that the published files went through. frost_dir: folder of the original textures.
+    85 that the published files went through.
     Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
     function, *columns = choose(RECIPES, str(name), "corruption")
     came = f"{x.dtype} {tuple(x.shape)}"
@@ -988,8 +993,6 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
     if len(index) != len(x):
         raise UserError(f"{len(x)} images but {len(index)} indices")
     severity = int(severity)
-    if frost_dir and name == "frost":
-        function = functools.partial(frost, folder=frost_dir)
     c, out = columns[max(x.shape[-2:]) <= SMALL_PX][severity - 1], torch.empty_like(x)
     for s in slices(x, 2 ** 19):
         gens = [rng("corrupt", int(seed), k, name, severity, device=x.device) for k in index[s]]
@@ -3778,7 +3781,7 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
 
     def f(x, y, index):
         if cell:
-            x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg, frost_dir=frost_dir or None)
+            x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg)
         out = {}
         ask = functools.cache(lambda m, x: m(x))          # a member of teams runs once a batch
         with autocast(amp, device):
@@ -4018,7 +4021,7 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     card, ev, transform = model.card, cfg.eval, images.transform
     if images.corrupted and not images.archive:
         transform += (f", corrupted on the fly{', jpeg 85' if ev.jpeg else ''}, "
-                      f"{'original' if frost_folder(ev.frost_dir) else 'procedural'} frost")
+                      f"{frost_source()} frost")
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
@@ -5356,7 +5359,7 @@ class CorruptCopies(torch.utils.data.Dataset):
         for name, severity in cells(self.images):
             path = self.out / name / str(severity) / file
             if not path.is_file():
-                y = corrupt(x, name, severity, index=[k], frost_dir=self.frost_dir)[0]
+                y = corrupt(x, name, severity, index=[k])[0]
                 picture = v2.functional.to_pil_image(y)
                 write_atomically(path, lambda f: picture.save(f, kind, quality=85))
 

@@ -1066,12 +1066,12 @@ def test_flat_images_keep_their_value_under_blur(name):
         assert torch.equal(erpm.corrupt(x, name, 3), x)
 
 
-def test_frost_reads_the_five_textures_of_a_folder(tmp_path):
+def test_frost_reads_the_five_textures_of_the_package(tmp_path, monkeypatch):
     for i, file in enumerate(erpm.ICE_FILES):
         Image.new("RGB", (300, 300), (10 * i, 0, 0)).save(tmp_path / file, quality=100)
-    black = torch.zeros(40, 3, 224, 224, dtype=torch.uint8)
-    y = erpm.corrupt(black, "frost", 1, frost_dir=tmp_path)
-    assert len(y[:, 0].flatten(1).float().mean(1).round().unique()) == 5
+    monkeypatch.setattr(erpm, "frost_folder", lambda: tmp_path)
+    y = erpm.corrupt(torch.zeros(40, 3, 221, 223, dtype=torch.uint8), "frost", 1)
+    assert erpm.frost_source() == "original" and len(y[:, 0].flatten(1).float().mean(1).round().unique()) == 5
 
 
 # ==== augmentations ====
