@@ -798,19 +798,15 @@ def snow(x, c, gens):
 def plasma(gens, side, decay):
     """Diamond-square heights on a torus, on [0,1]: (B,side,side)."""
     u = draw(gens, (side, side), torch.Tensor.uniform_, -1, 1)
-    m, step, amplitude = torch.zeros_like(u), side, 1.0
-    while step > 1:
-        half = step // 2
-        noise = u[:, ::half, ::half] * amplitude
-        corners = m[:, ::step, ::step].clone()
-        rows = corners + corners.roll(-1, 1)
-        centres = (rows + rows.roll(-1, 2)).mul_(0.25).add_(noise[:, 1::2, 1::2])
-        m[:, half::step, half::step] = centres
-        s = centres + centres.roll(1, 1) + corners + corners.roll(-1, 2)
-        m[:, ::step, half::step] = s.mul_(0.25).add_(noise[:, ::2, 1::2])
-        s = centres + centres.roll(1, 2) + corners + corners.roll(-1, 1)
-        m[:, half::step, ::step] = s.mul_(0.25).add_(noise[:, 1::2, ::2])
-        step, amplitude = half, amplitude / decay ** 2  # squared: wobble times itself
+    m, step, amplitude = torch.zeros_like(u), side // 2, 1.0
+    cross, plus = ((1, 1), (1, -1), (-1, 1), (-1, -1)), ((0, 1), (0, -1), (1, 0), (-1, 0))
+    while step:
+        grid, noise = m[:, ::step, ::step], u[:, ::step, ::step] * amplitude
+        for around, places in ((cross, [(1, 1)]), (plus, [(0, 1), (1, 0)])):
+            mean = sum(grid.roll(s, (1, 2)) for s in around) / 4 + noise
+            for i, j in places:
+                grid[:, i::2, j::2] = mean[:, i::2, j::2]
+        step, amplitude = step // 2, amplitude / decay ** 2  # squared: wobble times itself
     m -= m.amin((1, 2), keepdim=True)
     return m.div_(m.amax((1, 2), keepdim=True))
 
