@@ -903,11 +903,11 @@ def elastic_transform(x, c, gens):
     amplitude, sigma, jitter = (side * k for k in c)
     shift = draw(gens, (3, 2), torch.Tensor.uniform_, -jitter, jitter)
     a, b, offset = affine(h, w, shift).to(x.device)[..., None, None].unbind(2)  # (B,2,1,1) each
-    u, v = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]
-    y = remap(x.float(), a * u + b * v + offset, True)
+    here = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy"))
+    here = here.to(x.device)  # (2,H,W)
+    y = remap(x.float(), a * here[0] + b * here[1] + offset, True)
     field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
-    field = gaussian(field, sigma, 3, "symmetric")
-    return truncate(remap(y, field + torch.stack(torch.broadcast_tensors(u, v)), False))
+    return truncate(remap(y, here + gaussian(field, sigma, 3, "symmetric"), False))
 
 
 def by_pillow(x, edit):
@@ -979,17 +979,17 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
     85 that the published files went through.
     Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
     function, *columns = choose(RECIPES, str(name), "corruption")
-    came = f"{x.dtype} {tuple(x.shape)}"
-    fits = re.fullmatch(r"torch.uint8 \(\d+, 3, (\d+), (\d+)\)", came)
-    if not fits or not all(32 <= int(side) <= 512 for side in fits.groups()):
+    sides, came = x.shape[2:], f"{x.dtype} {tuple(x.shape)}"
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3 or not (
+            32 <= min(sides) and max(sides) <= 512):
         raise UserError(f"expected torch.uint8 (B,3,H,W), sides of 32 to 512 px, got {came}")
     if severity not in (1, 2, 3, 4, 5):
         raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
     index = range(len(x)) if index is None else [int(k) for k in index]
     if len(index) != len(x):
         raise UserError(f"{len(x)} images but {len(index)} indices")
-    severity = int(severity)
-    c, out = columns[max(x.shape[-2:]) <= SMALL_PX][severity - 1], torch.empty_like(x)
+    severity, out = int(severity), torch.empty_like(x)
+    c = columns[max(sides) <= SMALL_PX][severity - 1]
     for s in slices(x, 2 ** 19):
         gens = [rng("corrupt", int(seed), k, name, severity, device=x.device) for k in index[s]]
         y = function(x[s].contiguous(), c, gens)
