@@ -711,8 +711,7 @@ def blur_matrix(n, sigma, cut, edge, device):
 
 
 def gaussian(x, sigma, cut=4, edge="edge"):
-    """Gaussian blur of (B,C,H,W), one plane at a time, or the matrix product rounds by the size of
-    the batch."""
+    """Gaussian blur of (B,C,H,W), by plane: a batched product rounds by the size of the batch."""
     rows, columns = (blur_matrix(n, sigma, cut, edge, x.device) for n in x.shape[-2:])
     return torch.stack([rows @ y @ columns.T for y in x.float().flatten(0, 1)]).view(x.shape)
 
@@ -770,11 +769,10 @@ def enlarge(x, zoom, h, w):
 
 
 def zoom_blur(x, c, gens):
-    """Mean of the image and of its centre enlarged by each factor, c = end and step of the factors
-    (the image itself counts twice: as factor 1 as well)."""
+    """Mean of the image, twice, and of its centre enlarged by factors up to c0 in steps of c1."""
     (h, w), y, factors = x.shape[-2:], x.float(), np.arange(1, *c)
     total = y.clone()
-    for zoom in factors:
+    for zoom in factors:  # 1 is among them
         rows, columns = math.ceil(h / zoom), math.ceil(w / zoom)
         top, left = (h - rows) // 2, (w - columns) // 2
         total += enlarge(y[..., top:top + rows, left:left + columns], zoom, h, w)
@@ -886,8 +884,7 @@ def remap(x, points, corners):
 
 
 def affine(h, w, shift):
-    """(B,2,3) float32, from output to input pixels: the map that moves three points around the
-    centre by shift (B,3,2) pixels."""
+    """(B,2,3), from output to input pixels: the map that moves three points by shift (B,3,2)."""
     s, signs = min(h, w) // 3, ((1, 1), (1, -1), (-1, -1))
     points = [[h // 2 + i * s, w // 2 + j * s, 1] for i, j in signs]  # the reference has h with x
     points = torch.tensor(points).double()
@@ -4540,11 +4537,6 @@ def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, round
     return row
 
 
-def bench_images(n: int, size: int) -> Tensor:
-    """uint8 (n,3,size,size): shapes with their textures, smooth areas and edges."""
-    return v2.functional.resize(make_shapes(n, 128, "test")[0], [size, size], antialias=True)
-
-
 def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[dict]:
     """Every corruption against the PyPI package imagecorruptions, where it can be imported, and all
     of them as one: images/s of a sample that gets each once."""
@@ -4552,7 +4544,7 @@ def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[d
         from imagecorruptions import corrupt as other
     except (ImportError, AttributeError):              # it is old, and needs an old NumPy
         other = None
-    x, rows = bench_images(n, size), []
+    x, rows = make_shapes(n, size, "test")[0], []
     pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).numpy()]
     parts = {name: [name] for name in CORRUPTIONS} | {
         "the 15": CORRUPTIONS,
@@ -4568,7 +4560,7 @@ def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[d
 
 def bench_augment(size: int = 224, n: int = 64) -> list[dict]:
     """AugMix at severity 3, with the paper's nine operations, against torchvision v2."""
-    g, x, other = rng("bench"), bench_images(n, size), v2.AugMix(3, all_ops=False)
+    g, x, other = rng("bench"), make_shapes(n, size, "test")[0], v2.AugMix(3, all_ops=False)
     row = paired(lambda: augmix(x, g, severity=3), lambda: [other(image) for image in x], n, n)
     return [{"part": "augmix", "against": "torchvision v2", **row}]
 
@@ -4578,7 +4570,7 @@ def bench_training(n: int = 8) -> list[dict]:
     live and from the cache, against FT; ViT-S/16 with a ResNet-18 teacher at 224 px."""
     net, teacher = (freeze(named(f"timm:{name}", 1000, "random", 224)).to(pick_device())
                     for name in ("vit_small_patch16_224", "resnet18"))
-    x = bench_images(n, 224).to(pick_device())
+    x = make_shapes(n, 224, "test")[0].to(pick_device())
     batch = Batch(x, torch.zeros(n, dtype=torch.long, device=x.device), rng(0))
     plain, student = Robustify(augment="none"), Student(net, 1, 1).to(x.device)
     see = frozen_views(student.backbone, plain, True, student.original, teacher)
@@ -4607,7 +4599,7 @@ def bench_training(n: int = 8) -> list[dict]:
 def bench_answers(n: int = 32) -> list[dict]:
     """The choice of the head against the plain forward: ViT-S/16 at 224 px, last stage in each
     head; closed form, and 10 dropout passes in the heads or in the tail."""
-    x, rows = bench_images(n, 224).to(pick_device()), []
+    x, rows = make_shapes(n, 224, "test")[0].to(pick_device()), []
     net = freeze(named("timm:vit_small_patch16_224", 1000, "random", 224)).to(x.device)
     for part, where, passes in (("closed form", "head", 0), ("10 passes in the heads", "head", 10),
                                 ("10 passes in the tail", "tail", 10)):
