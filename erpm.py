@@ -1016,10 +1016,7 @@ def _bytes(x):
 
 def autocontrast(x, level):
     """x stretched per channel so that its darkest value is 0 and its brightest 255."""
-    low, high = (f(x, (2, 3), keepdim=True).float() for f in (torch.amin, torch.amax))
-    flat = low == high
-    scale = (255 / (high - low)).masked_fill_(flat, 1)
-    return truncate(x.float().sub_(low.masked_fill_(flat, 0)).mul_(scale))
+    return v2.functional.autocontrast(x)
 
 
 def equalize(x, level):
@@ -1042,9 +1039,8 @@ def posterize(x, level):
 
 def solarize(x, level):
     """x with the values from 256 - int(25.6 level) on inverted."""
-    last = x.new_tensor(255 - (level * 256 / 10).astype(int), dtype=torch.int16)
-    over = last[:, None, None, None] - x  # < 0 where inverted; a comparison is far slower
-    return x ^ over.bitwise_right_shift_(15).to(torch.uint8)
+    last = x.new_tensor(255 - (level * 256 / 10).astype(int))[:, None, None, None]
+    return x ^ (x > last).to(torch.uint8) * 255
 
 
 def rotate(x, level):
