@@ -46,7 +46,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import importlib
 import importlib.util
 import io
 import itertools
@@ -639,6 +638,12 @@ def config_help() -> str:
 SMALL_PX = 64  # images whose longer side is at most this get CIFAR-10-C's constants
 
 
+def slices(x, size):
+    """Slices of a batch of `size` values each, which stay in a CPU's cache; on a GPU one slice."""
+    n = max(1, size // x.shape[1:].numel() if x.device.type == "cpu" else len(x))
+    return [slice(i, i + n) for i in range(0, len(x), n)]
+
+
 def draw(gens, shape, fill, *args, dtype=torch.float32):
     """(B,*shape) on the generators' device, row k filled by `fill` from generator k: what an image
     draws does not depend on its batch."""
@@ -659,23 +664,11 @@ def gaussian_noise(x, c, gens):
     return truncate(draw(gens, x.shape[1:], torch.Tensor.normal_).mul_(255 * c).add_(x))
 
 
-@functools.lru_cache(maxsize=8)
-def poisson_table(photons, device, levels=4096):
-    """uint8 (256 * levels,): row v holds the noisy values of pixel value v at even quantiles."""
-    n = torch.arange(photons + 1, dtype=torch.float64)  # counts above white are clipped anyway
-    rate = torch.arange(256, dtype=torch.float64)[:, None] * (photons / 255)
-    quantiles = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    below = torch.special.gammaincc(n + 1, rate)  # P(count <= n)
-    counts = torch.searchsorted(below, quantiles.expand(256, -1).contiguous())
-    return truncate(counts.clamp_(max=photons) * (255 / photons)).flatten().to(device)
-
-
 def shot_noise(x, c, gens):
-    """Poisson counts with c photons at white: a random quantile, looked up in a table, for
-    torch.poisson takes five times as long."""
-    key = draw(gens, x.shape[1:], torch.Tensor.random_, 0, 4096, dtype=torch.int32)
-    key = key.add_(x.int(), alpha=4096).flatten()
-    return poisson_table(c, x.device).index_select(0, key).view(x.shape)
+    """Poisson counts with c photons at white."""
+    rates = x.float().mul_(c / 255)
+    counts = torch.stack([torch.poisson(r, generator=g) for r, g in zip(rates, gens)])
+    return truncate(counts.mul_(255 / c))
 
 
 def impulse_noise(x, c, gens):
@@ -704,17 +697,19 @@ def gaussian_taps(sigma, radius):
     return (k / k.sum()).tolist()
 
 
-def gaussian(x, sigma):
-    """Gaussian blur of (B,C,H,W), edge repeated, cut at 4 sigma; a sum of shifted views, which on a
-    CPU is several times faster than a convolution."""
-    r = int(4 * sigma + 0.5)
-    y = F.pad(x.float(), (r, r, r, r), mode="replicate")
-    for dim in (3, 2):
-        out = torch.zeros_like(y.narrow(dim, 0, x.shape[dim]))
-        for i, tap in enumerate(gaussian_taps(sigma, r)):
-            out.add_(y.narrow(dim, i, x.shape[dim]), alpha=tap)
-        y = out
-    return y
+@functools.lru_cache(maxsize=64)
+def blur_matrix(n, sigma, cut, edge, device):
+    """(n,n) Gaussian blur of n values, cut at so many sigma; edge: np.pad's mode."""
+    r = int(cut * sigma + 0.5)
+    i = torch.from_numpy(np.pad(np.arange(n), r, edge)).unfold(0, 2 * r + 1, 1)  # (n, taps)
+    taps = torch.tensor(gaussian_taps(sigma, r)).expand(n, -1)
+    return torch.zeros(n, n).scatter_add_(1, i, taps).to(device)
+
+
+def gaussian(x, sigma, cut=4, edge="edge"):
+    """Gaussian blur of (B,C,H,W), by plane: a batched product rounds by the size of the batch."""
+    rows, columns = (blur_matrix(n, sigma, cut, edge, x.device) for n in x.shape[-2:])
+    return torch.stack([rows @ y @ columns.T for y in x.float().flatten(0, 1)]).view(x.shape)
 
 
 def glass_blur(x, c, gens):
@@ -735,7 +730,7 @@ def glass_blur(x, c, gens):
         j = here + step
         made = active.index_select(0, j).mul_(step > 0)  # 1: j was itself written in this pass
         link = step.mul_(made).add_(here)
-        for _ in range(5 if d > 1 else 0):  # an offset of reach 1 never points to such a pixel
+        for _ in range(5):
             link = link.index_select(0, link)
         source = source.index_select(0, j.index_select(0, link))
     y = truncate(gaussian(x, sigma)).transpose(0, 1).reshape(3, -1).index_select(1, source)
@@ -770,11 +765,10 @@ def enlarge(x, zoom, h, w):
 
 
 def zoom_blur(x, c, gens):
-    """Mean of the image and of its centre enlarged by each factor, c = end and step of the factors
-    (the image itself counts twice: as factor 1 as well)."""
+    """Mean of the image, twice, and of its centre enlarged by factors up to c0 in steps of c1."""
     (h, w), y, factors = x.shape[-2:], x.float(), np.arange(1, *c)
     total = y.clone()
-    for zoom in factors:
+    for zoom in factors:  # 1 is among them
         rows, columns = math.ceil(h / zoom), math.ceil(w / zoom)
         top, left = (h - rows) // 2, (w - columns) // 2
         total += enlarge(y[..., top:top + rows, left:left + columns], zoom, h, w)
@@ -791,27 +785,22 @@ def snow(x, c, gens):
     angles = draw(gens, (), torch.Tensor.uniform_, -135, -45).tolist()
     flakes = truncate(motion(flakes, radius, sigma, angles)).float()
     y = x.float()
-    white = (y[:, :1] * 0.299).add_(y[:, 1:2], alpha=0.587).add_(y[:, 2:], alpha=0.114)
-    white = torch.maximum(y, white.mul_(1.5).add_(127.5)).mul_(1 - keep)
-    return truncate(white.add_(y, alpha=keep).add_(flakes + flakes.flip(-2, -1)))
+    white = torch.maximum(y, v2.functional.rgb_to_grayscale(y) * 1.5 + 127.5)
+    return truncate(torch.lerp(white, y, keep) + flakes + flakes.flip(-2, -1))
 
 
 def plasma(gens, side, decay):
     """Diamond-square heights on a torus, on [0,1]: (B,side,side)."""
     u = draw(gens, (side, side), torch.Tensor.uniform_, -1, 1)
-    m, step, amplitude = torch.zeros_like(u), side, 1.0
-    while step > 1:
-        half = step // 2
-        noise = u[:, ::half, ::half] * amplitude
-        corners = m[:, ::step, ::step].clone()
-        rows = corners + corners.roll(-1, 1)
-        centres = (rows + rows.roll(-1, 2)).mul_(0.25).add_(noise[:, 1::2, 1::2])
-        m[:, half::step, half::step] = centres
-        s = centres + centres.roll(1, 1) + corners + corners.roll(-1, 2)
-        m[:, ::step, half::step] = s.mul_(0.25).add_(noise[:, ::2, 1::2])
-        s = centres + centres.roll(1, 2) + corners + corners.roll(-1, 1)
-        m[:, half::step, ::step] = s.mul_(0.25).add_(noise[:, 1::2, ::2])
-        step, amplitude = half, amplitude / decay ** 2  # squared: wobble times itself
+    m, step, amplitude = torch.zeros_like(u), side // 2, 1.0
+    cross, plus = ((1, 1), (1, -1), (-1, 1), (-1, -1)), ((0, 1), (0, -1), (1, 0), (-1, 0))
+    while step:
+        grid, noise = m[:, ::step, ::step], u[:, ::step, ::step] * amplitude
+        for around, places in ((cross, [(1, 1)]), (plus, [(0, 1), (1, 0)])):
+            mean = sum(grid.roll(s, (1, 2)) for s in around) / 4 + noise
+            for i, j in places:
+                grid[:, i::2, j::2] = mean[:, i::2, j::2]
+        step, amplitude = step // 2, amplitude / decay ** 2  # squared: wobble times itself
     m -= m.amin((1, 2), keepdim=True)
     return m.div_(m.amax((1, 2), keepdim=True))
 
@@ -821,47 +810,41 @@ ICE = ((.305, .585, .650, .07), (.787, .805, .841, .08), (.787, .805, .841, .08)
        (.540, .599, .648, .10), (.441, .484, .528, .14))  # mean RGB, deviation within 224 px
 
 
-def frost_folder(folder=None):
-    """The folder of the original textures: `folder`, or a PyPI package's, or None."""
-    specs = [importlib.util.find_spec(p) for p in ("imagecorruptions", "imagenet_c")]  # no import
-    folders = [Path(s.origin).parent / "frost" for s in specs if s and s.origin]
-    return folder or next((f for f in folders if all((f / n).is_file() for n in ICE_FILES)), None)
+def frost_folder():
+    """The folder of the original textures in the PyPI package imagecorruptions, or None."""
+    package = importlib.util.find_spec("imagecorruptions")  # no import: it wants an old NumPy
+    return package and Path(package.origin).parent / "frost"
 
 
-def frost_source(folder=None):
+def frost_source():
     """"original" or "procedural": the textures that frost draws from."""
-    return "original" if frost_folder(folder) else "procedural"
+    return "original" if frost_folder() else "procedural"
 
 
-@functools.lru_cache(maxsize=32)
-def frost_textures(folder, h, w, device):
-    """The five textures, uint8 (3,H,W), or tinted plasma where their files are not to be had;
-    a fifth of it for small images, more where that would hardly cover one."""
-    folder, textures = frost_folder(folder), []
-    for i, (*tint, deviation) in enumerate(ICE):
-        if folder:
-            with Image.open(Path(folder) / ICE_FILES[i]) as file:
-                ice = v2.functional.pil_to_tensor(file.convert("RGB"))
-        else:
-            ice = plasma([rng("ice", i)], 256, 1.04).repeat(1, 2, 2)
-            ice = (ice - ice.mean()) * (deviation / ice.std()) + torch.tensor(tint).view(3, 1, 1)
-            ice = truncate(ice * 255)
-        least = 1.1 * max(h / ice.shape[1], w / ice.shape[2])
-        scale = max(least, 0.2 if max(h, w) <= SMALL_PX else 1)
-        size = [round(n * scale) for n in ice.shape[1:]]
-        textures.append(v2.functional.resize(ice, size, antialias=False).to(device))
-    return textures
+@functools.lru_cache(maxsize=64)
+def ice(i, h, w, device):
+    """Texture i, uint8 (3,H,W), or tinted plasma where its file is not to be had; a fifth of it for
+    small images, more where that would hardly cover one."""
+    if folder := frost_folder():
+        y = v2.functional.pil_to_tensor(read_picture(folder / ICE_FILES[i]))
+    else:
+        *tint, deviation = ICE[i]
+        y = plasma([rng("ice", i)], 256, 1.04).repeat(1, 2, 2)
+        y = (y - y.mean()) * (deviation / y.std()) + torch.tensor(tint).view(3, 1, 1)
+        y = truncate(y * 255)
+    least = 1.1 * max(h / y.shape[1], w / y.shape[2])
+    scale = max(least, 0.2 if max(h, w) <= SMALL_PX else 1)
+    size = [round(n * scale) for n in y.shape[1:]]
+    return v2.functional.resize(y, size, antialias=False).to(device)
 
 
-def frost(x, c, gens, folder=None):
+def frost(x, c, gens):
     """c0 * image + c1 * a random crop of one of five pictures of ice."""
-    h, w = x.shape[-2:]
-    textures = frost_textures(folder, h, w, x.device)
-    out = x.float().mul_(c[0])
+    (h, w), out = x.shape[-2:], x.float().mul_(c[0])
     for o, (which, u, v) in zip(out, draw(gens, (3,), torch.Tensor.uniform_).tolist()):
-        ice = textures[int(which * 5)]
-        top, left = int(u * (ice.shape[1] - h)), int(v * (ice.shape[2] - w))
-        o.add_(ice[:, top:top + h, left:left + w], alpha=c[1])
+        y = ice(int(which * 5), h, w, x.device)
+        top, left = int(u * (y.shape[1] - h)), int(v * (y.shape[2] - w))
+        o.add_(y[:, top:top + h, left:left + w], alpha=c[1])
     return truncate(out)
 
 
@@ -887,16 +870,6 @@ def contrast(x, c, gens):
     return truncate(torch.lerp(y.mean((2, 3), keepdim=True), y, c))
 
 
-@functools.lru_cache(maxsize=32)
-def blur_matrix(n, sigma, device):
-    """(n,n) Gaussian blur, cut at 3 sigma, mirrored about the edge as often as it takes."""
-    r = int(3 * sigma + 0.5)
-    i = (torch.arange(n)[:, None] + torch.arange(-r, r + 1)) % (2 * n)
-    i = torch.where(i < n, i, 2 * n - 1 - i)
-    m = torch.zeros(n, n).scatter_add_(1, i, torch.tensor(gaussian_taps(sigma, r)).expand(n, -1))
-    return m.to(device)
-
-
 def remap(x, points, corners):
     """Bilinear x (B,C,H,W) at points (B,2,H,W), columns and rows in pixels, mirrored about the
     centre of the edge pixel (corners) or about its outer edge."""
@@ -907,8 +880,7 @@ def remap(x, points, corners):
 
 
 def affine(h, w, shift):
-    """(B,2,3) float32, from output to input pixels: the map that moves three points around the
-    centre by shift (B,3,2) pixels."""
+    """(B,2,3), from output to input pixels: the map that moves three points by shift (B,3,2)."""
     s, signs = min(h, w) // 3, ((1, 1), (1, -1), (-1, -1))
     points = [[h // 2 + i * s, w // 2 + j * s, 1] for i, j in signs]  # the reference has h with x
     points = torch.tensor(points).double()
@@ -924,15 +896,11 @@ def elastic_transform(x, c, gens):
     amplitude, sigma, jitter = (side * k for k in c)
     shift = draw(gens, (3, 2), torch.Tensor.uniform_, -jitter, jitter)
     a, b, offset = affine(h, w, shift).to(x.device)[..., None, None].unbind(2)  # (B,2,1,1) each
-    u, v = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]
-    y = remap(x.float(), a * u + b * v + offset, True)
-    if amplitude:
-        field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
-        rows, columns = blur_matrix(h, sigma, x.device), blur_matrix(w, sigma, x.device)
-        for f in field:  # one by one, or the matrix product rounds by the size of the batch
-            f.copy_(rows @ f @ columns.T)
-        y = remap(y, field.add_(torch.stack(torch.broadcast_tensors(u, v))), False)
-    return truncate(y)
+    here = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy"))
+    here = here.to(x.device)  # (2,H,W)
+    y = remap(x.float(), a * here[0] + b * here[1] + offset, True)
+    field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
+    return truncate(remap(y, here + gaussian(field, sigma, 3, "symmetric"), False))
 
 
 def by_pillow(x, edit):
@@ -954,7 +922,7 @@ def pixelate(x, c, gens):
     return torch.from_numpy(few.take(columns, 3).take(rows, 2)).to(x.device)
 
 
-def jpeg_compression(x, c, gens=()):
+def jpeg_compression(x, c, gens):
     """JPEG at quality c, chroma 4:2:0, by Pillow."""
     def edit(image):
         image.save(file := io.BytesIO(), "JPEG", quality=c)
@@ -996,35 +964,29 @@ RECIPES = {  # name: function; c of severities 1 to 5 in make_imagenet_c.py; in 
 CORRUPTIONS = tuple(RECIPES)
 
 
-def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
-    """x corrupted, uint8 (B,3,H,W) on x's device: a function of (x, index, seed, name, severity).
+def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
+    """x corrupted, uint8 (B,3,H,W) on x's device: a function of (x, index, seed, name, severity);
+    a GPU draws other numbers. Sides of 32 to 512 px.
 
     index: B ints, the identities of the images, by default 0..B-1. jpeg: the round trip at quality
-    85 that the published files went through. frost_dir: folder of the original textures. Sides
-    of 32 to 512 px. Constants: make_cifar_c.py's up to 64 px (longer side), make_imagenet_c.py's
-    above. A GPU draws other numbers.
+    85 that the published files went through.
     Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
     function, *columns = choose(RECIPES, str(name), "corruption")
-    came = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-    fits = re.fullmatch(r"torch.uint8 \(\d+, 3, (\d+), (\d+)\)", came)
-    if not fits or not all(32 <= int(side) <= 512 for side in fits.groups()):
-        raise UserError(
-            f"expected images as a uint8 tensor (B,3,H,W), sides of 32 to 512 px, got {came}")
+    sides, came = x.shape[2:], f"{x.dtype} {tuple(x.shape)}"
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3 or not (
+            32 <= min(sides) and max(sides) <= 512):
+        raise UserError(f"expected torch.uint8 (B,3,H,W), sides of 32 to 512 px, got {came}")
     if severity not in (1, 2, 3, 4, 5):
         raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
     index = range(len(x)) if index is None else [int(k) for k in index]
     if len(index) != len(x):
         raise UserError(f"{len(x)} images but {len(index)} indices")
-    (h, w), severity = x.shape[-2:], int(severity)
-    if frost_dir and name == "frost":
-        function = functools.partial(frost, folder=frost_dir)
-    c, out = columns[max(h, w) <= SMALL_PX][severity - 1], torch.empty_like(x)
-    n = max(1, 2 ** 19 // (3 * h * w)) if x.device.type == "cpu" else len(x)  # stays in the cache
-    for i in range(0, len(x), n):
-        gens = [rng("corrupt", int(seed), k, name, severity, device=x.device)
-                for k in index[i:i + n]]
-        y = function(x[i:i + n].contiguous(), c, gens)
-        out[i:i + n] = jpeg_compression(y, 85) if jpeg else y
+    severity, out = int(severity), torch.empty_like(x)
+    c = columns[max(sides) <= SMALL_PX][severity - 1]
+    for s in slices(x, 2 ** 19):
+        gens = [rng("corrupt", int(seed), k, name, severity, device=x.device) for k in index[s]]
+        y = function(x[s].contiguous(), c, gens)
+        out[s] = jpeg_compression(y, 85, gens) if jpeg else y
     return out
 
 
@@ -1033,34 +995,15 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False, frost_dir=None):
 # image. Always: a function of (x, generator state), and the global generator stays as it was.
 # A CPU generator gives the same draws whatever the device of x, and never waits for a GPU.
 
-PIXELS = ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))  # ImageNet's mean and deviation, 0..255
-
 
 def _key(generator):
     """An int drawn from the generator: the seed of what draws by NumPy or torchvision."""
     return torch.randint(2**62, (), generator=generator, device=generator.device).item()
 
 
-def _column(v, x, dtype=torch.float32):
-    """NumPy v (N,) as a tensor (N,1,1,1) on the device of x."""
-    return torch.from_numpy(v).to(x.device, dtype).view(-1, 1, 1, 1)
-
-
 def _bytes(x):
     """uint8: x in 0..255, rounded and clipped."""
     return truncate(x + 0.5)
-
-
-def _image_by_image(x, generator, transform):
-    """x under a transform of torchvision, which would treat a batch as one image."""
-    with seeded(_key(generator)):
-        return torch.stack([transform(image) for image in x])
-
-
-def _chunks(x, size=2**20):
-    """Slices of the batch that stay in the cache; on a GPU one slice."""
-    n = max(1, size // x[0].numel()) if x.device.type == "cpu" else len(x)
-    return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
 # The nine operations of AugMix, within a grey level of PIL's but for the borders of what moves;
@@ -1069,15 +1012,12 @@ def _chunks(x, size=2**20):
 
 def autocontrast(x, level):
     """x stretched per channel so that its darkest value is 0 and its brightest 255."""
-    low, high = (f(x, (2, 3), keepdim=True).float() for f in (torch.amin, torch.amax))
-    flat = low == high
-    scale = (255 / (high - low)).masked_fill_(flat, 1)
-    return truncate(x.float().sub_(low.masked_fill_(flat, 0)).mul_(scale))
+    return v2.functional.autocontrast(x)
 
 
 def equalize(x, level):
     """x with a flat histogram per channel, by PIL's integer rule: one table a plane."""
-    planes, same = x.flatten(2).flatten(0, 1), torch.arange(256, device=x.device)
+    planes, same = x.flatten(0, 1).flatten(1), torch.arange(256, device=x.device)
     first = torch.arange(len(planes), dtype=torch.int32, device=x.device)[:, None] * 256
     index = (planes + first).flatten()
     counts = index.bincount(minlength=256 * len(planes)).view(-1, 256)
@@ -1090,13 +1030,13 @@ def equalize(x, level):
 
 def posterize(x, level):
     """x with its upper 4 - int(0.4 level) bits kept."""
-    return x & _column(256 - (16 << (level * 4 / 10).astype(int)), x, torch.uint8)
+    return x & x.new_tensor(256 - (16 << (level * 4 / 10).astype(int)))[:, None, None, None]
 
 
 def solarize(x, level):
     """x with the values from 256 - int(25.6 level) on inverted."""
-    over = _column(255 - (level * 256 / 10).astype(int), x, torch.int16) - x  # < 0 where inverted
-    return x ^ over.bitwise_right_shift_(15).to(torch.uint8)  # a comparison is several times slower
+    last = x.new_tensor(255 - (level * 256 / 10).astype(int))[:, None, None, None]
+    return x ^ (x > last).to(torch.uint8) * 255
 
 
 def rotate(x, level):
@@ -1111,36 +1051,17 @@ def rotate(x, level):
     return truncate(F.grid_sample(x.float(), grid, align_corners=False))
 
 
-def _take(views, *index):
-    """views[index] for NumPy index arrays."""
-    if views.device.type == "cpu":  # NumPy copies whole runs, 5 times faster than torch
-        return torch.from_numpy(views.numpy()[index])
-    return views[tuple(torch.from_numpy(i).to(views.device) for i in index)]
-
-
-def _slide(x, shift):
-    """x with row r of image n moved left by shift (N,H or 1) columns: bilinear, 0 outside."""
+def shear_x(x, level):
+    """x with row r moved left by 0.03 level (r + 1/2) columns: bilinear, 0 outside."""
     n, c, h, w = x.shape
-    shift = np.clip(shift, -w, w)
+    shift = (0.03 * level[:, None] * (np.arange(h) + 0.5)).clip(-w, w)
+    shift = shift[:, None].repeat(c, 1).ravel()  # (N 3 H,): of every row of every plane
     left = np.floor(shift).astype(int)
     p = np.abs(left).max() + 1
-    views = F.pad(x, (p, p)).unfold(3, w, 1)  # (N,3,H,2p+1,W): a row from every start
-    at = np.arange(n)[:, None, None], np.arange(c)[:, None], np.arange(h), left[:, None] + p
-    near = _take(views, *at)
-    if (left == shift).all():
-        return near
-    far = _take(views, *at[:3], at[3] + 1).float()
-    return truncate(near.float().lerp_(far, _column(shift - left, x).view(n, 1, h, 1)))
-
-
-def shear_x(x, level):
-    """x with row r moved left by 0.03 level (r + 1/2) columns."""
-    return _slide(x, 0.03 * level[:, None] * (np.arange(x.shape[2]) + 0.5))
-
-
-def translate_x(x, level):
-    """x moved left by int(level W / 30) columns."""
-    return _slide(x, (level * x.shape[3] / 30).astype(int)[:, None])
+    start = torch.from_numpy(left + p + np.arange(len(left)) * (w + 2 * p)).to(x.device)
+    rows = F.pad(x, (p, p)).flatten().unfold(0, w + 1, 1).index_select(0, start).float()
+    share = torch.from_numpy(shift - left).to(x.device, torch.float32)[:, None]
+    return truncate(torch.lerp(rows[:, :-1], rows[:, 1:], share)).view(x.shape)
 
 
 def shear_y(x, level):
@@ -1148,10 +1069,16 @@ def shear_y(x, level):
     return shear_x(x.mT, level).mT.contiguous()
 
 
+def translate_x(x, level):
+    """x moved left by int(level W / 30) columns."""
+    steps = (level * x.shape[3] / 30).astype(int).tolist()
+    return torch.stack([F.pad(image, (-step, step)) for image, step in zip(x, steps)])
+
+
 def translate_y(x, level):
-    """x moved up by int(level H / 30) rows: each plane as one long row."""
-    step = (level * x.shape[2] / 30).astype(int)[:, None]
-    return _slide(x.flatten(2)[:, :, None], step * x.shape[3]).view(x.shape)
+    """x moved up by int(level H / 30) rows."""
+    steps = (level * x.shape[2] / 30).astype(int).tolist()
+    return torch.stack([F.pad(image, (0, 0, -step, step)) for image, step in zip(x, steps)])
 
 
 GEOMETRIC_OPS = (rotate, shear_x, shear_y, translate_x, translate_y)
@@ -1177,19 +1104,6 @@ def _do_ops(images, op, level):
     return images
 
 
-def _mix_chains(x, weights, op, level):
-    """x and its chains op, level (N,width,depth) averaged with weights (N, 1 + width)."""
-    n, width, depth = op.shape
-    views = [image for image in x for _ in range(width)]
-    for t in range(depth):
-        views = _do_ops(views, op[..., t].ravel(), level[..., t].ravel())
-    mixed = torch.full_like(x, 0.5, dtype=torch.float32)  # so that truncation rounds
-    for i, shares in enumerate(weights.tolist()):
-        for view, share in zip((x[i], *views[i * width:(i + 1) * width]), shares):
-            mixed[i].add_(view, alpha=share)
-    return truncate(mixed)
-
-
 def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     """x mixed with `width` chains of depth[0] to depth[1] random operations each.
 
@@ -1203,7 +1117,17 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     steps = random.integers(low, high + 1, (n, width, 1))
     op, level = _draw_ops(random, severity, n, width, high)
     op = np.where(np.arange(high) < steps, op, -1)
-    return torch.cat([_mix_chains(x[s], weights[s], op[s], level[s]) for s in _chunks(x)])
+    op, level = (np.insert(v, 0, -1, axis=1) for v in (op, level))  # x is the chain of no operation
+    out = torch.empty_like(x)
+    for s in slices(x, 2 ** 20):
+        views = [image for image in x[s] for _ in range(width + 1)]
+        for t in range(high):
+            views = _do_ops(views, op[s, :, t].ravel(), level[s, :, t].ravel())
+        mixed = torch.full_like(x[s], 0.5, dtype=torch.float32)  # so that truncation rounds
+        for i, (view, share) in enumerate(zip(views, weights[s].ravel().tolist())):
+            mixed[i // (width + 1)].add_(view, alpha=share)
+        out[s] = truncate(mixed)
+    return out
 
 
 def jsd(logits_clean, logits_aug1, logits_aug2):
@@ -1217,16 +1141,13 @@ def jsd(logits_clean, logits_aug1, logits_aug2):
 
 
 @functools.lru_cache(maxsize=4)
-def clouds(size, n=48):
-    """uint8 (n,3,size,size): plasma, a field a channel, a stand-in for PixMix's pictures."""
-    side = 1 << (size - 1).bit_length()
-    fields = plasma([rng("clouds", i) for i in range(3 * n)], side, 1.3)
-    return _bytes(255 * fields.view(n, 3, side, side)[..., :size, :size])
-
-
-@functools.lru_cache(maxsize=2)
 def load_pictures(folder, size, limit=2000):
-    """uint8 (M,3,size,size): the first `limit` pictures below a folder, resized and cropped."""
+    """uint8 (M,3,size,size) for pixmix: the first `limit` pictures below a folder, resized and
+    cropped; without a folder 48 clouds of plasma, a field a channel."""
+    if not folder:
+        side = 1 << (size - 1).bit_length()
+        fields = plasma([rng("clouds", i) for i in range(3 * 48)], side, 1.3)
+        return _bytes(255 * fields.view(48, 3, side, side)[..., :size, :size])
     paths = pictures_below(Path(folder))[:limit]
     if not paths:
         raise UserError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
@@ -1236,10 +1157,9 @@ def load_pictures(folder, size, limit=2000):
 
 def _blend(x, y, a, b, multiply):
     """x and y in [0, 1] added (a x + b y about grey) or multiplied (x^a y^b), clipped."""
-    a, b = _column(a, x), _column(b, x)
     if multiply:
         return ((2 * x) ** a * (2 * y).clamp(min=1e-37) ** b / 2).clamp(0, 1)
-    return (a * x + b * y + (1 - a - b) / 2).clamp(0, 1)
+    return (x * a + y * b + (1 - a - b) / 2).clamp(0, 1)
 
 
 def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
@@ -1250,7 +1170,7 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     """
     random, (n, _, h, w) = np.random.default_rng(_key(generator)), x.shape
     size = max(h, w) * 8 // 7
-    pool = load_pictures(pictures, size) if pictures else clouds(size)
+    pool = load_pictures(pictures, size)
     crop = random.integers([[len(pool)], [size - h + 1], [size - w + 1]], size=(3, n))
     pictures = [pool[i, :, r:r + h, c:c + w].to(x.device) for i, r, c in crop.T]
     op, level = _draw_ops(random, severity, k + 1, n)
@@ -1258,34 +1178,13 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     op, rounds = np.where(own, op, -1), random.integers(k + 1, size=n)
     a, small, b = (random.beta(*ab, (k + 1, n)) for ab in ((beta, 1), (1, beta), (1, beta)))
     a, b = np.where(inner, a, 1 + small), np.where(inner, b, -b)
-    mixed = torch.stack(_do_ops(x, op[0], level[0])) / 255
+    mixed = [image / 255 for image in _do_ops(x, op[0], level[0])]
     for j in range(1, k + 1):
-        for kind in (False, True):
-            at = np.flatnonzero((rounds >= j) & (multiply[j] == kind))
-            if len(at):
-                other = [x[i] if own[j, i] else pictures[i] for i in at]
-                other = torch.stack(_do_ops(other, op[j, at], level[j, at])) / 255
-                place = torch.from_numpy(at).to(x.device)
-                mixed[place] = _blend(mixed[place], other, a[j, at], b[j, at], kind)
-    return _bytes(mixed * 255)
-
-
-def _conv(z, weight, dilation):
-    """(N,O,H,W): each image of z (N,C,H,W) under its own weight (N,O,C,K,K), then normalised."""
-    n, c, h, w = z.shape
-    weight, pad = weight.to(z.device, z.dtype), dilation * (weight.shape[-1] // 2)
-    z = F.conv2d(z.reshape(1, n * c, h, w), weight.flatten(0, 1), None, 1, pad, dilation, n)
-    return F.instance_norm(z.view(n, -1, h, w))
-
-
-def _noise_block(z, kernels):
-    """(N,3,H,W): z through 1x1, three chained convolutions on quarters of the channels, 1x1."""
-    first, *middle, last = kernels
-    parts, done, carry = _conv(z, *first).relu_().chunk(4, 1), [], 0
-    for part, kernel in zip(parts, middle):
-        carry = _conv(part + carry, *kernel).relu_()
-        done.append(carry)
-    return _conv(torch.cat([*done, parts[3]], 1), *last)
+        at = np.flatnonzero(rounds >= j)
+        others = [x[i] if own[j, i] else pictures[i] for i in at]
+        for i, other in zip(at, _do_ops(others, op[j, at], level[j, at])):
+            mixed[i] = _blend(mixed[i], other / 255, a[j, i], b[j, i], multiply[j, i])
+    return _bytes(torch.stack(mixed) * 255)
 
 
 def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
@@ -1296,35 +1195,33 @@ def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     Differs: kernel sizes and dilations are drawn for each batch, strengths for each image.
     """
     random = np.random.default_rng(_key(generator))
-    draw = lambda *shape: torch.from_numpy(random.uniform(-1, 1, (len(x), *shape)))
-    strength = random.uniform(*strength, len(x))
-    mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in PIXELS)
-    blocks, out = [], []
+    draw = lambda *shape: x.new_tensor(random.uniform(-1, 1, (len(x), *shape)), dtype=torch.float32)
+    conv = lambda z, w, d=1: F.instance_norm(F.conv2d(z, w, padding="same", dilation=d))
+    strength, blocks, out = random.uniform(*strength, len(x)).tolist(), [], []
     for sizes in random.integers([2, 3], size=(4, 3, 2)).tolist():
         # kernels of 1 or 3 px at dilation 1 to 3
-        middle = [(draw(hidden, hidden, 1 + 2 * k, 1 + 2 * k), 1 + d) for k, d in sizes]
-        blocks.append([(draw(4 * hidden, 3, 1, 1), 1), *middle, (draw(3, 4 * hidden, 1, 1), 1)])
-    for s in _chunks(x, 2**16):
-        z = (x[s] - mean) / std
-        for kernels in blocks:
-            z = z + _column(strength[s], x) * _noise_block(z, [(w[s], d) for w, d in kernels])
-        out.append(_bytes(z * std + mean))
-    return torch.cat(out)
+        kernels = [(draw(hidden, hidden, 1 + 2 * k, 1 + 2 * k), 1 + d) for k, d in sizes]
+        blocks.append((draw(4 * hidden, 3, 1, 1), kernels, draw(3, 4 * hidden, 1, 1)))
+    pixels = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # ImageNet's mean and deviation
+    mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in pixels)
+    for i, z in enumerate(((x - mean) / std).split(1)):
+        for wide, kernels, narrow in blocks:
+            *parts, rest = conv(z, wide[i]).relu_().chunk(4, 1)
+            done, carry = [], 0
+            for part, (weight, dilation) in zip(parts, kernels):
+                carry = conv(part + carry, weight[i], dilation).relu_()
+                done.append(carry)
+            z = z + strength[i] * conv(torch.cat([*done, rest], 1), narrow[i])
+        out.append(z)
+    return _bytes(torch.cat(out) * std + mean)
 
 
-def cutout(x, generator):
-    """x with a square of half its side in grey (the CIFAR-10 setting: 16 of 32 px)."""
-    return _image_by_image(x, generator, v2.RandomErasing(1, (0.25, 0.25), (1, 1), 128))
-
-
-def randaugment(x, generator, num_ops=2, magnitude=9):
-    """x under torchvision's RandAugment."""
-    return _image_by_image(x, generator, v2.RandAugment(num_ops, magnitude))
-
-
-def erasing(x, generator):
-    """x with a random rectangle in grey in a quarter of the images (Zhong et al. 2020)."""
-    return _image_by_image(x, generator, v2.RandomErasing(0.25, value=128))
+def image_by_image(transform):
+    """A transform of torchvision, which treats a batch as one image, as an augmentation."""
+    def augmentation(x, generator):
+        with seeded(_key(generator)):
+            return torch.stack([transform(image) for image in x])
+    return augmentation
 
 
 AUGMENTATIONS = {  # in the order in which a sum applies them
@@ -1332,9 +1229,10 @@ AUGMENTATIONS = {  # in the order in which a sum applies them
     "deepaugment": deepaugment,
     "pixmix": pixmix,
     "augmix": augmix,
-    "randaugment": randaugment,
-    "cutout": cutout,
-    "erasing": erasing,
+    "randaugment": image_by_image(v2.RandAugment(2, 9)),
+    # a square of half the side in grey, as on CIFAR-10; a random rectangle (Zhong et al. 2020)
+    "cutout": image_by_image(v2.RandomErasing(1, (0.25, 0.25), (1, 1), 128)),
+    "erasing": image_by_image(v2.RandomErasing(0.25, value=128)),
 }
 LABEL_MIXERS = {"mixup": functools.partial(v2.MixUp, alpha=0.8),  # alpha as in [B]
                 "cutmix": functools.partial(v2.CutMix, alpha=1.0)}
@@ -3783,12 +3681,11 @@ def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
 
 
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
-                 *, passes: int = 10, frost_dir: str = "", amp: str = "auto",
-                 **options) -> dict[str, dict]:
+                 *, passes: int = 10, amp: str = "auto", **options) -> dict[str, dict]:
     """{label: figures} of several networks on the same pixels; see `evaluate`."""
     def f(x, y, index):
         if cell:
-            x = corrupt(x, *cell, index=index.tolist(), jpeg=True, frost_dir=frost_dir)
+            x = corrupt(x, *cell, index=index.tolist(), jpeg=True)
         out, ask = {}, functools.cache(lambda m, x: m(x))     # a member of teams runs once a batch
         with autocast(amp, pick_device()):
             for label, m in models.items():
@@ -3995,7 +3892,7 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     makes it another evaluation, corruption and severity apart."""
     card, ev, transform = model.card, cfg.eval, images.transform
     if images.corrupted and not images.archive:
-        transform += f", corrupted on the fly, jpeg 85, {frost_source(ev.frost_dir)} frost"
+        transform += f", corrupted on the fly, jpeg 85, {frost_source()} frost"
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
@@ -4062,7 +3959,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
             since = time.perf_counter()
             some = open_cell(images.base, cfg.data, *cell) if images.archive else images
             found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
-                                 frost_dir=ev.frost_dir, amp=cfg.runtime.amp, batch=ev.batch,
+                                 amp=cfg.runtime.amp, batch=ev.batch,
                                  workers=cfg.data.workers, bar=bar)
             seconds = time.perf_counter() - since
             where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
@@ -4410,145 +4307,104 @@ def figures(rows: list[dict]) -> dict:
 # and settings, in turns within one run, so that a busy machine slows both alike.
 
 
-def seconds(call: Callable) -> float:
-    """How long the call takes, a GPU's work included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
-
-
 def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, rounds: int = 5) -> dict:
     """{"ours", "theirs", "ratio", "spread"}: median images/s and ratio over the rounds, and the
-    least and largest ratio; None for theirs where there is no such package."""
+    least and largest ratio; "ours" alone where there is no such package."""
     sides = [(ours, n), (theirs, n_theirs)] if theirs else [(ours, n)]
-    rates = np.array([[images / seconds(call) for call, images in sides]
-                      for _ in range(rounds + 1)])[1:]                # the first round warms up
-    row = {"ours": np.median(rates[:, 0]).round(1).item(), "theirs": None, "ratio": None,
-           "spread": None}
+    rates = np.zeros((rounds + 1, len(sides)))
+    for i, j in np.ndindex(rates.shape):
+        start = time.perf_counter()
+        sides[j][0]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        rates[i, j] = sides[j][1] / (time.perf_counter() - start)
+    rates = rates[1:]                                                 # the first round warms up
+    row = dict(zip(("ours", "theirs"), np.median(rates, 0).round(1).tolist()))
     if theirs:
-        ratios = rates[:, 0] / rates[:, 1]
-        row |= {"theirs": np.median(rates[:, 1]).round(1).item(),
-                "ratio": np.median(ratios).round(2).item(),
-                "spread": np.array([ratios.min(), ratios.max()]).round(2).tolist()}
+        ratios = np.sort(rates[:, 0] / rates[:, 1]).round(2)
+        row |= {"ratio": np.median(ratios).item(), "spread": ratios[[0, -1]].tolist()}
     return row
 
 
-def bench_images(n: int, size: int) -> Tensor:
-    """uint8 (n,3,size,size): shapes with their textures, smooth areas and edges."""
-    return v2.functional.resize(make_shapes(n, 128, "test")[0], [size, size], antialias=True)
-
-
-def _if_it_runs(call: Callable) -> Callable | None:
-    """The call, or None where it fails: the public packages are old, and break part by part with
-    newer NumPy and scikit-image."""
-    try:
-        call()
-    except Exception:
-        return None
-    return call
-
-
 def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[dict]:
-    """Every corruption against the PyPI package imagecorruptions, where installed, and all of them
-    as one: images/s of a sample that gets each once."""
-    x, rows, package = bench_images(n, size), [], "imagecorruptions"
+    """Every corruption against the PyPI package imagecorruptions, where it can be imported, and all
+    of them as one: images/s of a sample that gets each once."""
+    try:
+        from imagecorruptions import corrupt as other
+    except (ImportError, AttributeError):              # it is old, and needs an old NumPy
+        other = None
+    x, rows = make_shapes(n, size, "test")[0], []
     pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).numpy()]
-    for name in CORRUPTIONS:
-        few = pictures[:1] if name == "glass_blur" else pictures     # a Python loop over the pixels
-        theirs = _if_it_runs(lambda: [
-            importlib.import_module(package).corrupt(p, severity, name) for p in few])
-        row = paired(lambda: corrupt(x, name, severity), theirs, n, len(few), 3)
-        rows.append({"part": name, "against": package, **row})
-    sums = {"the 15": rows[:], "the 14 without glass_blur": [
-        r for r in rows if r["part"] != "glass_blur"]}
-    for part, some in sums.items():
-        row = {"part": part, "against": package, "theirs": None, "ratio": None, "spread": None}
-        row["ours"] = round(len(some) / sum(1 / r["ours"] for r in some), 1)
-        if all(r["theirs"] for r in some):
-            row["theirs"] = round(len(some) / sum(1 / r["theirs"] for r in some), 1)
-            row["ratio"] = round(row["ours"] / row["theirs"], 2)
-        rows.append(row)
+    parts = {name: [name] for name in CORRUPTIONS} | {
+        "the 15": CORRUPTIONS,
+        "the 14 without glass_blur": [c for c in CORRUPTIONS if c != "glass_blur"]}
+    for part, names in parts.items():
+        few = pictures[:1] if "glass_blur" in names else pictures    # a Python loop over the pixels
+        theirs = lambda: [other(p, severity, c) for c in names for p in few]
+        row = paired(lambda: [corrupt(x, c, severity) for c in names], other and theirs,
+                     n, len(few), 3)
+        rows.append({"part": part, "against": "imagecorruptions", **row})
     return rows
 
 
 def bench_augment(size: int = 224, n: int = 64) -> list[dict]:
-    """AugMix alone against torchvision v2, as a JSD sample (picture and two views) against timm.
-
-    Severity 3 and the paper's nine operations on all sides; timm also as its factory sets it up."""
-    from timm.data.auto_augment import AugMixAugment, augment_and_mix_transform, augmix_ops
-    g, x = rng("bench"), bench_images(n, size)
-    images = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x]
-    nine = ["AutoContrast", "Equalize", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
-            "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
-    fair = {"magnitude_std": float("inf"), "interpolation": Image.BILINEAR}
-    vision, views = v2.AugMix(3, all_ops=False), lambda: augmix(x, g, severity=3)
-    timms = {"timm, the nine operations": AugMixAugment(augmix_ops(3, fair, nine)),
-             "timm": augment_and_mix_transform("augmix-m3")}
-    rows = [{"part": "augmix", "against": "torchvision v2", **paired(
-        views, lambda: torch.stack([vision(i) for i in x]), n, n)}]
-    for name, t in timms.items():
-        rows.append({"part": "augmix + JSD sample", "against": name, **paired(
-            lambda: torch.stack([x, views(), views()]),
-            lambda: np.stack([np.asarray(v) for i in images for v in (i, t(i), t(i))]), n, n)})
-    return rows
+    """AugMix at severity 3, with the paper's nine operations, against torchvision v2."""
+    g, x, other = rng("bench"), make_shapes(n, size, "test")[0], v2.AugMix(3, all_ops=False)
+    row = paired(lambda: augmix(x, g, severity=3), lambda: [other(image) for image in x], n, n)
+    return [{"part": "augmix", "against": "torchvision v2", **row}]
 
 
-def training_steps(net: Net, teacher: Net, x: Tensor) -> dict[str, Callable]:
-    """{method: a step of training} on images (B,3,S,S) and as many augmented ones, the augmentation
-    itself left out: FT, ERPM with the last stage tuned in each head, and that from the cache."""
-    device = x.device
-    student, teacher = (copy.deepcopy(m).to(device) for m in (Student(net, 1, 1), teacher))
-    whole = copy.deepcopy(net).to(device).requires_grad_(True)
-    see = frozen_views(student.backbone, Robustify(augment="none"), True, student.original, teacher)
-    batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=device), rng(0))
-    with autocast("auto", device):
+def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]:
+    """{method: a step of training} on images (n,3,224,224), the augmentation left out: FT, ERPM
+    with the last stage tuned in each head, and that from the cache.  Networks by timm's names."""
+    net, other = (freeze(named(f"timm:{name}", 1000, "random", 224)) for name in (student, teacher))
+    whole = copy.deepcopy(net).to(x.device).requires_grad_(True)
+    tuned, other, plain = Student(net, 1, 1).to(x.device), other.to(x.device), Robustify(
+        augment="none")
+    see = frozen_views(tuned.backbone, plain, True, tuned.original, other)
+    batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=x.device), rng(0))
+    with autocast("auto", x.device):
         held = see(batch)
 
     def step(model: nn.Module, loss: Callable) -> Callable:
         opt = make_optimizer(model.train(), Train())
 
         def once() -> None:
-            with autocast("auto", device):
+            with autocast("auto", x.device):
                 value = loss(model, batch)[0]
             value.backward()
             opt.step()
             opt.zero_grad()
         return once
 
-    return {"FT": step(whole, plain_step(Train(), Robustify(augment="none"))),
-            "ERPM": step(student.tuned, erpm_step(Distill(), see)),
-            "ERPM, cached": step(student.tuned, erpm_step(Distill(), lambda batch: held))}
+    return {"FT": step(whole, plain_step(Train(), plain)),
+            "ERPM": step(tuned.tuned, erpm_step(Distill(), see)),
+            "ERPM, cached": step(tuned.tuned, erpm_step(Distill(), lambda batch: held))}
 
 
 def bench_training(n: int = 8) -> list[dict]:
     """ERPM, live and from the cache, against FT: time of a step of ViT-S/16 with a ResNet-18
-    teacher, and FLOPs of one of ViT-L/14 with a ViT-B/16 teacher, at 224 px."""
-    rows, x = [], bench_images(n, 224).to(pick_device())
-    make = lambda name: freeze(named(f"timm:{name}", 1000, "random", 224))
-    steps = training_steps(make("vit_small_patch16_224"), make("resnet18"), x)
-    for part in ("ERPM", "ERPM, cached"):
-        row = paired(steps[part], steps["FT"], n, n)
-        rows.append({"part": f"{part}, ViT-S/16", "against": "FT", **row})
-    steps, counts = training_steps(make("vit_large_patch14_224"), make("vit_base_patch16_224"),
-                                   x.to("meta")), {}
-    for part, step in steps.items():
+    teacher, and GFLOPs an image of one of ViT-L/14 with a ViT-B/16 teacher, at 224 px."""
+    x, counts = make_shapes(n, 224, "test")[0].to(pick_device()), {}
+    steps = training_steps("vit_small_patch16_224", "resnet18", x)
+    ft = steps.pop("FT")
+    rows = [{"part": f"{part}, ViT-S/16", "against": "FT", **paired(ours, ft, n, n)}
+            for part, ours in steps.items()]
+    large = training_steps("vit_large_patch14_224", "vit_base_patch16_224", x.to("meta"))
+    for part, step in large.items():
         with FlopCounterMode(display=False) as counter:
             step()
-        counts[part] = counter.get_total_flops() / n
-    for part in ("ERPM", "ERPM, cached"):
-        rows.append({"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT",
-                     "ours": round(counts[part] / 1e9, 1), "theirs": round(counts["FT"] / 1e9, 1),
-                     "ratio": round(counts["FT"] / counts[part], 2), "spread": None})
+        counts[part] = counter.get_total_flops() / n / 1e9
+    for part in steps:
+        rows.append({"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT", "ours": counts[part],
+                     "theirs": counts["FT"], "ratio": round(counts["FT"] / counts[part], 2)})
     return rows
 
 
 def bench_answers(n: int = 32) -> list[dict]:
     """The choice of the head against the plain forward: ViT-S/16 at 224 px, last stage in each
     head; closed form, and 10 dropout passes in the heads or in the tail."""
-    x, rows = bench_images(n, 224).to(pick_device()), []
+    x, rows = make_shapes(n, 224, "test")[0].to(pick_device()), []
     net = freeze(named("timm:vit_small_patch16_224", 1000, "random", 224)).to(x.device)
     for part, where, passes in (("closed form", "head", 0), ("10 passes in the heads", "head", 10),
                                 ("10 passes in the tail", "tail", 10)):
@@ -5308,7 +5164,7 @@ class CorruptCopies(torch.utils.data.Dataset):
         for name, severity in cells(self.images):
             path = self.out / name / str(severity) / file
             if not path.is_file():
-                y = corrupt(x, name, severity, index=[k], frost_dir=self.frost_dir)[0]
+                y = corrupt(x, name, severity, index=[k])[0]
                 picture = v2.functional.to_pil_image(y)
                 write_atomically(path, lambda f: picture.save(f, kind, quality=85))
 

@@ -908,7 +908,6 @@ REFERENCE = {
                          (29.14, 5.59, 155), (27.31, 5.67, 155)),
 }
 
-
 FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
 
 
@@ -922,18 +921,19 @@ def picture(side=224):
     return torch.from_numpy((np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
-def photos(n, h, w):
-    """uint8 (n,3,h,w): smooth random pictures."""
-    z = torch.randn(n, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-    z = F.interpolate(z, size=(h, w), mode="bicubic", align_corners=True)
-    return (z * 60 + 128).clamp(0, 255).to(torch.uint8)
+def pictures(n, h=32, w=32, key=0):
+    """uint8 (n,3,h,w): smooth, noisy, flat and clipped pictures in turn."""
+    coarse = torch.rand(n, 3, h // 4 + 1, w // 4 + 1, generator=erpm.rng("pictures", key))
+    x = F.interpolate(coarse, (h, w), mode="bicubic")
+    x[1::4] = torch.rand(x[1::4].shape, generator=erpm.rng("noise", key))
+    x[2::4], x[3::4] = x[2::4] * 0.1 + 0.6, (x[3::4] - 0.5) * 3
+    x[0, 0] = 0.3
+    return (x.clamp(0, 1) * 255).to(torch.uint8)
 
 
-def measure(x, y):
-    """(PSNR, mean horizontal step, mean) averaged over the images y (B,3,H,W)."""
-    x, y = x.double(), y.double()
-    psnr = 10 * torch.log10(255 ** 2 / (y - x).square().mean((1, 2, 3)))
-    return psnr.mean().item(), y.diff(dim=3).abs().mean().item(), y.mean().item()
+def to_pil(x):
+    """(3,h,w) -> a Pillow image."""
+    return Image.fromarray(x.permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("name", erpm.CORRUPTIONS)
@@ -942,169 +942,95 @@ def test_every_severity_has_the_statistics_of_the_reference(name):
     x = picture().expand(n, -1, -1, -1)
     near, bias = (0.1, 0.6) if n == 1 else (0.6, 1) if n == 12 else (0.6, 10)
     for severity, (psnr, step, mean) in enumerate(REFERENCE[name], 1):
-        got = measure(x, erpm.corrupt(x, name, severity))
-        assert abs(got[0] - psnr) < near and abs(got[2] - mean) < bias, (severity, got)
-        assert abs(got[1] / step - 1) < (0.02 if n == 1 else 0.1), (severity, got)
+        y = erpm.corrupt(x, name, severity).float()
+        ours = 10 * torch.log10(255 ** 2 / (y - x).square().mean((1, 2, 3))).mean().item()
+        assert abs(ours - psnr) < near and abs(y.mean() - mean) < bias, (severity, ours)
+        assert abs(y.diff(dim=3).abs().mean() / step - 1) < (0.02 if n == 1 else 0.1), severity
 
 
 @pytest.mark.parametrize("name", erpm.CORRUPTIONS)
 def test_an_image_does_not_depend_on_its_batch_or_its_layout(name):
-    for h, w in ((32, 32), (40, 33), (64, 80), (224, 200)):
-        x, some = photos(90 if h < 200 else 6, h, w), [5, 1, 4]
+    for n, h, w in ((9, 32, 32), (9, 64, 80), (5, 224, 200)):
+        x, some = pictures(n, h, w), [4, 1, 3]
         whole = erpm.corrupt(x, name, 3)
         assert torch.equal(whole, erpm.corrupt(x, name, 3)) and whole.shape == x.shape
         assert torch.equal(whole[some], erpm.corrupt(x[some], name, 3, index=some))
-        assert torch.equal(whole[-1:], erpm.corrupt(x[-1:], name, 3, index=[len(x) - 1]))
         lying = x.contiguous(memory_format=torch.channels_last)
         assert torch.equal(whole, erpm.corrupt(lying, name, 3))
 
 
 @pytest.mark.parametrize("name", erpm.CORRUPTIONS)
-def test_seed_index_and_severity_change_the_draw(name):
-    x = photos(1, 64, 64).expand(3, -1, -1, -1)
-    a, b = erpm.corrupt(x, name, 3), erpm.corrupt(x, name, 3, seed=1)
+def test_seed_and_index_change_the_draw_and_every_size_works(name):
+    x = pictures(1, 64, 64).expand(3, -1, -1, -1)
+    a, b = erpm.corrupt(x, name, 3), erpm.corrupt(x, name, np.int64(3), seed=np.int64(1))
     assert torch.equal(a[0], a[1]) == torch.equal(a, b) == (name in FIXED)
-    b, c = (erpm.corrupt(x[:1], name, 3, seed=s) for s in (7, np.int64(7)))
-    assert torch.equal(b, c)
-
-
-@pytest.mark.parametrize("side", (32, 64, 224))
-def test_error_grows_with_severity(side):
-    x = photos(24 if side < 200 else 6, side, side)
-    for name in ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "zoom_blur",
-                 "brightness", "contrast", "jpeg_compression"):
-        error = [measure(x, erpm.corrupt(x, name, s))[0] for s in range(1, 6)]
-        assert all(a > b - 0.15 for a, b in zip(error, error[1:])) and error[0] > error[4], name
+    assert torch.equal(b, erpm.corrupt(x, name, 3, seed=1))
+    for n, h, w in ((1, 32, 512), (1, 301, 40), (0, 33, 65)):
+        assert erpm.corrupt(pictures(4, h, w)[:n], name, 2).shape == (n, 3, h, w)
 
 
 def test_the_15_have_two_columns_of_constants_that_go_by_the_longer_side():
     assert list(erpm.CORRUPTIONS) == list(REFERENCE)
     for size, c in (((64, 40), 0.75), ((40, 65), 0.4)):
-        x = photos(1, *size)
+        x = pictures(1, *size)
         assert torch.equal(erpm.corrupt(x, "contrast", 1), erpm.contrast(x, c, None))
-    assert all(len(r) == 3 and len(r[1]) == len(r[2]) == 5 for r in erpm.RECIPES.values())
-
-
-@pytest.mark.parametrize("size", ((32, 512), (512, 300), (225, 299)))
-def test_every_size_works(size):
-    x = photos(1, *size)
-    for name in erpm.CORRUPTIONS:
-        assert erpm.corrupt(x, name, 2).shape == x.shape
-        assert erpm.corrupt(x[:0], name, 1).shape == (0, 3, *size)
-
-
-ONE = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    for name in ("gaussian_noise", "shot_noise", "impulse_noise", "brightness", "contrast"):
+        error = [(erpm.corrupt(x[..., :64], name, s) - x[..., :64] / 1).square().mean()
+                 for s in range(1, 6)]
+        assert error == sorted(error), name
 
 
 @pytest.mark.parametrize("x, name, severity, index, words", [
-    (ONE / 1, "fog", 1, None, "uint8.*float32"), (ONE.numpy(), "fog", 1, None, "tensor.*ndarray"),
-    (ONE[0], "fog", 1, None, r"\(B,3,H,W\).*\(3, 32, 32\)"),
-    (ONE[:, :, 1:], "fog", 1, None, r"32 to 512.*\(1, 3, 31, 32\)"),
-    (ONE[..., :1].expand(-1, -1, -1, 513), "fog", 1, None, "32 to 512.*32, 513"),
-    (ONE, "fogg", 1, None, "did you mean 'fog'.*jpeg_compression"),
-    (ONE, "fog", 0, None, "1, 2, 3, 4 or 5, got 0"), (ONE, "fog", 2.5, None, "got 2.5"),
-    (ONE, "fog", 1, [1, 2], "1 images but 2 indices")])
+    (torch.zeros(1, 3, 32, 32), "fog", 1, None, r"uint8 \(B,3,H,W\).*float32"),
+    (pictures(1)[0], "fog", 1, None, r"\(B,3,H,W\).*\(3, 32, 32\)"),
+    (pictures(1, 31, 513), "fog", 1, None, r"32 to 512.*\(1, 3, 31, 513\)"),
+    (pictures(1), "fogg", 1, None, "did you mean 'fog'.*jpeg_compression"),
+    (pictures(1), "fog", 2.5, None, "1, 2, 3, 4 or 5, got 2.5"),
+    (pictures(1), "fog", 1, [1, 2], "1 images but 2 indices")])
 def test_bad_input_is_one_clear_error(x, name, severity, index, words):
     with pytest.raises(erpm.UserError, match=words):
         erpm.corrupt(x, name, severity, index=index)
 
 
-def test_jpeg_and_the_published_round_trip_equal_pillow():
-    x = photos(2, 224, 224)
-    for quality, x, ours in (
-            (15, x, erpm.corrupt(x, "jpeg_compression", 3)),
-            (85, erpm.corrupt(x, "contrast", 1), erpm.corrupt(x, "contrast", 1, jpeg=True))):
-        for a, b in zip(x, ours):
-            file = io.BytesIO()
-            Image.fromarray(a.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-            assert np.array_equal(np.asarray(Image.open(file)), b.permute(1, 2, 0).numpy())
-
-
-@pytest.mark.parametrize("h, w", ((32, 32), (64, 64), (224, 224), (200, 301)))
-def test_pixelate_equals_pillow(h, w):
-    x = photos(1, h, w)
-    for severity, c in enumerate(erpm.RECIPES["pixelate"][2 if max(h, w) <= 64 else 1], 1):
-        pil = Image.fromarray(x[0].permute(1, 2, 0).numpy())
-        pil = pil.resize((int(w * c), int(h * c)), Image.BOX).resize((w, h), Image.BOX)
-        ours = erpm.corrupt(x, "pixelate", severity)[0].permute(1, 2, 0).numpy()
-        assert np.array_equal(np.asarray(pil), ours)
+def test_jpeg_pixelate_and_the_published_round_trip_equal_pillow():
+    def jpeg(image, quality):
+        image.save(file := io.BytesIO(), "JPEG", quality=quality)
+        return Image.open(file)
+    x = pictures(1, 200, 301)
+    image, dull = to_pil(x[0]), to_pil(erpm.corrupt(x, "contrast", 1)[0])
+    box = image.resize((90, 60), Image.BOX).resize((301, 200), Image.BOX)
+    for name, severity, published, theirs in (
+            ("jpeg_compression", 3, False, jpeg(image, 15)), ("pixelate", 4, False, box),
+            ("contrast", 1, True, jpeg(dull, 85))):
+        ours = erpm.corrupt(x, name, severity, jpeg=published)[0]
+        assert np.array_equal(theirs, to_pil(ours)), name
 
 
 @pytest.mark.parametrize("d, passes", ((1, 2), (2, 3), (4, 2)))
 def test_glass_blur_is_the_loop_that_copies(d, passes):
-    x, h, w = photos(1, 36, 41), 36, 41
+    x, h, w = pictures(1, 36, 41), 36, 41
     # a sigma that blurs nothing
     ours = erpm.glass_blur(x, (0.05, d, passes), [erpm.rng("glass")])[0]
     g, y = erpm.rng("glass"), x[0].permute(1, 2, 0).numpy().copy()
     for _ in range(passes):
         pick = erpm.draw([g], (h, w), torch.Tensor.random_, 0, 4 * d * d, dtype=torch.int32)
-        pick = pick[0].numpy()
         for i in range(h - d, d, -1):
             for j in range(w - d, d, -1):
-                dy, dx = divmod(int(pick[i, j]), 2 * d)
+                dy, dx = divmod(int(pick[0, i, j]), 2 * d)
                 y[i, j] = y[i + dy - d, j + dx - d]
-    assert np.array_equal(y, ours.permute(1, 2, 0).numpy())
+    assert np.array_equal(y, to_pil(ours))
 
 
-@pytest.mark.parametrize("angle", (-135, -60.5, -45, 0, 13.7, 45))
+@pytest.mark.parametrize("angle", (-135, -60.5, 0, 13.7, 45))
 def test_motion_is_the_loop_over_taps(angle):
-    x, radius, sigma = photos(1, 34, 37), 6, 2.5
-    ours = erpm.motion(x, radius, sigma, [angle])[0].numpy()
+    x, radius, sigma = pictures(1, 34, 37), 6, 2.5
     taps = np.exp(-np.arange(2 * radius + 1) ** 2 / (2 * sigma ** 2))
     want, rad = np.zeros((3, 34, 37)), math.radians(angle)
     for i, t in enumerate(taps / taps.sum()):
         v = np.arange(34) + math.ceil(i * math.sin(rad) - 0.5)
         u = np.arange(37) + math.ceil(i * math.cos(rad) - 0.5)
         want += t * x[0].numpy()[:, v.clip(0, 33)][:, :, u.clip(0, 36)]
-    assert np.abs(ours - want).max() < 1e-3
-
-
-def test_zoom_blur_is_the_mean_of_the_zooms():
-    x = photos(1, 60, 50)
-    want, factors = x.double(), np.arange(1, 1.16, 0.01)
-    for z in factors:
-        ch, cw = math.ceil(60 / z), math.ceil(50 / z)
-        crop = x[:, :, (60 - ch) // 2:, (50 - cw) // 2:][:, :, :ch, :cw].double()
-        size = (round(ch * z), round(cw * z))
-        big = F.interpolate(crop, size=size, mode="bilinear", align_corners=True)
-        want = want + big[:, :, (size[0] - 60) // 2:, (size[1] - 50) // 2:][:, :, :60, :50]
-    diff = erpm.corrupt(x, "zoom_blur", 3).double() - want / (len(factors) + 1)
-    assert -1.001 < diff.min() and diff.max() < 0.01
-
-
-def test_defocus_is_a_plain_convolution():
-    x, (radius, sigma) = photos(1, 140, 130), (6, 0.5)
-    g = np.arange(-8, 9)
-    k = (g[:, None] ** 2 + g ** 2 <= radius ** 2) / 113  # 113 pixels within radius 6
-    t = np.exp(-0.5 * (np.arange(-1, 2) / sigma) ** 2)
-    k = np.pad(k, 1)
-    k = sum(t[i] * t[j] * k[i:i + 17, j:j + 17] for i in range(3) for j in range(3)) / t.sum() ** 2
-    y = F.pad(x.double(), (8,) * 4, mode="reflect").transpose(0, 1)
-    want = F.conv2d(y, torch.from_numpy(k)[None, None]).transpose(0, 1)
-    diff = erpm.corrupt(x, "defocus_blur", 3).double() - want
-    assert -1.001 < diff.min() and diff.max() < 0.01
-
-
-def test_brightness_is_hsv():
-    import colorsys
-    x = photos(1, 32, 32)
-    x[..., :4] = x[:, :1, :, :4]  # greys
-    x[..., 0] = 0
-    ours = erpm.corrupt(x, "brightness", 3)[0].flatten(1).T.tolist()
-    for a, b in zip(x[0].flatten(1).T.tolist(), ours):
-        h, s, v = colorsys.rgb_to_hsv(*(i / 255 for i in a))
-        want = colorsys.hsv_to_rgb(h, s, min(v + 0.15, 1))
-        assert all(-1.01 < j - 255 * i < 0.01 for i, j in zip(want, b)), (a, b, want)
-
-
-def test_shot_noise_is_poisson():
-    x = torch.full((1, 3, 224, 224), 100, dtype=torch.uint8)
-    for severity, c in enumerate(erpm.RECIPES["shot_noise"][1], 1):
-        got = erpm.corrupt(x, "shot_noise", severity).float()
-        want = torch.poisson(torch.full((300000,), c * 100 / 255), generator=erpm.rng(c))
-        want = (want / c).clamp(max=1).mul(255).floor()
-        assert abs(got.mean() - want.mean()) < 1 and abs(got.std() / want.std() - 1) < 0.02
-        assert set(got.unique().tolist()) <= {float(int(255 * k / c + 1e-4)) for k in range(c + 1)}
+    assert np.abs(erpm.motion(x, radius, sigma, [angle])[0].numpy() - want).max() < 1e-3
 
 
 def test_plasma_is_the_diamond_square_loop():
@@ -1124,7 +1050,7 @@ def test_plasma_is_the_diamond_square_loop():
 
 
 def test_elastic_transform_without_movement_is_the_identity():
-    x, shift = photos(2, 64, 50), torch.zeros(2, 3, 2)
+    x, shift = pictures(2, 64, 50), torch.zeros(2, 3, 2)
     assert torch.allclose(erpm.affine(64, 50, shift), torch.eye(2, 3), atol=1e-6)
     moved = erpm.affine(64, 50, shift + torch.tensor([3.0, 0]))  # all points 3 px to the right
     assert torch.allclose(moved[:, :, 2], torch.tensor([-3.0, 0]), atol=1e-5)
@@ -1132,41 +1058,21 @@ def test_elastic_transform_without_movement_is_the_identity():
     assert (still.int() - x.int()).abs().max() <= 1
 
 
-def test_flat_images_keep_their_value_under_blur():
-    x = torch.full((1, 3, 224, 224), 255, dtype=torch.uint8)
-    for name in ("glass_blur", "motion_blur", "zoom_blur", "elastic_transform"):
-        assert erpm.corrupt(x, name, 3).min() == 255, name
-        assert torch.equal(erpm.corrupt(x // 2, name, 3), x // 2), name
-
-
-def test_frost_names_its_textures_and_reads_a_folder(tmp_path):
+def test_frost_reads_the_five_textures_of_the_package(tmp_path, monkeypatch):
     for i, file in enumerate(erpm.ICE_FILES):
         Image.new("RGB", (300, 300), (10 * i, 0, 0)).save(tmp_path / file, quality=100)
-    assert erpm.frost_source() in ("original", "procedural")
-    assert erpm.frost_source(tmp_path) == "original"
-    black = torch.zeros(40, 3, 224, 224, dtype=torch.uint8)
-    y = erpm.corrupt(black, "frost", 1, frost_dir=tmp_path)
+    monkeypatch.setattr(erpm, "frost_folder", lambda: tmp_path)
+    y = erpm.corrupt(torch.zeros(40, 3, 221, 223, dtype=torch.uint8), "frost", 1)
     assert len(y[:, 0].flatten(1).float().mean(1).round().unique()) == 5
 
 
 # ==== augmentations ====
 
-AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 AUGMENTED = [*erpm.AUGMENTATIONS, "pixmix+augmix", "deepaugment+augmix", "augmix+mixup"]
 
 
-def pictures(n, h=32, w=32, key=0):
-    """uint8 (n,3,h,w): smooth, noisy, flat and clipped pictures in turn."""
-    coarse = torch.rand(n, 3, h // 4 + 1, w // 4 + 1, generator=erpm.rng("pictures", key))
-    x = F.interpolate(coarse, (h, w), mode="bicubic")
-    x[1::4] = torch.rand(x[1::4].shape, generator=erpm.rng("noise", key))
-    x[2::4], x[3::4] = x[2::4] * 0.1 + 0.6, (x[3::4] - 0.5) * 3
-    x[0, 0] = 0.3
-    return (x.clamp(0, 1) * 255).to(torch.uint8)
-
-
 def shift(image, *matrix):
-    return image.transform(image.size, AFFINE, matrix, resample=BILINEAR)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
 PIL_OPS = {  # the operations of the paper, level signed
@@ -1174,26 +1080,24 @@ PIL_OPS = {  # the operations of the paper, level signed
     "equalize": lambda i, v: ImageOps.equalize(i),
     "posterize": lambda i, v: ImageOps.posterize(i, 4 - int(v * 4 / 10)),
     "solarize": lambda i, v: ImageOps.solarize(i, 256 - int(v * 256 / 10)),
-    "rotate": lambda i, v: i.rotate(int(v * 30 / 10), resample=BILINEAR),
+    "rotate": lambda i, v: i.rotate(int(v * 30 / 10), Image.Resampling.BILINEAR),
     "shear_x": lambda i, v: shift(i, 1, v * 0.3 / 10, 0, 0, 1, 0),
     "shear_y": lambda i, v: shift(i, 1, 0, 0, v * 0.3 / 10, 1, 0),
     "translate_x": lambda i, v: shift(i, 1, 0, int(v * (i.size[0] / 3) / 10), 0, 1, 0),
     "translate_y": lambda i, v: shift(i, 1, 0, 0, 0, 1, int(v * (i.size[1] / 3) / 10)),
 }
-INTERPOLATING = ("rotate", "shear_x", "shear_y")
 
 
-@pytest.mark.parametrize("h, w", [(32, 32), (48, 80), (224, 224), (7, 5)])
+@pytest.mark.parametrize("h, w", [(48, 80), (224, 224), (7, 5)])
 @pytest.mark.parametrize("op", erpm.OPS, ids=lambda op: op.__name__)
 def test_each_operation_is_within_a_grey_level_of_pil(op, h, w):
     x, random = pictures(8, h, w), np.random.default_rng(0)
     level = random.uniform(0.1, 9.9, 8)
     if op in erpm.GEOMETRIC_OPS:
         level *= random.choice([-1, 1], 8)
-    images = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x]
-    theirs = np.stack([PIL_OPS[op.__name__](i, v) for i, v in zip(images, level.tolist())])
-    gap = np.abs(op(x, level).permute(0, 2, 3, 1).numpy().astype(int) - theirs)
-    if op.__name__ in INTERPOLATING:  # but for the border, where only we fade out
+    theirs = [PIL_OPS[op.__name__](to_pil(i), v) for i, v in zip(x, level.tolist())]
+    gap = np.abs(op(x, level).permute(0, 2, 3, 1).numpy().astype(int) - np.stack(theirs))
+    if op in (erpm.rotate, erpm.shear_x, erpm.shear_y):  # but for the border, where we fade out
         cover = op(torch.full_like(x, 255), level).permute(0, 2, 3, 1).numpy()
         gap = gap[(cover == 0) | (cover == 255)]
         assert (gap > 1).mean() <= 0.005 and gap.size > (0.98 if h == 224 else 0.5) * x.numel()
@@ -1202,27 +1106,16 @@ def test_each_operation_is_within_a_grey_level_of_pil(op, h, w):
 
 
 @pytest.mark.parametrize("spec", AUGMENTED)
-def test_output_is_a_function_of_the_generator(spec):
-    x, state = pictures(5), torch.get_rng_state()
+@pytest.mark.parametrize("shape", [(16, 32, 32), (1, 32, 32), (0, 32, 32), (3, 17, 29)])
+def test_output_is_a_function_of_the_generator_anew_for_each_image(spec, shape):
+    x, state = pictures(1, *shape[1:]).repeat(shape[0], 1, 1, 1), torch.get_rng_state()
     before = x.clone()
     a, b, c = (erpm.augment(x, spec, erpm.rng("same", k)) for k in (0, 0, 1))
     assert a.dtype == torch.uint8 and a.shape == x.shape and torch.equal(a, b)
-    assert spec == "none" or not torch.equal(a, c)
+    if len(x) == 16 and spec != "none":
+        assert not torch.equal(a, c) and len(a.flatten(1).unique(dim=0)) > 3
     assert torch.equal(x, before), "the input was changed"
     assert torch.equal(torch.get_rng_state(), state), "the global generator moved"
-
-
-@pytest.mark.parametrize("spec", [a for a in erpm.AUGMENTATIONS if a not in ("none", "erasing")])
-def test_each_image_is_drawn_for_itself(spec):
-    x = pictures(1).expand(16, -1, -1, -1)
-    assert len(erpm.augment(x, spec, erpm.rng(0)).flatten(1).unique(dim=0)) > 8
-
-
-@pytest.mark.parametrize("spec", AUGMENTED)
-@pytest.mark.parametrize("shape", [(1, 32, 32), (0, 32, 32), (3, 17, 29)])
-def test_any_batch_and_shape_work(spec, shape):
-    x = pictures(4, *shape[1:])[:shape[0]]
-    assert erpm.augment(x, spec, erpm.rng(0)).shape == x.shape
 
 
 # severity: mean |augmix(x) - x| of google-research/augmix on pictures(4), 8,000 draws; its error
@@ -1238,10 +1131,8 @@ def test_augmix_deviates_as_much_as_the_original(severity):
     assert abs(gap.mean() - mean) < 4 * (error**2 + gap.var() / len(gap)) ** 0.5
 
 
-def test_a_mixture_of_no_chains_is_the_image():
-    x, op = pictures(8), np.arange(8 * 3 * 2).reshape(8, 3, 2) % len(erpm.OPS)
-    weights = np.eye(4)[:1].repeat(8, 0)
-    assert torch.equal(erpm._mix_chains(x, weights, op, op * 0.0 + 5), x)
+def test_augmix_without_operations_is_the_image():
+    assert torch.equal(erpm.augmix(pictures(9), erpm.rng(0), depth=(0, 0)), pictures(9))
 
 
 def test_jsd_equals_the_formula():
@@ -1252,7 +1143,6 @@ def test_jsd_equals_the_formula():
     expected = sum((q * np.log(q / mean)).sum(1).mean() for q in p) / 3
     assert abs(erpm.jsd(*z).item() - expected) < 1e-6
     assert erpm.jsd(*(v.bfloat16() for v in z)).dtype == torch.float32
-    assert erpm.jsd(z[0], z[0], z[0]) < 1e-6
 
 
 def test_a_sum_is_a_sequence_in_a_fixed_order_and_options_reach_their_part():
@@ -1263,49 +1153,34 @@ def test_a_sum_is_a_sequence_in_a_fixed_order_and_options_reach_their_part():
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("spec, options", [
-    ("augmx", {}), ("augmix+", {}), ("augmix+augmix", {}), ("augmix", {"agumix": {}})])
-def test_unknown_and_repeated_names_are_errors_that_list_the_names(spec, options):
-    with pytest.raises(erpm.UserError, match="augmix.*pixmix.*cutmix|pixmix.*augmix.*cutmix"):
-        erpm.augment(pictures(1), spec, erpm.rng(0), **options)
-
-
-@pytest.mark.parametrize("x", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
-def test_other_than_uint8_batches_are_errors(x):
-    with pytest.raises(erpm.UserError, match="uint8"):
-        erpm.augment(x, "augmix", erpm.rng(0))
+@pytest.mark.parametrize("x, spec, options, words", [
+    (pictures(1), "augmx", {}, "pixmix.*augmix.*cutmix"), (pictures(1), "augmix+", {}, "once"),
+    (pictures(1), "augmix+augmix", {}, "once"), (pictures(1), "augmix", {"agumix": {}}, "agumix"),
+    (pictures(1) / 1, "augmix", {}, "uint8"), (pictures(1)[0], "augmix", {}, r"\(B,3,H,W\)")])
+def test_a_wrong_augmentation_or_image_is_one_clear_error(x, spec, options, words):
+    with pytest.raises(erpm.UserError, match=words):
+        erpm.augment(x, spec, erpm.rng(0), **options)
 
 
 def test_a_folder_of_pictures_serves_pixmix(tmp_path):
     with pytest.raises(erpm.UserError, match="no picture"):
         erpm.pixmix(pictures(2), erpm.rng(0), pictures=str(tmp_path / "none"))
     Image.new("RGB", (60, 50), (255, 0, 0)).save(tmp_path / "red.png")
-    assert erpm.load_pictures(str(tmp_path), 36).shape == (1, 3, 36, 36)
     x = torch.full((64, 3, 32, 32), 100, dtype=torch.uint8)
     red, green, blue = erpm.pixmix(x, erpm.rng(0), pictures=str(tmp_path)).unbind(1)
     assert torch.equal(green, blue) and 0.3 < (red != green).flatten(1).any(1).float().mean() < 0.8
 
 
 def test_pixmix_blends_equal_the_formulas():
-    x, y = torch.rand(2, 1, 3, 4, 4, generator=erpm.rng(0))
-    a, b = np.array([0.8]), np.array([-0.3])
+    x, y = torch.rand(2, 3, 4, 4, generator=erpm.rng(0))
     added = ((0.8 * (2 * x - 1) - 0.3 * (2 * y - 1) + 1) / 2).clamp(0, 1)
     times = ((2 * x) ** 0.8 * (2 * y) ** -0.3 / 2).clamp(0, 1)
-    assert torch.allclose(erpm._blend(x, y, a, b, False), added, atol=1e-6)
-    assert torch.allclose(erpm._blend(x, y, a, b, True), times, atol=1e-6)
-    black = torch.zeros_like(x)
-    assert torch.isfinite(erpm._blend(black, black, a, b, True)).all()
+    assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, False), added, atol=1e-6)
+    assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, True), times, atol=1e-6)
+    assert torch.isfinite(erpm._blend(x * 0, y * 0, 0.8, -0.3, True)).all()
 
 
-def test_cutout_greys_a_square():
-    x = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
-    grey = erpm.augment(x, "cutout", erpm.rng(0)) == 128
-    rows, columns = grey.any(3).sum(2), grey.any(2).sum(2)
-    assert (grey.sum((2, 3)) == 256).all() and (rows == 16).all() and (columns == 16).all()
-    assert len(grey.flatten(1).unique(dim=0)) > 100
-
-
-@pytest.mark.parametrize("spec", ["mixup", "cutmix", "mixup+cutmix", "augmix+cutmix"])
+@pytest.mark.parametrize("spec", ["augmix", "mixup", "cutmix", "mixup+cutmix", "augmix+cutmix"])
 def test_soft_labels_are_the_shares_of_the_pixels(spec):
     y, state, shares = torch.arange(40) % 2, torch.get_rng_state(), set()
     x = (y * 200).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
@@ -1315,12 +1190,7 @@ def test_soft_labels_are_the_shares_of_the_pixels(spec):
         assert torch.allclose(mixed.float().mean((1, 2, 3)) / 200, soft[:, 1], atol=3e-3)
         assert torch.allclose(soft.sum(1), torch.ones(40))
         shares.add(soft[0, 0].item())
-    assert len(shares) > 10 and torch.equal(torch.get_rng_state(), state)
-
-
-def test_without_a_mixer_labels_become_one_hot():
-    x, soft = erpm.mix_labels(pictures(3), torch.tensor([2, 0, 1]), "augmix", erpm.rng(0), 4)
-    assert torch.equal(x, pictures(3)) and soft.argmax(1).tolist() == [2, 0, 1]
+    assert (len(shares) > 10) == (spec != "augmix") and torch.equal(torch.get_rng_state(), state)
 
 
 # ==== models ====
@@ -2883,15 +2753,17 @@ def test_corrupt_writes_the_benchmark_tree_and_goes_on(here, monkeypatch):
     assert kept.read_bytes() == b"kept" and used == [2, 2]     # in parallel
 
 
-def test_bench_pairs_the_same_work():
+def test_bench_pairs_the_same_work(monkeypatch):
     calls = []
     row = erpm.paired(lambda: calls.append("a"), lambda: calls.append("b"), 10, 10, 3)
     assert calls == ["a", "b"] * 4 and row["spread"][0] <= row["ratio"] <= row["spread"][1]
     assert erpm.paired(lambda: time.sleep(0.01), None, 10, 10, 3)["ours"] <= 1000
-    assert [r["part"] for r in erpm.bench_corruptions(size=32, n=2)][-2:] == [
-        "the 15", "the 14 without glass_blur"]
-    parts = [r["part"] for r in erpm.bench_augment(size=32, n=2)]
-    assert parts == ["augmix", "augmix + JSD sample", "augmix + JSD sample"]
+    monkeypatch.setattr(erpm, "frost_folder", lambda: None)
+    monkeypatch.setitem(sys.modules, "imagecorruptions", types.SimpleNamespace(
+        corrupt=lambda x, severity, name: calls.append(name)))
+    rows = erpm.bench_corruptions(size=32, n=2)
+    assert [r["part"] for r in rows][-2:] == ["the 15", "the 14 without glass_blur"]
+    assert {*calls} == {"a", "b", *erpm.CORRUPTIONS} and all(len(r) == 6 for r in rows)
 
 
 # ==== nothing lost, nothing silently wrong ====
