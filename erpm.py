@@ -1433,7 +1433,7 @@ class ImageSet(torch.utils.data.Dataset):
     images: uint8 (n,3,S,S), or paths: files, which `view` makes square after border_px were cut off
     each side (ObjectNet's frame).  own_view: the view is the set's, whatever the network's.
     outputs: the classes of a network that answers here by itself; ids (C,k): which of its outputs
-    mean class k, None = all in order.  corrupted: a -c set; archive: of published files.
+    mean class k, None = all in order.  corrupted: a -c set; archive: a published one.
     index: the images in use.  draw: (seed, crop, flip) of training.
     beside: a copy of each image (samples of [B]), which comes as channels 3 to 5, cut alike."""
     base: str
@@ -1866,7 +1866,7 @@ def set_row(name: str) -> tuple[SetRow, bool]:
 
 def cell_row(row: SetRow, data: Data, corruption: str, severity: int) -> SetRow:
     """The row of a cell of its published -c archive: CIFAR's arrays, folders, or folders in the
-    tars' groups.  Raises: UserError where it is missing."""
+    tars' groups; files of 224 px are not resized again.  Raises: UserError where it is missing."""
     top, cell = Path(data.root, row.archive), f"{corruption}/{severity}"
     for path in (top / f"{corruption}.npy", top / cell, *top.glob(f"*/{cell}")):
         if path.exists():
@@ -1921,7 +1921,7 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
         raise UserError(f"{name} has no training split: it is there to be scored")
     archive = bool(is_c and row.archive and Path(data.root, row.archive).is_dir())
     if archive:
-        row = cell_row(row, data, *cell)                      # 224 px files are not touched
+        row = cell_row(row, data, *cell)
     elif is_c and row.part is not None:
         row = dataclasses.replace(row, view=View())
     found, y, names, notes = _read_row(row, data, train)

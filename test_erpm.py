@@ -639,21 +639,41 @@ def test_tiny_imagenet_is_read_as_published(here, monkeypatch):
     assert s.y.tolist() == [0, 1] and a in s.paths[0] and s.view.size_px == 64
 
 
-def test_cifar_c_is_read_from_its_arrays(here, monkeypatch):
+@pytest.fixture
+def cifar_c(here, monkeypatch):
+    """The folder of a small CIFAR-10-C, four images a cell, and {corruption: its array}."""
     small_row(monkeypatch, "cifar10", n_test=4)
-    folder, y = here / "data/CIFAR-10-C", np.tile(np.array([3, 8, 8, 0], np.uint8), 5)
-    x = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
-    put_files(folder, {"gaussian_noise.npy": b"no array"})
-    np.save(folder / "labels.npy", y)
-    np.save(folder / "fog.npy", x)
+    folder, rng = here / "data/CIFAR-10-C", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    np.save(folder / "labels.npy", np.tile(np.array([3, 8, 8, 0], np.uint8), 5))
+    arrays = {c: rng.integers(0, 256, (20, 32, 32, 3), np.uint8) for c in erpm.CORRUPTIONS}
+    for c, x in arrays.items():
+        np.save(folder / f"{c}.npy", x)
+    return folder, arrays
+
+
+def test_cifar_c_is_read_from_its_arrays(cifar_c):
+    folder, arrays = cifar_c
     for severity in (1, 5):
         s = erpm.open_set("cifar10-c", cell=("fog", severity))
+        want = arrays["fog"][4 * severity - 4:4 * severity]
         assert s.y.tolist() == [3, 8, 8, 0] and s.name == "cifar10-c"
-        assert np.array_equal(batch(s)[0].permute(0, 2, 3, 1), x[4 * severity - 4:4 * severity])
-    np.save(folder / "labels.npy", y[:-1])
-    for cell, says in ((("fog", 1), "expected 4"), (("gaussian_noise", 1), "gaussian_noise.npy")):
+        assert np.array_equal(batch(s)[0].permute(0, 2, 3, 1), want)
+    np.save(folder / "labels.npy", np.zeros(19, np.uint8))
+    put_files(folder, {"snow.npy": b"no array"})
+    for cell, says in ((("fog", 1), "expected 4"), (("snow", 1), "snow.npy, or labels.npy")):
         with refuses(says):
             erpm.open_set("cifar10-c", cell=cell)
+
+
+def test_the_rows_of_an_archive_are_those_of_its_cells(cifar_c, here):
+    net = saved(here / "x/model.safetensors", erpm.build("cifar:resnet8-s2", 10), "cifar10",
+                classes=tuple("0123456789"))
+    runs("eval", "--model", "run:x", "--set", "cifar10-c", "runtime.amp=none")
+    rows = {(r["corruption"], r["severity"]): r["nll"] for r in result_rows("runs/models")}
+    assert list(rows) == erpm.cells(erpm.open_set("cifar10-c")) and len(rows) == 75
+    for cell in (("fog", 3), ("jpeg_compression", 5)):
+        assert rows[cell] == erpm.evaluate(net, erpm.open_set("cifar10-c", cell=cell))["nll"]
 
 
 @pytest.mark.parametrize("name, cls, n_train", [
