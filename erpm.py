@@ -1686,7 +1686,9 @@ def synsets(part: str = "") -> tuple[str, ...]:
 def imagenet_classes(part: str) -> dict[str, list[int]]:
     """{class: the outputs of an ImageNet network that mean it} of "" (all), "a", "r" (200 synsets
     each) or "objectnet"."""
-    return OBJECTNET if part == "objectnet" else {s: [synsets().index(s)] for s in synsets(part)}
+    if part == "objectnet":
+        return OBJECTNET
+    return {s: [synsets().index(s)] for s in synsets(part)}
 
 
 # ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
@@ -1738,19 +1740,21 @@ def _folder(row: SetRow, top: Path, train: bool, data: Data):
     return paths, y, names
 
 
-def _torchvision(row: SetRow, top: Path, train: bool, data: Data):
+def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
     """By torchvision's own classes: Flowers102 (training = the official train and val, as in CLIP's
     linear probes), CIFAR, and MNIST and Fashion-MNIST, padded from 28 to 32 px."""
     sets = torchvision.datasets
     if row.name == "flowers102":
-        parts = [sets.Flowers102(data.root, s) for s in (("train", "val") if train else ("test",))]
+        splits = ("train", "val") if train else ("test",)
+        parts = [sets.Flowers102(data.root, split) for split in splits]
         return ([str(p) for part in parts for p in part._image_files],
                 [y for part in parts for y in part._labels], sets.Flowers102.classes)
     cls = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10,
            "cifar100": sets.CIFAR100}[row.name]
     raw = cls(data.root, train=train)
     x = torch.as_tensor(raw.data)
-    x = x.permute(0, 3, 1, 2) if x.ndim == 4 else F.pad(x, (2,) * 4)[:, None].expand(-1, 3, -1, -1)
+    grey = x.ndim == 3
+    x = F.pad(x, (2,) * 4)[:, None].expand(-1, 3, -1, -1) if grey else x.permute(0, 3, 1, 2)
     return x, raw.targets, raw.classes
 
 
@@ -1804,12 +1808,12 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("shapes", 20000, 2000, 10, "made here, no file", read=_shapes),
     SetRow("shapes-r", 0, 2000, 10, "made here, no file", read=_shapes),
     SetRow("fashion-mnist", 60000, 10000, 10, _TV.format("FashionMNIST"), "FashionMNIST/raw",
-           read=_torchvision),
-    SetRow("mnist", 60000, 10000, 10, _TV.format("MNIST"), "MNIST/raw", read=_torchvision),
+           read=_torchvision_set),
+    SetRow("mnist", 60000, 10000, 10, _TV.format("MNIST"), "MNIST/raw", read=_torchvision_set),
     SetRow("cifar10", 50000, 10000, 10, _TV.format("CIFAR10") + "; -c: zenodo.org/record/2535967",
-           "cifar-10-batches-py", read=_torchvision, archive="CIFAR-10-C"),
+           "cifar-10-batches-py", read=_torchvision_set, archive="CIFAR-10-C"),
     SetRow("cifar100", 50000, 10000, 100, _TV.format("CIFAR100") + "; -c: zenodo.org/record/"
-           "3555552", "cifar-100-python", read=_torchvision, archive="CIFAR-100-C"),
+           "3555552", "cifar-100-python", read=_torchvision_set, archive="CIFAR-100-C"),
     SetRow("imagenet", 1281167, 50000, 1000, _VAL + "; -c: zenodo.org/record/2235448",
            "imagenet/val", "imagenet/train", part="", archive="imagenet-c"),
     SetRow("imagenet@a", 0, 10000, 200, _VAL, "imagenet/val", part="a"),
@@ -1831,7 +1835,7 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
            "tiny-imagenet-200/train", pictures="tiny-imagenet-200/val/images",
            view=View(64, 1.0), archive="Tiny-ImageNet-C"),
     SetRow("flowers102", 2040, 6149, 102, _TV.format("Flowers102"), "flowers-102",
-           read=_torchvision),
+           read=_torchvision_set),
     SetRow("places205", 2448873, 20500, 205, "places.csail.mit.edu/downloadData.html: images "
            "(256 px) and trainvalsplit_places205, both in places205/",
            "places205/trainvalsplit_places205/val_places205.csv",
@@ -1935,11 +1939,11 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     if is_c and row.archive and not archive:
         notes = ["regenerated", *notes]
     full = corrupted_name(row.name) if is_c else row.name
-    outputs = imagenet_classes(row.part).values() if row.part else ()          # up to three a class
+    outputs = imagenet_classes(row.part).values() if row.part else ()     # up to three a class
     images = ImageSet(
         row.name, y, names, view, images=found if stored else None, paths=() if stored else found,
         name=full + (f" ({', '.join(notes)})" if notes else ""), border_px=row.border_px,
-        own_view=row.view is not None, outputs=() if row.part is None else synsets(), 
+        own_view=row.view is not None, outputs=() if row.part is None else synsets(),
         ids=torch.tensor([(ids * 3)[:3] for ids in outputs]) if row.part else None,
         corrupted=is_c, archive=archive)
     return images.subset(data.n_train if train else data.n_test)
