@@ -1291,17 +1291,16 @@ class View:
     interpolation: str = "bilinear"
     squash: bool = False
 
-    @property
-    def resized(self) -> list[int]:
-        return [self.size_px] * 2 if self.squash else [math.floor(self.size_px / self.crop_pct)]
-
     def __str__(self) -> str:
-        how = "both sides" if self.squash else f"short side {self.resized[0]}, centre"
-        return f"{how} {self.size_px}, {self.interpolation}"
+        cut = "squashed" if self.squash else f"crop {self.crop_pct:g}"
+        return f"{self.size_px} px, {cut}, {self.interpolation}"
 
-    def __call__(self, im: Image.Image) -> Image.Image:
+    def __call__(self, im: Image.Image, random: bool = False) -> Image.Image:
         mode = v2.InterpolationMode(self.interpolation)
-        im = v2.functional.resize(im, self.resized, interpolation=mode, antialias=True)
+        if random:
+            return v2.RandomResizedCrop(self.size_px, interpolation=mode, antialias=True)(im)
+        size = [self.size_px] * 2 if self.squash else [math.floor(self.size_px / self.crop_pct)]
+        im = v2.functional.resize(im, size, interpolation=mode, antialias=True)
         return v2.functional.center_crop(im, self.size_px)
 
 
@@ -1328,10 +1327,9 @@ class ImageSet(torch.utils.data.Dataset):
     images: uint8 (n,3,S,S), or paths: files, which `view` makes square after border_px were cut off
     each side (ObjectNet's frame).  own_view: the view is the set's, whatever the network's.
     outputs: the classes of a network that answers here by itself; ids (C,k): which of its outputs
-    mean class k, None = all in order.  expected: published number of images, 0 = none.
-    corrupted: a -c set; archive: the folder of its published copy.  index: the images in use.
-    beside: a copy of each image (samples of [B]), which comes as channels 3 to 5, cut alike.
-    draw: (seed, crop, flip) of training, None = as they are scored."""
+    mean class k, None = all in order.  corrupted: a -c set; archive: a published one.
+    index: the images in use.  draw: (seed, crop, flip) of training.
+    beside: a copy of each image (samples of [B]), which comes as channels 3 to 5, cut alike."""
     base: str
     y: Sequence[int]
     classes: Sequence[str]
@@ -1343,13 +1341,11 @@ class ImageSet(torch.utils.data.Dataset):
     own_view: bool = False
     outputs: tuple[str, ...] = ()
     ids: Tensor | None = None
-    expected: int = 0
-    source: str = ""
     corrupted: bool = False
-    archive: Path | None = None
+    archive: bool = False
     index: np.ndarray | None = None
     beside: ImageSet | None = None
-    draw: tuple[int, bool, bool] | None = None
+    draw: tuple[int, bool, bool] = (0, False, False)
 
     def __post_init__(self):
         self.y, self.classes = np.asarray(self.y, np.int64), tuple(self.classes)
@@ -1365,8 +1361,7 @@ class ImageSet(torch.utils.data.Dataset):
         """What happens to an image before it is scored, as recorded in the results."""
         if self.images is None:
             return (f"cut {self.border_px} px, " if self.border_px else "") + str(self.view)
-        stored, size = self.images.shape[-1], self.view.size_px
-        return f"stored, {stored} px" + (f", resized to {size} px" if size != stored else "")
+        return f"stored at {self.images.shape[-1]} px, seen at {self.view.size_px} px"
 
     def subset(self, n: int) -> ImageSet:
         """The same set with at most n of its images (0 = all), drawn by a fixed seed: of fewer the
@@ -1383,10 +1378,9 @@ class ImageSet(torch.utils.data.Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, int]]):
         """Batch (x uint8 (B,3,H,W), y (B,), index (B,)) for keys (epoch, position)."""
         epochs, index = [e for e, _ in keys], self.index[[p for _, p in keys]]
-        seed, crop, flip = self.draw or (0, False, False)
+        seed, crop, flip = self.draw
         if self.images is None:
-            x = torch.stack([self._read(int(i), (seed, "crop", e, int(i)), crop, flip)
-                             for e, i in zip(epochs, index)])
+            x = torch.stack([self._read(e, int(i)) for e, i in zip(epochs, index)])
         else:
             x = self.images[torch.from_numpy(index)]
             if x.shape[-1] != self.view.size_px:
@@ -1399,13 +1393,11 @@ class ImageSet(torch.utils.data.Dataset):
             x = torch.cat([x, other.__getitems__(keys)[0]], 1)
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
-    def _read(self, i: int, key: tuple, crop: bool, flip: bool) -> Tensor:
-        im, view = read_picture(self.paths[i], self.border_px), self.view
-        if crop:
-            mode = v2.InterpolationMode(view.interpolation)
-            view = v2.RandomResizedCrop(view.size_px, interpolation=mode, antialias=True)
-        with seeded(*key):
-            im = view(im)
+    def _read(self, epoch: int, i: int) -> Tensor:
+        seed, crop, flip = self.draw
+        im = read_picture(self.paths[i], self.border_px)
+        with seeded(seed, "crop", epoch, i):
+            im = self.view(im, random=crop)
             return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(im) if flip else im)
 
 
@@ -1414,13 +1406,9 @@ def as_images(images) -> ImageSet:
     (image, label), which is read into memory.  Images are uint8 (3,S,S), or float in [0, 1]."""
     if isinstance(images, ImageSet):
         return images
-    x, y = torch.empty(0), ()
-    if isinstance(images, (tuple, list)) and len(images) == 2:
-        x, y = images
-    elif len(images):
-        join = torch.cat if isinstance(images, torch.utils.data.DataLoader) else torch.stack
-        pairs = images if join is torch.cat else (images[i] for i in range(len(images)))
-        x, y = (join([torch.as_tensor(v) for v in part]) for part in zip(*pairs))
+    if not isinstance(images, (tuple, torch.utils.data.DataLoader)):
+        images = torch.utils.data.DataLoader(images, 256)
+    x, y = images if isinstance(images, tuple) else map(torch.cat, zip(*images))
     if x.is_floating_point() and x.numel() and 0 <= x.min() and x.max() <= 1:
         x = (x * 255).round().to(torch.uint8)
     shape = tuple(x.shape)
@@ -1473,8 +1461,7 @@ def loader(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
     if isinstance(jobs, ImageSet) and jobs.images is not None:
         workers = 0
     if workers:
-        atexit.unregister(_kill_workers)                 # once, and before multiprocessing's own
-        atexit.register(_kill_workers)
+        atexit.register(_kill_workers)                   # runs before multiprocessing's own
     return torch.utils.data.DataLoader(
         jobs, num_workers=workers, collate_fn=lambda batch: batch, worker_init_fn=leave_signals,
         multiprocessing_context="fork" if workers else None,
@@ -1553,96 +1540,7 @@ def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor,
     return x, y
 
 
-# ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
-
-def subfolders(top: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones."""
-    return sorted(e.name for e in os.scandir(top) if e.is_dir() and not e.name.startswith("."))
-
-
-def read_tree(top: Path, label: dict[str, int]) -> tuple[list[str], list[int]]:
-    """(paths, labels) of TOP/FOLDER/.../IMAGE.  label: of each folder by its name, never by its
-    place in the text order; other folders are passed over, and hidden files."""
-    found = [(p, k) for c, k in label.items() for p in pictures_below(top / c)]
-    return [str(p) for p, _ in found], [k for _, k in found]
-
-
-def read_list(file: Path, top: Path, label: Callable) -> tuple[list[str], list[int]]:
-    """(paths, labels) of a list's lines, the path below top first; label: words of a line -> it."""
-    lines = [line.split() for line in read_lines(file, "the list of images")]
-    try:
-        return [f"{top}/{words[0].lstrip('/')}" for words in lines], [label(w) for w in lines]
-    except (ValueError, IndexError) as e:
-        raise UserError(f"{file} is not the published list ({e}): unpack it again") from None
-
-
-def _tree(row: SetRow, top: Path, train: bool, data: Data):
-    names = row.classes() if row.classes else subfolders(top)
-    return *read_tree(top, row.label() if row.label else {c: k for k, c in enumerate(names)}), names
-
-
-def _tiny(row: SetRow, top: Path, train: bool, data: Data):
-    """As published: the validation images lie in one folder, their labels in a list."""
-    names = sorted(read_lines(top.parent / "wnids.txt", row.name))
-    if train:
-        return *read_tree(top, {c: k for k, c in enumerate(names)}), names
-    label = lambda words: names.index(words[1])                                        # noqa: E731
-    return *read_list(top / "val_annotations.txt", top / "images", label), names
-
-
-def _sun(row: SetRow, top: Path, train: bool, data: Data):
-    """The first of the ten official partitions; a line is /a/abbey/NAME.jpg."""
-    names = read_lines(top / "ClassName.txt", row.name)
-    label = lambda words: names.index(words[0].rpartition("/")[0])                     # noqa: E731
-    file = top / ("Training_01.txt" if train else "Testing_01.txt")
-    return *read_list(file, top, label), [c[3:] for c in names]
-
-
-def _places(row: SetRow, top: Path, train: bool, data: Data):
-    """Lists of lines "a/abbey/NAME.jpg 0"; a class is named by its folder."""
-    lists, images = top / "trainvalsplit_places205", "data/vision/torralba/deeplearning/images256"
-    label = lambda words: int(words[1])                                                # noqa: E731
-    paths, y = read_list(lists / "val_places205.csv", top / images, label)
-    names = dict(sorted((k, p.partition(images)[2][3:].rpartition("/")[0])
-                        for p, k in zip(paths, y)))
-    if train:
-        paths, y = read_list(lists / "train_places205.csv", top / images, label)
-    return paths, y, list(names.values())
-
-
-def _flowers(row: SetRow, top: Path, train: bool, data: Data):
-    """torchvision's layout; training = the official train and val, as in CLIP's linear probes."""
-    cls = torchvision.datasets.Flowers102
-    try:
-        parts = [cls(top.parent, split) for split in (("train", "val") if train else ("test",))]
-    except (RuntimeError, ModuleNotFoundError) as e:
-        raise UserError(f"{row.name}: {e} ({top}; scipy reads its labels: pip install scipy)") \
-            from None
-    return ([str(p) for part in parts for p in part._image_files],
-            [y for part in parts for y in part._labels], cls.classes)
-
-
-def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
-    """MNIST, Fashion-MNIST (28 px, padded to 32) and CIFAR through torchvision's own classes."""
-    cls = {"fashion-mnist": "FashionMNIST"}.get(row.name, row.name.upper())
-    try:
-        raw = getattr(torchvision.datasets, cls)(data.root, train=train, download=False)
-    except RuntimeError:
-        raise UserError(f"{top} is incomplete: {row.get.replace('ROOT', data.root)}") from None
-    x = torch.as_tensor(raw.data)
-    if x.ndim == 3:
-        return F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1), raw.targets, raw.classes
-    return x.permute(0, 3, 1, 2), raw.targets, raw.classes
-
-
-def _shapes(row: SetRow, top: Path, train: bool, data: Data):
-    n, most = (row.n_train, data.n_train) if train else (row.n_test, data.n_test)
-    style = "r" if row.name == "shapes-r" else ""
-    return *make_shapes(min(n, most or n), data.size_px or 32, "train" if train else "test",
-                        style), SHAPES
-
-
-# ---- the table -----------------------------------------------------------------------------------
+# ---- ImageNet's classes --------------------------------------------------------------------------
 
 # ObjectNet's 113 folders that are ImageNet classes too, and these classes' outputs (125).  Source:
 # objectnet_to_imagenet_1k.json of objectnet-1.0/mappings.
@@ -1678,50 +1576,124 @@ def synsets(part: str = "") -> tuple[str, ...]:
     return tuple((Path(timm.__file__).parent / file).read_text().split())
 
 
+@functools.cache
+def imagenet_classes(part: str) -> dict[str, list[int]]:
+    """{class: the outputs of an ImageNet network that mean it} of "" (all), "a", "r" (200 synsets
+    each) or "objectnet"."""
+    if part == "objectnet":
+        return OBJECTNET
+    return {s: [synsets().index(s)] for s in synsets(part)}
+
+
+# ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
+
+def _list(file: Path, top: Path):
+    """The pictures of a list, a line each, its path below top first.  A class is the folder of its
+    pictures (a/abbey/NAME.jpg), where they have none the line's second word."""
+    lines = [line.lstrip("/").split() for line in read_lines(file, "the list of images")]
+    of = [words[0].rpartition("/")[0][2:] or words[:2][-1] for words in lines]
+    label = {c: k for k, c in enumerate(sorted(set(of)))}
+    return [f"{top}/{words[0]}" for words in lines], [label[c] for c in of], tuple(label)
+
+
+def read_tree(top: Path, label: dict[str, int]) -> tuple[list[str], list[int]]:
+    """(paths, labels) of TOP/FOLDER/.../IMAGE.  label: of each folder that is read, by its name."""
+    found = [(str(p), k) for c, k in label.items() for p in pictures_below(top / c)]
+    return [p for p, _ in found], [k for _, k in found]
+
+
+def _tree(row: SetRow, top: Path, train: bool, data: Data):
+    """TOP/FOLDER/.../IMAGE; hidden files are passed over, and folders that are none of ImageNet's
+    classes.  A label comes from the folder's name, never from its place in the text order: the
+    class, or the synset or the number of an output that means it."""
+    if top.is_file():
+        return _list(top, Path(data.root, row.pictures))
+    if row.part is None:
+        names = sorted(e.name for e in os.scandir(top) if e.is_dir() and e.name[0] != ".")
+        outputs, label = dict.fromkeys(names, ()), {}
+    else:
+        outputs, label = imagenet_classes(row.part), {}
+    for k, (name, ids) in enumerate(outputs.items()):
+        label[name] = k
+        for i in ids:
+            label |= {synsets()[i]: k, str(i): k}
+    return *read_tree(top, label), outputs
+
+
+def _folder(row: SetRow, top: Path, train: bool, data: Data):
+    """Any class-per-folder tree: TOP/train and TOP/val (or test), or, to score only, TOP itself."""
+    halves = [top / s for s in (("train",) if train else ("val", "test")) if (top / s).is_dir()]
+    if not halves and (train or not top.is_dir() or (top / "train").is_dir()):
+        raise UserError(f"no folder {top / ('train' if train else 'val')}: training takes {top}/"
+                        f"train/CLASS/IMAGE and {top}/val/CLASS/IMAGE, scoring any CLASS/IMAGE")
+    paths, y, names = _tree(row, halves[0] if halves else top, train, data)
+    empty = sorted(set(names) - {tuple(names)[k] for k in set(y)})
+    if len(names) < 2 or empty:
+        raise UserError(f"{top}: expected {top}/CLASS/IMAGE with two classes or more, found "
+                        f"{len(names)}, without images {empty[:3] or 'none'}")
+    return paths, y, names
+
+
+def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
+    """By torchvision's own classes: Flowers102 (training = the official train and val, as in CLIP's
+    linear probes), CIFAR, and MNIST and Fashion-MNIST, padded from 28 to 32 px."""
+    sets = torchvision.datasets
+    if row.name == "flowers102":
+        splits = ("train", "val") if train else ("test",)
+        parts = [sets.Flowers102(data.root, split) for split in splits]
+        return ([str(p) for part in parts for p in part._image_files],
+                [y for part in parts for y in part._labels], sets.Flowers102.classes)
+    cls = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10,
+           "cifar100": sets.CIFAR100}[row.name]
+    raw = cls(data.root, train=train)
+    x = torch.as_tensor(raw.data)
+    grey = x.ndim == 3
+    x = F.pad(x, (2,) * 4)[:, None].expand(-1, 3, -1, -1) if grey else x.permute(0, 3, 1, 2)
+    return x, raw.targets, raw.classes
+
+
+def _cifar_c(severity: int, row: SetRow, top: Path, train: bool, data: Data):
+    """The five severities of a corruption stand in one array, the labels beside it."""
+    try:
+        x, y = np.load(top, mmap_mode="r"), np.load(top.with_name("labels.npy"))
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{top}, or labels.npy beside it: {e}") from None
+    part = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
+    x = torch.tensor(x[part]).permute(0, 3, 1, 2).contiguous()
+    return x, y[part], list(map(str, range(row.n_classes)))
+
+
+def _shapes(row: SetRow, top: Path, train: bool, data: Data):
+    n, most = (row.n_train, data.n_train) if train else (row.n_test, data.n_test)
+    x, y = make_shapes(min(n, most or n), data.size_px or 32, "train" if train else "test",
+                       "r" if row.name == "shapes-r" else "")
+    return x, y, SHAPES
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class SetRow:
     """A row of the table of sets: what it should hold, how to get it, where it lies below data.root
-    (one fixed path a split).  All sets are scored by top-1 over their own classes.
+    (train: "" = where the test images are).  All sets are scored by top-1 over their own classes.
 
-    read: (row, folder, train, data) -> paths or images, labels, class names.
-    classes, label: the names of the classes, and each folder's label, where these are not the
-    folders in sorted order.  part: of ImageNet's outputs those that are scored; None = no such set.
-    view: the set's own, whatever the network's.  archive: folder of its published -c copy."""
+    read: (row, place, train, data) -> paths or images, labels, class names.
+    pictures: where the paths of a list begin.  part: of ImageNet's outputs those that are scored;
+    None = no such set.  view: the set's own, whatever the network's.
+    archive: folder of its published -c copy."""
     name: str
-    n_train: int                  # published numbers of images, 0 = no such split
-    n_test: int
-    n_classes: int
+    n_train: int | None           # published numbers of images, 0 = no such split, None = any
+    n_test: int | None
+    n_classes: int                # 0 = any
     get: str
     test: str = ""
     train: str = ""
     read: Callable = _tree
-    classes: Callable | None = None
-    label: Callable | None = None
+    pictures: str = ""
     part: str | None = None
     border_px: int = 0
     view: View | None = None
     archive: str = ""
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return () if self.part is None else synsets()
-
-    @property
-    def ids(self) -> Tensor | None:
-        """(C,k): the outputs of an ImageNet network that mean class k; None = all, in order."""
-        if self.part == "objectnet":
-            wide = max(map(len, OBJECTNET.values()))
-            return torch.tensor([i + i[:1] * (wide - len(i)) for i in OBJECTNET.values()])
-        place = {s: k for k, s in enumerate(synsets())} if self.part else {}
-        return torch.tensor([[place[s]] for s in synsets(self.part)]) if self.part else None
-
-
-def imagenet_row(name: str, n_test: int, get: str, test: str, part: str = "", **more) -> SetRow:
-    """A row of ImageNet's classes, all or a part."""
-    names = {"objectnet": lambda: tuple(OBJECTNET)}.get(part, functools.partial(synsets, part))
-    n = {"": 1000, "objectnet": 113}.get(part, 200)
-    return SetRow(name, more.pop("n_train", 0), n_test, n, get, test, part=part, classes=names,
-                  **more)
 
 
 _TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
@@ -1730,55 +1702,46 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("shapes", 20000, 2000, 10, "made here, no file", read=_shapes),
     SetRow("shapes-r", 0, 2000, 10, "made here, no file", read=_shapes),
     SetRow("fashion-mnist", 60000, 10000, 10, _TV.format("FashionMNIST"), "FashionMNIST/raw",
-           "FashionMNIST/raw", _torchvision_set),
-    SetRow("mnist", 60000, 10000, 10, _TV.format("MNIST"), "MNIST/raw", "MNIST/raw",
-           _torchvision_set),
+           read=_torchvision_set),
+    SetRow("mnist", 60000, 10000, 10, _TV.format("MNIST"), "MNIST/raw", read=_torchvision_set),
     SetRow("cifar10", 50000, 10000, 10, _TV.format("CIFAR10") + "; -c: zenodo.org/record/2535967",
-           "cifar-10-batches-py", "cifar-10-batches-py", _torchvision_set, archive="CIFAR-10-C"),
-    SetRow("cifar100", 50000, 10000, 100, _TV.format("CIFAR100")
-           + "; -c: zenodo.org/record/3555552", "cifar-100-python", "cifar-100-python",
-           _torchvision_set, archive="CIFAR-100-C"),
-    imagenet_row("imagenet", 50000, _VAL + "; -c: zenodo.org/record/2235448", "imagenet/val",
-                 n_train=1281167, train="imagenet/train", archive="imagenet-c"),
-    imagenet_row("imagenet@a", 10000, _VAL, "imagenet/val", "a"),
-    imagenet_row("imagenet@r", 10000, _VAL, "imagenet/val", "r"),
-    imagenet_row("imagenet@objectnet", 6250, _VAL, "imagenet/val", "objectnet",
-                 label=lambda: {synsets()[i]: k for k, ids in enumerate(OBJECTNET.values())
-                                for i in ids}),
-    imagenet_row("imagenet-v2", 10000, "huggingface.co/datasets/vaishaal/ImageNetV2: imagenetv2-"
-                 "matched-frequency.tar.gz", "imagenetv2-matched-frequency-format-val",
-                 label=lambda: {str(k): k for k in range(1000)}),
-    imagenet_row("imagenet-a", 7500, "github.com/hendrycks/natural-adv-examples: imagenet-a.tar",
-                 "imagenet-a", "a"),
-    imagenet_row("imagenet-r", 30000, "github.com/hendrycks/imagenet-r: imagenet-r.tar",
-                 "imagenet-r", "r"),
-    imagenet_row("imagenet-sketch", 50889,
-                 "github.com/HaohanWang/ImageNet-Sketch: ImageNet-Sketch.zip", "sketch"),
-    imagenet_row("objectnet", 18574, "objectnet.dev: objectnet-1.0.zip (its licence forbids to "
-                 "train on it)", "objectnet-1.0/images", "objectnet", border_px=2),
+           "cifar-10-batches-py", read=_torchvision_set, archive="CIFAR-10-C"),
+    SetRow("cifar100", 50000, 10000, 100, _TV.format("CIFAR100") + "; -c: zenodo.org/record/"
+           "3555552", "cifar-100-python", read=_torchvision_set, archive="CIFAR-100-C"),
+    SetRow("imagenet", 1281167, 50000, 1000, _VAL + "; -c: zenodo.org/record/2235448",
+           "imagenet/val", "imagenet/train", part="", archive="imagenet-c"),
+    SetRow("imagenet@a", 0, 10000, 200, _VAL, "imagenet/val", part="a"),
+    SetRow("imagenet@r", 0, 10000, 200, _VAL, "imagenet/val", part="r"),
+    SetRow("imagenet@objectnet", 0, 6250, 113, _VAL, "imagenet/val", part="objectnet"),
+    SetRow("imagenet-v2", 0, 10000, 1000, "huggingface.co/datasets/vaishaal/ImageNetV2: "
+           "imagenetv2-matched-frequency.tar.gz", "imagenetv2-matched-frequency-format-val",
+           part=""),
+    SetRow("imagenet-a", 0, 7500, 200, "github.com/hendrycks/natural-adv-examples: imagenet-a.tar",
+           "imagenet-a", part="a"),
+    SetRow("imagenet-r", 0, 30000, 200, "github.com/hendrycks/imagenet-r: imagenet-r.tar",
+           "imagenet-r", part="r"),
+    SetRow("imagenet-sketch", 0, 50889, 1000, "github.com/HaohanWang/ImageNet-Sketch: "
+           "ImageNet-Sketch.zip", "sketch", part=""),
+    SetRow("objectnet", 0, 18574, 113, "objectnet.dev: objectnet-1.0.zip (its licence forbids to "
+           "train on it)", "objectnet-1.0/images", part="objectnet", border_px=2),
     SetRow("tiny-imagenet", 100000, 10000, 200, "cs231n.stanford.edu/tiny-imagenet-200.zip; -c: "
-           "zenodo.org/record/2536630", "tiny-imagenet-200/val", "tiny-imagenet-200/train", _tiny,
+           "zenodo.org/record/2536630", "tiny-imagenet-200/val/val_annotations.txt",
+           "tiny-imagenet-200/train", pictures="tiny-imagenet-200/val/images",
            view=View(64, 1.0), archive="Tiny-ImageNet-C"),
-    SetRow("flowers102", 2040, 6149, 102, _TV.format("Flowers102"), "flowers-102", "flowers-102",
-           _flowers),
+    SetRow("flowers102", 2040, 6149, 102, _TV.format("Flowers102"), "flowers-102",
+           read=_torchvision_set),
     SetRow("places205", 2448873, 20500, 205, "places.csail.mit.edu/downloadData.html: images "
-           "(256 px) and trainvalsplit_places205, both in places205/", "places205", "places205",
-           _places),
+           "(256 px) and trainvalsplit_places205, both in places205/",
+           "places205/trainvalsplit_places205/val_places205.csv",
+           "places205/trainvalsplit_places205/train_places205.csv",
+           pictures="places205/data/vision/torralba/deeplearning/images256"),
     SetRow("inaturalist2021", 500000, 100000, 10000, "github.com/visipedia/inat_comp/tree/master/"
            "2021: train_mini.tar.gz and val.tar.gz as 2021_train_mini/ and 2021_valid/",
            "2021_valid", "2021_train_mini"),
     SetRow("sun397", 19850, 19850, 397, "vision.princeton.edu/projects/2010/SUN: SUN397.tar.gz, "
-           "and in SUN397/ the lists of Partitions.zip", "SUN397", "SUN397", _sun),
+           "and in SUN397/ the lists of Partitions.zip", "SUN397/Testing_01.txt",
+           "SUN397/Training_01.txt", pictures="SUN397"),
 )}
-
-
-def base_name(name: str) -> tuple[str, bool]:
-    """(the clean set, whether it is corrupted) of a set's name: cifar10-c -> (cifar10, True)."""
-    name = name.partition(" (")[0]                     # "imagenet-c (regenerated)"
-    if "folder-c:" in name:
-        return name.replace("folder-c:", "folder:", 1), True
-    is_c = name.endswith("-c") and "folder:" not in name
-    return (name[:-2], True) if is_c else (name, False)
 
 
 def corrupted_name(name: str) -> str:
@@ -1786,14 +1749,31 @@ def corrupted_name(name: str) -> str:
     return name.replace("folder:", "folder-c:", 1) if "folder:" in name else f"{name}-c"
 
 
-FOLDER = re.compile(r"(?:([^@]+)@)?folder(-c)?:(.+)")              # LABEL@folder:PATH
+def set_row(name: str) -> tuple[SetRow, bool]:
+    """(row, whether it is the -c of it) of a set's name: NAME, NAME-c, or [LABEL@]folder[-c]:PATH.
+
+    Raises: UserError."""
+    folder = re.fullmatch(r"(?:([^@]+)@)?folder(-c)?:(.+)", name)
+    if folder:
+        label, c, path = folder.groups()
+        row = SetRow(label or f"folder:{path}", None, None, 0, "", path, read=_folder)
+        return row, bool(c)
+    choose([*SETS, *map(corrupted_name, SETS)], name, "set")
+    return SETS[name.removesuffix("-c")], name.endswith("-c")
 
 
-def set_row(name: str) -> SetRow | None:
-    """The row of a set, also of its -c; None for a folder.  Raises: UserError."""
-    if FOLDER.fullmatch(name):
-        return None
-    return choose(SETS | {f"{n}-c": r for n, r in SETS.items()}, name, "set")
+def cell_row(row: SetRow, data: Data, corruption: str, severity: int) -> SetRow:
+    """The row of a cell of its published -c archive: CIFAR's arrays, folders, or folders in the
+    tars' groups; files of 224 px are not resized again.  Raises: UserError where it is missing."""
+    top, cell = Path(data.root, row.archive), f"{corruption}/{severity}"
+    for path in (top / f"{corruption}.npy", top / cell, *top.glob(f"*/{cell}")):
+        if path.exists():
+            arrays = path.suffix == ".npy"
+            return dataclasses.replace(
+                row, test=str(path.relative_to(data.root)), view=row.view or View(224, 1.0),
+                read=functools.partial(_cifar_c, severity) if arrays else _tree)
+    raise UserError(f"{top} lacks the cell {cell}: unpack the rest, or move the folder away to "
+                    f"have all made from {row.name}")
 
 
 def cells(images: ImageSet) -> list[tuple[str, int]]:
@@ -1801,117 +1781,66 @@ def cells(images: ImageSet) -> list[tuple[str, int]]:
     return [(c, s) for c in CORRUPTIONS for s in range(1, 6)] if images.corrupted else [("", 0)]
 
 
-def _complete(images: ImageSet, data: Data) -> ImageSet:
-    """The set under the name that says what it is: regenerated, a part of the published images.
+def _read_row(row: SetRow, data: Data, train: bool):
+    """(paths or images, labels, class names, what is to be said of their number).
 
-    Raises: UserError where it is a part and that is not allowed."""
-    n, want, row = len(images.y), images.expected, SETS.get(images.base)
-    name = corrupted_name(images.base) if images.corrupted else images.base
-    if not n or want and n != want and not data.allow_partial:
-        raise UserError(f"{name}: {n:,} images in {images.source}, expected {want:,}: it is "
-                        "incomplete or holds more; unpack it again, or data.allow_partial=true to "
-                        "use it as it is")
-    notes = []
-    if images.corrupted and not images.archive and row and row.archive:
-        notes.append("regenerated")
-    if want and n != want:
-        notes.append(f"{n:,} of {want:,} images")
-    return dataclasses.replace(images, name=name + (f" ({', '.join(notes)})" if notes else ""))
-
-
-def _open_folder(base: str, top: Path, train: bool, view: View) -> ImageSet:
-    """Any class-per-folder tree: TOP/train and TOP/val (or test), or, to score only, TOP itself."""
-    halves = [top / s for s in (("train",) if train else ("val", "test")) if (top / s).is_dir()]
-    if not top.is_dir() or not halves and (train or (top / "train").is_dir()):
-        raise UserError(f"{top}: no folder {top / ('train' if train else 'val')}: training takes "
-                        f"{top}/train/CLASS/IMAGE and {top}/val/CLASS/IMAGE, scoring any "
-                        "FOLDER/CLASS/IMAGE")
-    top = halves[0] if halves else top
-    names = subfolders(top)
-    paths, y = read_tree(top, {c: k for k, c in enumerate(names)})
-    empty = [c for k, c in enumerate(names) if k not in set(y)]
-    if len(names) < 2 or empty:
-        raise UserError(f"{top}: expected {top}/CLASS/IMAGE with two classes or more, found "
-                        f"{len(names)}, without images {empty[:3] or 'none'}")
-    return ImageSet(base, y, names, view, paths=paths, source=str(top))
-
-
-def _open_row(row: SetRow, data: Data, train: bool, view: View) -> ImageSet:
-    """The set of a row.  Raises: Absent; UserError where it has no such split."""
-    n, folder = (row.n_train, row.train) if train else (row.n_test, row.test)
-    top = Path(data.root) / folder
-    if not n:
-        raise UserError(f"{row.name} has no training split: it is there to be scored")
-    if not top.is_dir() and folder:
+    Raises: Absent; UserError where it is a part of the set, or more, and that is not allowed."""
+    n, place = (row.n_train, row.train or row.test) if train else (row.n_test, row.test)
+    top, get = Path("" if n is None else data.root, place), row.get.replace("ROOT", data.root)
+    if n and not top.exists() and place:
         raise Absent(f"{row.name} is not there: looked for {top}; expected {n:,} "
                      f"{'training' if train else 'test'} images of {row.n_classes:,} classes; get "
-                     f"it: {row.get.replace('ROOT', data.root)}; another place: data.root=FOLDER")
-    found, y, names = row.read(row, top, train, data)
-    if len(names) != row.n_classes:
+                     f"it: {get}; another place: data.root=FOLDER")
+    try:
+        found, y, names = row.read(row, top, train, data)
+    except (RuntimeError, ImportError) as e:                 # torchvision's: incomplete, no scipy
+        raise UserError(f"{row.name} in {top}: {e}; get it: {get}") from None
+    if row.n_classes and len(names) != row.n_classes:
         raise UserError(f"{row.name}: {len(names):,} classes in {top}, expected "
                         f"{row.n_classes:,}: unpack it again")
-    common = dict(border_px=row.border_px, outputs=row.outputs, source=str(top) if folder else "-",
-                  ids=row.ids, expected=n if folder else len(y))
-    if isinstance(found, Tensor):
-        size = data.size_px or found.shape[-1]
-        return ImageSet(row.name, y, names, View(size, 1.0), images=found, **common)
-    own = row.view is not None
-    return ImageSet(row.name, y, names, row.view or view, paths=found, own_view=own, **common)
+    note = [f"{len(y):,} of {n:,} images"] if n and place and len(y) != n else []
+    if not len(y) or note and not data.allow_partial:
+        raise UserError(f"{row.name}: {len(y):,} images in {top}, expected {n:,}: unpack it again, "
+                        "or data.allow_partial=true to use it as it is")
+    return found, y, names, note
 
 
-def open_cell(base: str, data: Data, corruption: str, severity: int) -> ImageSet:
-    """A cell of a published -c archive: CIFAR's arrays, folders, or folders in the tars' groups.
-
-    Raises: UserError where it is missing or incomplete."""
-    row, top = SETS[base], Path(data.root) / SETS[base].archive
-    array = top / f"{corruption}.npy"
-    folders = [p for p in (top / corruption / str(severity),
-                           *top.glob(f"*/{corruption}/{severity}")) if p.is_dir()]
-    common = dict(corrupted=True, archive=top, own_view=True, expected=row.n_test,
-                  outputs=row.outputs)
-    if array.is_file() and (top / "labels.npy").is_file():     # the five severities in one array
-        try:
-            x, y = np.load(array, mmap_mode="r"), np.load(top / "labels.npy")
-        except (ValueError, EOFError) as e:
-            raise UserError(f"{array}, or labels.npy beside it: {e}") from None
-        part = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
-        x = torch.tensor(x[part]).permute(0, 3, 1, 2).contiguous()
-        images = ImageSet(base, y[part], [str(k) for k in range(row.n_classes)],
-                          View(data.size_px or x.shape[-1]), images=x, source=str(array), **common)
-    elif folders:
-        names = row.classes() if row.classes else subfolders(folders[0])
-        paths, y = read_tree(folders[0], {c: k for k, c in enumerate(names)})
-        images = ImageSet(base, y, names, row.view or View(224, 1.0), paths=paths,
-                          source=str(folders[0]), **common)    # 224 px files are not touched
-    else:
-        raise UserError(f"{top} lacks the cell {corruption}/{severity}: unpack the rest, or move "
-                        f"the folder away to have all made from {base}")
-    return _complete(images, data).subset(data.n_test)
-
-
-def open_set(name: str, data: Data = Data(), split: str = "test", view: View = View()) -> ImageSet:
+def open_set(name: str, data: Data = Data(), split: str = "test", view: View = View(),
+             cell: tuple[str, int] = (CORRUPTIONS[0], 1)) -> ImageSet:
     """The named set.  view: how a network wants picture files to be cut; data.size_px and data.fit
     go before it.
 
-    A -c set is the published archive (its first cell) where that is on disk, else the clean set, to
-    be corrupted; ImageNet's pictures are then cut as the benchmark's were, whatever the view.
+    A -c set is the published archive (this cell of it) where that is on disk, else the clean set,
+    to be corrupted; ImageNet's pictures are then cut as the benchmark's were, whatever the view.
+    What is regenerated, or a part of the published images, says so in its name.
     Raises: UserError when it is unknown, absent (Absent) or incomplete."""
-    is_c, train, row = base_name(name)[1], split == "train", set_row(name)
-    if train and is_c:
+    (row, is_c), train = set_row(name), split == "train"
+    if train and (is_c or row.n_train == 0):
         raise UserError(f"{name} has no training split: it is there to be scored")
-    if is_c and row and row.archive and (Path(data.root) / row.archive).is_dir():
-        return open_cell(row.name, data, CORRUPTIONS[0], 1)
-    view = dataclasses.replace(view, size_px=data.size_px or view.size_px,
-                               squash=data.fit == "squash" if data.fit else view.squash)
-    benchmark = is_c and row and row.part is not None
-    if row:
-        images = _open_row(row, data, train, View() if benchmark else view)
+    archive = bool(is_c and row.archive and Path(data.root, row.archive).is_dir())
+    if archive:
+        row = cell_row(row, data, *cell)
+    elif is_c and row.part is not None:
+        row = dataclasses.replace(row, view=View())
+    found, y, names, notes = _read_row(row, data, train)
+    stored = isinstance(found, Tensor)
+    if stored:
+        view = View(data.size_px or found.shape[-1], 1.0)
     else:
-        label, _, path = FOLDER.fullmatch(name).groups()
-        images = _open_folder(label or f"folder:{path}", Path(path), train, view)
-    own = bool(images.own_view or benchmark)
-    images = dataclasses.replace(images, corrupted=is_c, own_view=own)
-    return _complete(images, data).subset(data.n_train if train else data.n_test)
+        view = row.view or dataclasses.replace(
+            view, size_px=data.size_px or view.size_px,
+            squash=data.fit == "squash" if data.fit else view.squash)
+    if is_c and row.archive and not archive:
+        notes = ["regenerated", *notes]
+    full = corrupted_name(row.name) if is_c else row.name
+    outputs = imagenet_classes(row.part).values() if row.part else ()     # up to three a class
+    images = ImageSet(
+        row.name, y, names, view, images=found if stored else None, paths=() if stored else found,
+        name=full + (f" ({', '.join(notes)})" if notes else ""), border_px=row.border_px,
+        own_view=row.view is not None, outputs=() if row.part is None else synsets(),
+        ids=torch.tensor([(ids * 3)[:3] for ids in outputs]) if row.part else None,
+        corrupted=is_c, archive=archive)
+    return images.subset(data.n_train if train else data.n_test)
 
 
 # ==== 6. MODELS ====
@@ -3957,7 +3886,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                 bar.update(len(images))
                 continue
             since = time.perf_counter()
-            some = open_cell(images.base, cfg.data, *cell) if images.archive else images
+            some = images if not images.archive else open_set(f"{images.base}-c", cfg.data, cell=cell)
             found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
                                  amp=cfg.runtime.amp, batch=ev.batch,
                                  workers=cfg.data.workers, bar=bar)
@@ -4131,8 +4060,7 @@ def mean_on(sets: Sequence[str]) -> dict[str, dict]:
 
 def severities(rows: list[dict], name: str) -> dict[str, dict]:
     """Lines of a pivot: the severities of a -c set, 0 = its clean set as the rows name it."""
-    base = base_name(name)[0]
-    clean = [r["set"] for r in rows if plain(r["set"]) == base] or [base]
+    clean = [r["set"] for r in rows if corrupted_name(plain(r["set"])) == plain(name)] or [""]
     return {"0 (clean)": {"sets": clean[:1]}} | BY_SEVERITY
 
 
@@ -5116,25 +5044,21 @@ def run_compare(cfg: Config, args) -> None:
 def run_sets(cfg: Config, args) -> None:
     """The table of sets: what is there, what is expected, how to get it."""
     data = dataclasses.replace(cfg.data, allow_partial=True, n_train=0, n_test=0)
-    mine = [n for n in (data.name, *cfg.eval.sets.split(",")) if FOLDER.fullmatch(n)]
-    body, faults = [], []
-    for name in (*mine, *SETS, *(f"{n}-c" for n, r in SETS.items() if r.archive)):
-        row, (_, is_c) = SETS.get(base_name(name)[0]), base_name(name)
-        found, where, classes, get, n = "-", "", "", "", "any"
-        if row:
-            where, classes, n = row.archive if is_c else row.test, row.n_classes, f"{row.n_test:,}"
-            get = row.get.replace("ROOT", data.root).split("; -c: ")[-1 if is_c else 0]
+    archives, body = [corrupted_name(n) for n, row in SETS.items() if row.archive], []
+    for name in dict.fromkeys([*set_names(cfg), *SETS, *archives]):
+        (row, is_c), found = set_row(name), "-"
+        n = f"{row.n_test:,}" if row.n_test else "any"
+        get = row.get.replace("ROOT", data.root).split("; -c: ")[-1 if is_c else 0]
         try:
-            images = open_set(name, data)
-            found, where, classes = f"{len(images.y):,}", images.source, len(images.classes)
+            found = f"{len(open_set(name, data)):,}"
         except UserError as e:
-            found = "-" if isinstance(e, Absent) else "spoilt"
-            faults += [] if isinstance(e, Absent) else [str(e)]
-        body.append([name, found, n, classes, where, get])
+            if not isinstance(e, Absent):
+                found, get = "spoilt", str(e)
+        where = row.archive if is_c else row.test
+        body.append([name, found, n, row.n_classes or "any", where, get])
     say(markdown(["set", "found", "expected", "classes", f"where (below {data.root})",
                   "how to get it"], body))
-    say("\n".join(["NAME-c of any set is made on the fly where no archive of it is there (their "
-                   "counts are of one of 75 cells)", *faults]))
+    say("NAME-c is made on the fly where there is no archive, of which one cell is counted")
 
 
 def run_bench(cfg: Config, args) -> None:
@@ -5175,9 +5099,10 @@ def run_corrupt(cfg: Config, args) -> None:
         raise UserError("corrupt takes two folders: corrupt IN OUT")
     source, out = map(Path, args.paths)
     paths = pictures_below(source)
-    if not paths or out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"corrupt: no image below {source}" if not paths else
-                        f"corrupt: {out} lies in {source}, take a folder beside it")
+    if not paths:
+        raise UserError(f"corrupt: no image below {source}")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
     images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True)
     jobs = CorruptCopies(images, source, out, cfg.eval.frost_dir or None)

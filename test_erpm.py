@@ -380,24 +380,30 @@ def test_a_damaged_file_of_a_run_is_one_line_and_code_2(file, content, here, cap
 
 # ==== data ====
 
-def test_shapes_are_functions_of_the_index_and_vary():
-    for style, size in (("", 32), ("r", 64)):
-        x, y = erpm.make_shapes(200, size, "test", style)
-        assert torch.equal(x[:50], erpm.make_shapes(50, size, "test", style)[0])
-        assert not torch.equal(x[:50], erpm.make_shapes(50, size, "train", style)[0])
-        assert x.shape == (200, 3, size, size) and x.float().std(0).mean() > 5
-        assert np.bincount(y).tolist() == [20] * 10
+def batch(s, positions=None, epoch=0):
+    """(x, y, index) of some or all samples of a set."""
+    return s.__getitems__([(epoch, k) for k in (range(len(s)) if positions is None else positions)])
 
 
-def test_samples_are_functions_of_seed_epoch_and_index(tmp_path):
-    make_tree(tmp_path)
-    for name in ("shapes", f"folder:{tmp_path}"):
-        s = erpm.open_set(name, erpm.Data(n_train=11, size_px=32), "train").training(seed=1)
-        alone = s.__getitems__([(2, 5)])[0]
-        assert torch.equal(alone, s.__getitems__([(2, 9), (2, 5), (2, 1)])[0][1:2])
-        some, later = ([(e, k) for k in range(5)] for e in (2, 3))
-        for t, keys in ((s.training(seed=2), some), (s, later)):
-            assert not torch.equal(s.__getitems__(some)[0], t.__getitems__(keys)[0])
+@pytest.mark.parametrize("style, size", [("", 32), ("r", 64)])
+def test_shapes_are_functions_of_the_index_and_vary(style, size):
+    x, y = erpm.make_shapes(200, size, "test", style)
+    assert torch.equal(x[:50], erpm.make_shapes(50, size, "test", style)[0])
+    assert not torch.equal(x[:50], erpm.make_shapes(50, size, "train", style)[0])
+    assert x.shape == (200, 3, size, size) and x.float().std(0).mean() > 5
+    assert np.bincount(y).tolist() == [20] * 10
+
+
+@pytest.mark.parametrize("name", ["shapes", "folder:."])
+def test_samples_are_functions_of_seed_epoch_and_index_not_of_workers(here, name):
+    make_tree(here)
+    s = erpm.open_set(name, erpm.Data(n_train=11, size_px=32), "train").training(seed=1)
+    some, keys = batch(s, range(5), epoch=2)[0], [[(2, k)] for k in range(5)]
+    for other, epoch in ((s.training(seed=2), 2), (s, 3)):
+        assert not torch.equal(some, batch(other, range(5), epoch)[0])
+    for workers in (0, 2):
+        assert torch.equal(some, torch.cat([x for x, _, _ in erpm.loader(s, workers,
+                                                                         batch_sampler=keys)]))
 
 
 @pytest.mark.parametrize("crop, flip", [(True, True), (True, False), (False, True), (False, False)])
@@ -411,29 +417,28 @@ def test_shift_and_flip_is_the_slow_obvious_one(crop, flip):
         assert torch.equal(got[i], want.flip(-1) if flip and mirror >= 0.5 else want)
 
 
-def test_without_crop_and_flip_training_sees_what_scoring_sees(tmp_path):
-    make_tree(tmp_path, splits=("",), size=(50, 90))
-    for s in (erpm.open_set(f"folder:{tmp_path}", erpm.Data(size_px=32)), shown()):
-        keys = [(0, k) for k in range(8)]
-        plain = s.__getitems__(keys)[0]
-        assert torch.equal(s.training(0, False, False).__getitems__(keys)[0], plain)
-        for x, y in zip(s.training(0, False, True).__getitems__(keys)[0], plain):
-            assert torch.equal(x, y) or torch.equal(x, y.flip(-1))
-        assert not torch.equal(s.training(0, False, True).__getitems__(keys)[0], plain)
-        assert not torch.equal(s.training(0, True, False).__getitems__(keys)[0], plain)
+@pytest.mark.parametrize("stored", [True, False])
+def test_without_crop_and_flip_training_sees_what_scoring_sees(here, stored):
+    make_tree(here, splits=("",), size=(50, 90))
+    s = shown() if stored else erpm.open_set("folder:.", erpm.Data(size_px=32))
+    plain, flipped, cropped = (batch(s.training(0, crop, flip))[0] for crop, flip in (
+        (False, False), (False, True), (True, False)))
+    assert torch.equal(plain, batch(s)[0]) and not torch.equal(plain, cropped)
+    assert not torch.equal(flipped, plain)
+    assert all(torch.equal(x, y) or torch.equal(x, y.flip(-1)) for x, y in zip(flipped, plain))
 
 
-def test_fit_crop_cuts_the_centre_out_and_squash_cuts_nothing_off(tmp_path):
-    make_tree(tmp_path, n=1, splits=("",), size=(40, 80))
-    picture, got = Image.open(tmp_path / "cat/0.png"), {}
-    for fit in ("", "crop", "squash"):
-        for view in (erpm.View(64, 0.8, "bicubic"), erpm.View(64, 0.8, "bicubic", True)):
-            s = erpm.open_set(f"folder:{tmp_path}", erpm.Data(size_px=32, fit=fit), view=view)
-            assert s.view.squash == {"crop": False, "squash": True, "": view.squash}[fit]
-            got[s.view.squash] = s.__getitems__([(0, 0)])[0][0].permute(1, 2, 0).numpy()
-    want = {False: picture.resize((80, 40), Image.BICUBIC).crop((24, 4, 56, 36)),
-            True: picture.resize((32, 32), Image.BICUBIC)}
-    assert all(np.array_equal(got[k], np.asarray(want[k])) for k in want)
+@pytest.mark.parametrize("fit", ["", "crop", "squash"])
+@pytest.mark.parametrize("squash", [False, True])
+def test_fit_crop_cuts_the_centre_out_and_squash_cuts_nothing_off(here, fit, squash):
+    make_tree(here, n=1, splits=("",), size=(40, 80))
+    s = erpm.open_set("folder:.", erpm.Data(size_px=32, fit=fit),
+                      view=erpm.View(64, 0.8, "bicubic", squash))
+    want = Image.open("cat/0.png").resize((80, 40), Image.BICUBIC).crop((24, 4, 56, 36))
+    if s.view.squash:
+        want = Image.open("cat/0.png").resize((32, 32), Image.BICUBIC)
+    assert s.view.squash == {"crop": False, "squash": True, "": squash}[fit]
+    assert np.array_equal(batch(s)[0][0].permute(1, 2, 0), np.asarray(want))
 
 
 def test_orders_are_permutations_that_a_restart_repeats(monkeypatch):
@@ -452,52 +457,40 @@ def test_orders_are_permutations_that_a_restart_repeats(monkeypatch):
         erpm.Batches(9, 10, 0)
 
 
-def test_the_number_of_workers_changes_no_sample(tmp_path):
-    make_tree(tmp_path)
-    s = erpm.open_set(f"folder:{tmp_path}", erpm.Data(size_px=32), "train").training(seed=1)
-    got = []
-    for workers in (0, 2):
-        it = iter(erpm.loader(s, workers, batch_sampler=erpm.Batches(len(s), 4, seed=0)))
-        got.append(torch.cat([next(it)[0] for _ in range(4)]))
-    assert torch.equal(*got)
-
-
 def test_a_smaller_subset_is_part_of_a_larger_one():
     s = erpm.open_set("shapes", erpm.Data(n_test=300))
     some, few = s.subset(100), s.subset(20)
     assert np.array_equal(some.subset(20).index, few.index) and set(few.index) < set(some.index)
-    x, y, index = few.__getitems__([(0, 3)])
+    x, y, index = batch(few, [3])
     assert torch.equal(x[0], s.images[index[0]]) and y[0] == s.y[index[0]]
 
 
-def test_folder_sets_read_train_and_val_and_take_a_label(tmp_path):
-    make_tree(tmp_path)
-    make_tree(tmp_path / "flat", ("owl", "ant", ".git"), n=2, splits=("",))
-    (tmp_path / "flat/owl/._0.png").write_bytes(b"no picture")
-    (tmp_path / "flat/notes.txt").write_text("x")
-    for split, n in (("train", 12), ("test", 12)):
-        s = erpm.open_set(f"folder:{tmp_path}", erpm.Data(size_px=32), split)
-        assert (len(s), s.classes, s.name) == (n, ("cat", "dog"), f"folder:{tmp_path}")
-    x, y, index = s.__getitems__([(0, 0), (0, 11)])
+def test_folder_sets_read_train_and_val_and_take_a_label(here):
+    make_tree(here)
+    make_tree(here / "flat", ("owl", "ant", ".git"), n=2, splits=("",))
+    put_files(here / "flat", {"owl/._0.png": b"no picture", "notes.txt": "x"})
+    for split in ("train", "test"):
+        s = erpm.open_set("folder:.", erpm.Data(size_px=32), split)
+        assert (len(s), s.classes, s.name) == (12, ("cat", "dog"), "folder:.")
+    x, y, index = batch(s, [0, 11])
     assert x.shape == (2, 3, 32, 32) and y.tolist() == [0, 1] and index.tolist() == [0, 11]
-    s = erpm.open_set(f"birds@folder:{tmp_path}/flat")
+    s = erpm.open_set("birds@folder:flat")
     assert (s.name, s.classes, s.y.tolist()) == ("birds", ("ant", "owl"), [0, 0, 1, 1])
-    s = erpm.open_set(f"birds@folder-c:{tmp_path}/flat")
+    s = erpm.open_set("birds@folder-c:flat")
     assert s.corrupted and s.name == "birds-c" and len(erpm.cells(s)) == 75
 
 
 @pytest.mark.parametrize("name, says", [
-    ("folder:none", "no folder none/val"), ("folder:one", "two classes or more, found 1"),
-    ("folder:empty", "without images ['dog']"), ("folder-c:none", "no folder none/val"),
+    ("folder:none", "no folder none/val"), ("folder-c:none", "no folder none/val"),
     ("folder:half", "no folder half/val"), ("folder:two/train/cat/0.png", "no folder"),
+    ("folder:one", "two classes or more, found 1"), ("folder:empty", "without images ['dog']"),
     ("shapes-d", "unknown set 'shapes-d'; did you mean 'shapes"), ("a@shapes", "unknown set"),
 ])
 def test_a_folder_that_is_no_set_says_what_is_wanted(here, name, says):
     make_tree(here / "one", ("cat",), splits=("",))
     make_tree(here / "half", splits=("train",))
     make_tree(here / "two")
-    make_tree(here / "empty", splits=("",))
-    shutil.rmtree(here / "empty/dog")
+    make_tree(here / "empty", ("cat",), splits=("",))
     (here / "empty/dog").mkdir()
     with refuses(says):
         erpm.open_set(name)
@@ -505,50 +498,30 @@ def test_a_folder_that_is_no_set_says_what_is_wanted(here, name, says):
         erpm.open_set("folder-c:two", split="train")
 
 
-def test_a_broken_picture_is_named(tmp_path):
-    path = tmp_path / "x.png"
-    make_tree(tmp_path / "t", n=1, splits=("",), size=(300, 300))
-    whole = (tmp_path / "t/cat/0.png").read_bytes()
-    for data in (b"", b"no picture", whole[:len(whole) // 2]):
-        path.write_bytes(data)
-        with refuses(f"cannot read the image {path}"):
-            erpm.read_picture(path)
-    assert erpm.read_picture(tmp_path / "t/cat/0.png", 2).size == (296, 296)
-
-
-def test_images_come_as_tensors_a_loader_or_any_data_set():
-    x, y = images(10), torch.arange(10) % 3
-    pairs = TensorDataset(x / 255, y)
-    for given in ((x, y), [x, y.tolist()], (x / 255, y), (x, y.numpy()), pairs,
-                  DataLoader(pairs, 4), list(zip(x, y.tolist()))):
-        s = erpm.as_images(given)
-        assert torch.equal(s.images, x) and s.y.tolist() == y.tolist() and len(s.classes) == 3
-        assert s.__getitems__([(0, 3)])[0].dtype == torch.uint8 and s.view.size_px == 32
-    assert erpm.as_images(s) is s
-
-
-@pytest.mark.parametrize("given", [
-    (images(4) / 255 * 2, [0] * 4), (images(4), [0] * 3), (images(4)[..., :9], [0] * 4),
-    (images(4)[:, :1], [0] * 4), (images(4)[0], [0] * 3), (images(4).int(), [0] * 4), [],
-    (images(0), [])], ids=range(8))
-def test_images_of_another_form_are_one_clear_line(given):
+@pytest.mark.parametrize("x, n", [
+    (images(4) / 255 * 2, 4), (images(4), 3), (images(4)[..., :9], 4), (images(4)[:, :1], 4),
+    (images(4)[0], 3), (images(4).int(), 4), (images(0), 0)], ids=range(7))
+def test_images_of_another_form_are_one_clear_line(x, n):
     with refuses("images: expected uint8 (n,3,S,S), or floats in [0, 1], and n labels"):
-        erpm.as_images(given)
+        erpm.as_images((x, [0] * n))
 
 
 # ==== sets ====
 
-def colour(k):
-    """The colour that stands for ImageNet class k: its three decimal digits."""
-    return tuple(25 * (k // d % 10) + 12 for d in (100, 10, 1))
-
-
 def encoded(k, kind="JPEG", size=(20, 14), frame=0):
-    """The file of a picture in class k's colour, with a red frame of `frame` px."""
-    picture = ImageOps.expand(Image.new("RGB", size, colour(k)), frame, (255, 0, 0))
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}))
-    return buffer.getvalue()
+    """The file of a picture whose colour tells the number k, with a red frame of `frame` px."""
+    colour = tuple(25 * (k // d % 10) + 12 for d in (100, 10, 1))
+    file = io.BytesIO()
+    picture = ImageOps.expand(Image.new("RGB", size, colour), frame, (255, 0, 0))
+    picture.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+def decoded(x):
+    """The numbers that the colours of images tell, all over."""
+    k = (x.long() // 25 * torch.tensor([100, 10, 1])[:, None, None]).sum(1).flatten(1)
+    assert torch.equal(k.amin(1), k.amax(1))
+    return k[:, 0].tolist()
 
 
 def put_files(root, files):
@@ -557,171 +530,68 @@ def put_files(root, files):
         (root / name).write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
-def colour_net(x):
-    """Reads the class off the picture.  Every fifth class is answered louder by another one."""
-    middle = x[:, :, x.shape[2] // 2, x.shape[3] // 2].long() // 25
-    k = (middle * torch.tensor([100, 10, 1])).sum(1)
-    z = torch.zeros(len(x), 1000).scatter_(1, k[:, None], 2.0)
-    louder = torch.where(k % 5 == 0, (k * 37 + 11) % 1000, k)
-    return z.scatter_(1, louder[:, None], torch.where(k % 5 == 0, 3.0, 2.0)[:, None])
-
-
-def mini_imagenet(root):
-    """Every set of the ImageNet family in miniature below `root`: about 4,500 solid pictures whose
-    colour tells the class."""
-    names = erpm.synsets()
-    jpeg, place = [encoded(k) for k in range(1000)], {s: k for k, s in enumerate(names)}
-    for k, s in enumerate(names):
-        put_files(root, {f"imagenet/val/{s}/ILSVRC2012_val_{i:08d}.JPEG": jpeg[k]
-                         for i in range(1 + k % 2)}
-                  | {f"sketch/{s}/sketch_0.{'JPG' if k % 2 else 'JPEG'}": jpeg[k],
-                     f"imagenetv2-matched-frequency-format-val/{k}/a.jpeg": jpeg[k]})
-    for part in "ar":
-        for i, s in enumerate(erpm.synsets(part)):
-            put_files(root, {f"imagenet-{part}/{s}/{n}.jpg": jpeg[place[s]]
-                             for n in range(1 + i % 2)})
-    for folder, ids in erpm.OBJECTNET.items():
-        put_files(root, {f"objectnet-1.0/images/{folder}/{i}.png": encoded(i, "PNG", (30, 40), 2)
-                         for i in ids})
-    for c, s in erpm.cells(erpm.ImageSet("", [], [], corrupted=True)):
-        put_files(root, {f"imagenet-c/{c}/{s}/{names[k]}/0.JPEG": jpeg[k]
-                         for k in (3, 10, 500, 999)})
-    put_files(root, {"objectnet-1.0/images/air_freshener/0.png": encoded(0, "PNG", frame=2),
-                     "imagenet/val/__MACOSX/._x.JPEG": b"no picture", "imagenet-a/.DS_Store": b"",
-                     "imagenet-a/README.txt": b"",
-                     f"imagenet-r/{erpm.synsets('r')[0]}/._0.jpg": b"no picture"})
-    return root
-
-
-def slow_count(files, groups):
-    """(n, correct) of colour_net, by the obvious loop: files (path, class number in `groups`),
-    groups: the network's outputs of each class."""
-    correct = 0
-    for path, y in files:
-        im = Image.open(path).convert("RGB")
-        middle = im.getpixel((im.width // 2, im.height // 2))
-        k = sum(c // 25 * d for c, d in zip(middle, (100, 10, 1)))
-        score = {k: 2.0} | ({(k * 37 + 11) % 1000: 3.0} if k % 5 == 0 else {})
-        best = [max(score.get(i, 0.0) for i in ids) for ids in groups]
-        correct += best.index(max(best)) == y
-    return len(files), correct
-
-
-def slow_set(root, name):
-    """(files, groups) of a miniature set, for slow_count, with none of erpm's code but the class
-    lists."""
-    names = list(erpm.synsets())
-    groups = {"a": [[names.index(s)] for s in erpm.synsets("a")],
-              "r": [[names.index(s)] for s in erpm.synsets("r")],
-              "objectnet": list(erpm.OBJECTNET.values())}
-    own = groups.get(re.split("[@-]", name)[-1], [[k] for k in range(1000)])
-    base = name.partition("@")[0]
-    folder = {"imagenet": "imagenet/val", "imagenet-sketch": "sketch",
-              "imagenet-v2": "imagenetv2-matched-frequency-format-val",
-              "objectnet": "objectnet-1.0/images"}.get(base, base)
-    files = []
-    for path in sorted((root / folder).glob("*/[!.]*")):
-        where = path.parent.name
-        if name == "objectnet":
-            files += [(path, list(erpm.OBJECTNET).index(where))] if where in erpm.OBJECTNET else []
-            continue
-        k = int(where) if base == "imagenet-v2" else names.index(where)
-        files += [(path, y) for y, ids in enumerate(own) if k in ids]
-    return files, own
-
-
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
-    return mini_imagenet(tmp_path_factory.mktemp("mini"))
+    """Every set of the ImageNet family in miniature: solid pictures that tell the class."""
+    root, names = tmp_path_factory.mktemp("mini"), erpm.synsets()
+    some = {names[k]: encoded(k) for k in range(0, 1000, 9)}
+    put_files(root, {f"imagenet/val/{c}/0.JPEG": data for c, data in some.items()}
+              | {f"sketch/{c}/0.JPG": data for c, data in some.items()}
+              | {f"imagenetv2-matched-frequency-format-val/{names.index(c)}/a.jpeg": data
+                 for c, data in some.items()}
+              | {f"imagenet-{part}/{c}/0.jpg": encoded(names.index(c))
+                 for part in "ar" for c in erpm.synsets(part)[::5]}
+              | {f"objectnet-1.0/images/{c}/{i}.png": encoded(i, "PNG", (30, 40), frame=2)
+                 for c, ids in erpm.OBJECTNET.items() for i in ids}
+              | {f"imagenet-c/{cell}/{names[k]}/0.JPEG": encoded(k)
+                 for cell in ("gaussian_noise/1", "weather/fog/3") for k in (3, 10, 500, 999)}
+              | {name: b"no picture" for name in (
+                  "objectnet-1.0/images/air_freshener/0.png", "imagenet/val/__MACOSX/._x.JPEG",
+                  "imagenet-a/README.txt", f"imagenet-r/{erpm.synsets('r')[0]}/._0.jpg")})
+    return root
 
 
 def partial_data(root, **more):
     return erpm.Data(root=str(root), allow_partial=True, **{"size_px": 32} | more)
 
 
-MINI_SETS = {"imagenet": 1500, "imagenet-v2": 1000, "imagenet-a": 300, "imagenet-r": 300,
-             "imagenet-sketch": 1000, "objectnet": 125, "imagenet@a": None, "imagenet@r": None,
-             "imagenet@objectnet": None}
-
-
-def mini_figures(root):
-    """Figures of colour_net on every miniature set, and on a cell of ImageNet-C's files."""
-    data = partial_data(root)
-    sets = {name: erpm.open_set(name, data) for name in MINI_SETS}
-    sets["imagenet-c"] = erpm.open_cell("imagenet", data, "fog", 3)
-    return {name: erpm.evaluate(colour_net, s, batch=64) for name, s in sets.items()}
-
-
-@pytest.fixture(scope="module")
-def one_process(mini):
-    return mini_figures(mini)
-
-
-@pytest.mark.parametrize("name, n", MINI_SETS.items())
-def test_every_set_of_the_miniature_imagenet_scores_as_a_slow_count_does(mini, one_process, name,
-                                                                         n):
-    s, got, row = erpm.open_set(name, partial_data(mini)), one_process[name], erpm.SETS[name]
-    files, groups = slow_set(mini, name)
-    want = slow_count(files, groups)
-    assert (got["n"], got["correct"]) == want and len(s) == len(files)
-    assert n in (None, want[0]) and 0 < want[1] < want[0]
-    assert len(s.classes) == len(groups) == row.n_classes and len(s.outputs) == 1000
-    assert s.name == f"{name} ({len(files):,} of {row.n_test:,} images)"
-    assert "@" not in name or row.n_test == 50 * sum(map(len, groups))
-
-
-@pytest.mark.parametrize("n", [2, 3])
-def test_any_number_of_processes_counts_the_miniature_imagenet_alike(mini, one_process, tmp_path,
-                                                                     n):
-    def work(rank):
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank,
-                                world_size=n)
-        (tmp_path / f"{rank}.json").write_text(json.dumps(mini_figures(mini)))
-        dist.destroy_process_group()
-
-    fork_all(n, work)
-    assert all(json.loads((tmp_path / f"{rank}.json").read_text()) == one_process
-               for rank in range(n))
+@pytest.mark.parametrize("name, n", {
+    "imagenet": 112, "imagenet-v2": 112, "imagenet-sketch": 112, "imagenet-a": 40, "imagenet-r": 40,
+    "objectnet": 125, "imagenet@a": 22, "imagenet@r": 23, "imagenet@objectnet": 20}.items())
+def test_every_set_of_the_miniature_imagenet_has_the_right_labels(mini, name, n):
+    s, row, names = erpm.open_set(name, partial_data(mini)), erpm.SETS[name], erpm.synsets()
+    ids = s.ids.tolist() if s.ids is not None else [[k] for k in range(1000)]
+    x, y, index = batch(s)
+    assert len(s) == n and all(k in ids[label] for k, label in zip(decoded(x), y))
+    assert len(s.classes) == row.n_classes == len(ids) and s.outputs == names
+    assert s.name == f"{name} ({n} of {row.n_test:,} images)"
+    assert s.classes == tuple(erpm.OBJECTNET if name.endswith("objectnet")
+                              else (names[k] for k, *_ in ids))
+    assert "@" not in name or row.n_test == 50 * len({i for many in ids for i in many})
 
 
 def test_objectnet_has_113_classes_125_outputs_and_no_red_frame(mini):
     ids = [i for many in erpm.OBJECTNET.values() for i in many]
     assert (len(erpm.OBJECTNET), len(ids), len(set(ids))) == (113, 125, 125)
-    assert list(erpm.OBJECTNET) == sorted(erpm.OBJECTNET)
-    for name in ("objectnet", "objectnet-c"):
-        s = erpm.open_set(name, partial_data(mini), view=erpm.View(32, 1.0, squash=True))
-        x, y, index = s.__getitems__([(0, p) for p in range(0, 125, 6)])
-        want = torch.tensor([colour(int(Path(s.paths[i]).stem)) for i in index])
-        assert torch.equal(x, want[:, :, None, None].to(torch.uint8).expand_as(x))
+    s = erpm.open_set("objectnet-c", partial_data(mini), view=erpm.View(32, 1.0, squash=True))
+    x, _, index = batch(s, range(0, 125, 6))
+    assert decoded(x) == [int(Path(s.paths[i]).stem) for i in index]
     assert s.corrupted and s.own_view and s.view == erpm.View()
 
 
 def test_imagenet_c_is_read_from_disk_cell_by_cell(mini):
-    data = partial_data(mini, size_px=0)
-    s = erpm.open_set("imagenet-c", data, view=erpm.View(288, 0.9, "bicubic"))
-    assert (s.view, len(s), s.archive) == (erpm.View(224, 1.0), 4, mini / "imagenet-c")
+    data, view = partial_data(mini, size_px=0), erpm.View(288, 0.9, "bicubic")
+    s = erpm.open_set("imagenet-c", data, view=view)
+    assert (s.view, s.archive, s.own_view) == (erpm.View(224, 1.0), True, True)
     assert s.name == "imagenet-c (4 of 50,000 images)"
-    for cell in erpm.cells(s):
-        some = erpm.open_cell("imagenet", data, *cell)
-        assert some.y.tolist() == [3, 10, 500, 999]
-        assert all(f"/{cell[0]}/{cell[1]}/" in p for p in some.paths)
-    assert erpm.evaluate(colour_net, some)["correct"] == 2          # 10 and 500 are drowned out
-    few = erpm.open_cell("imagenet", dataclasses.replace(data, n_test=2), *cell)
+    some = erpm.open_set("imagenet-c", data, view=view, cell=("fog", 3))      # as the tars have it
+    assert some.y.tolist() == decoded(batch(some)[0]) == [3, 10, 500, 999]
+    assert all("/fog/3/" in p for p in some.paths)
+    few = erpm.open_set("imagenet-c", dataclasses.replace(data, n_test=2), cell=("fog", 3))
     assert np.array_equal(few.index, s.subset(2).index)
-    with refuses("imagenet-c: 4 images in "):
-        erpm.open_set("imagenet-c", erpm.Data(root=str(mini)))
-
-
-def test_a_224_px_file_of_imagenet_c_is_not_touched_and_groups_are_found(tmp_path):
-    file = tmp_path / "imagenet-c/weather/fog/3/n01440764/1.JPEG"         # as the tars have it
-    file.parent.mkdir(parents=True)
-    Image.fromarray(images(1, 224)[0].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=85)
-    s = erpm.open_cell("imagenet", partial_data(tmp_path), "fog", 3)
-    want = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-    assert torch.equal(s.__getitems__([(0, 0)])[0][0], want)
     for cell in (("fog", 2), ("snow", 3)):
         with refuses(f"lacks the cell {cell[0]}/{cell[1]}"):
-            erpm.open_cell("imagenet", partial_data(tmp_path), *cell)
+            erpm.open_set("imagenet-c", data, cell=cell)
 
 
 def test_without_an_archive_cells_are_made_from_the_benchmarks_own_view(mini, tmp_path):
@@ -729,7 +599,7 @@ def test_without_an_archive_cells_are_made_from_the_benchmarks_own_view(mini, tm
     view = erpm.View(336, 1.0, "bicubic", squash=True)
     s = erpm.open_set("imagenet-c", partial_data(tmp_path, fit="squash"), view=view)
     assert s.view == erpm.View(224, 0.875, "bilinear") and s.own_view and not s.archive
-    assert s.name == "imagenet-c (regenerated, 1,500 of 50,000 images)"
+    assert s.name == "imagenet-c (regenerated, 112 of 50,000 images)"
     clean = erpm.open_set("imagenet", partial_data(tmp_path, size_px=0), view=view)
     assert clean.view == view and not clean.own_view
 
@@ -741,134 +611,125 @@ def small_row(monkeypatch, name, **changes):
 def test_a_half_unpacked_set_is_refused_with_both_counts(mini, monkeypatch):
     data = erpm.Data(root=str(mini), size_px=32)
     for name, n in (("imagenet", "50,000"), ("imagenet@a", "10,000"), ("imagenet-c", "50,000")):
-        with pytest.raises(erpm.UserError, match=f"^{name}: .* images in .*, expected {n}"):
+        with pytest.raises(erpm.UserError, match=f" images in {mini}/.*, expected {n}"):
             erpm.open_set(name, data)
-    small_row(monkeypatch, "imagenet", n_test=1500)
+    small_row(monkeypatch, "imagenet", n_test=112)
     assert erpm.open_set("imagenet", data).name == "imagenet"
-    small_row(monkeypatch, "imagenet", n_test=1499)          # more than published are no set either
-    with refuses("imagenet: 1,500 images in "):
+    small_row(monkeypatch, "imagenet", n_test=111)           # more than published are no set either
+    with refuses("imagenet: 112 images in "):
         erpm.open_set("imagenet", data)
 
 
-def test_tiny_imagenet_is_read_as_published(tmp_path, monkeypatch):
+def test_tiny_imagenet_is_read_as_published(here, monkeypatch):
     small_row(monkeypatch, "tiny-imagenet", n_train=4, n_test=3, n_classes=2)
-    top, wnids = tmp_path / "tiny-imagenet-200", ("n02124075", "n01443537")   # not in text order
-    of = dict(zip(("val_0.JPEG", "val_1.JPEG", "val_2.JPEG"), (wnids[0], wnids[1], wnids[0])))
-    put_files(top, {"wnids.txt": "\n".join(wnids), "test/images/test_0.JPEG": encoded(0)}
-              | {f"train/{w}/images/{w}_{i}.JPEG": encoded(1) for w in wnids for i in (0, 1)}
-              | {f"val/images/{n}": encoded(2, size=(64, 64)) for n in of}
-              | {"val/val_annotations.txt": "".join(f"{n}\t{w}\t0\t32\t44\t62\n"
-                                                    for n, w in of.items())})
-    s = erpm.open_set("tiny-imagenet", erpm.Data(root=str(tmp_path)), view=erpm.View(224))
-    assert s.classes == tuple(sorted(wnids)) and s.view == erpm.View(64, 1.0) and s.own_view
-    assert {Path(p).name: s.classes[y] for p, y in zip(s.paths, s.y)} == of
-    train = erpm.open_set("tiny-imagenet", erpm.Data(root=str(tmp_path)), "train")
-    assert train.y.tolist() == [0, 0, 1, 1]
-    want = torch.from_numpy(np.array(Image.open(s.paths[0]))).permute(2, 0, 1)
-    assert torch.equal(s.__getitems__([(0, 0)])[0][0], want)
+    top, b, a = here / "data/tiny-imagenet-200", "n02124075", "n01443537"     # not in text order
+    put_files(top, {"test/images/test_0.JPEG": encoded(0)}
+              | {f"train/{w}/images/{w}_{i}.JPEG": encoded(1) for w in (b, a) for i in (0, 1)}
+              | {f"val/images/val_{i}.JPEG": encoded(i, size=(64, 64)) for i in range(3)}
+              | {"val/val_annotations.txt": "".join(f"val_{i}.JPEG\t{w}\t0\t32\t44\t62\n"
+                                                    for i, w in enumerate((b, a, b)))})
+    s = erpm.open_set("tiny-imagenet", view=erpm.View(224))
+    assert s.classes == (a, b) and s.view == erpm.View(64, 1.0) and s.own_view
+    assert s.y.tolist() == [1, 0, 1] and decoded(batch(s)[0]) == [0, 1, 2]
+    assert erpm.open_set("tiny-imagenet", split="train").y.tolist() == [0, 0, 1, 1]
+    put_files(here / "data/Tiny-ImageNet-C/snow/4", {f"{w}/x.JPEG": encoded(9) for w in (b, a)})
+    s = erpm.open_set("tiny-imagenet-c", partial_data("data"), cell=("snow", 4))
+    assert s.y.tolist() == [0, 1] and a in s.paths[0] and s.view.size_px == 64
 
 
-def test_tiny_imagenet_c_and_cifar_c_are_read_from_disk(tmp_path, monkeypatch):
-    small_row(monkeypatch, "tiny-imagenet", n_test=2, n_classes=2)
+@pytest.fixture
+def cifar_c(here, monkeypatch):
+    """The folder of a small CIFAR-10-C, four images a cell, and {corruption: its array}."""
     small_row(monkeypatch, "cifar10", n_test=4)
-    rng, data = np.random.default_rng(0), erpm.Data(root=str(tmp_path))
-    folder, y = tmp_path / "CIFAR-10-C", np.tile(np.array([3, 8, 8, 0], np.uint8), 5)
-    folder.mkdir()
-    np.save(folder / "labels.npy", y)
+    folder, rng = here / "data/CIFAR-10-C", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    np.save(folder / "labels.npy", np.tile(np.array([3, 8, 8, 0], np.uint8), 5))
     arrays = {c: rng.integers(0, 256, (20, 32, 32, 3), np.uint8) for c in erpm.CORRUPTIONS}
-    for c in arrays:
-        np.save(folder / f"{c}.npy", arrays[c])
-    for c, s in (("fog", 1), ("jpeg_compression", 5)):
-        some = erpm.open_cell("cifar10", data, c, s)
-        x = some.__getitems__([(0, p) for p in range(4)])[0]
-        assert some.y.tolist() == [3, 8, 8, 0] and some.name == "cifar10-c"
-        assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), arrays[c][4 * s - 4:4 * s])
-    assert erpm.evaluate(lambda x: F.one_hot(x[:, 0, 0, 0].long(), 256), some)["n"] == 4
-    np.save(folder / "labels.npy", y[:-1])
-    with refuses("expected 4"):
-        erpm.open_set("cifar10-c", data)
-    (folder / "fog.npy").write_bytes(b"no array")
-    with refuses("fog.npy"):
-        erpm.open_cell("cifar10", data, "fog", 1)
-    put_files(tmp_path / "Tiny-ImageNet-C/snow/4", {
-        "n02124075/a.JPEG": encoded(4, size=(64, 64)), "n01443537/b.JPEG": encoded(9)})
-    some = erpm.open_cell("tiny-imagenet", data, "snow", 4)
-    assert [Path(p).name for p in some.paths] == ["b.JPEG", "a.JPEG"] and some.view.size_px == 64
+    for c, x in arrays.items():
+        np.save(folder / f"{c}.npy", x)
+    return folder, arrays
+
+
+def test_cifar_c_is_read_from_its_arrays(cifar_c):
+    folder, arrays = cifar_c
+    for severity in (1, 5):
+        s = erpm.open_set("cifar10-c", cell=("fog", severity))
+        want = arrays["fog"][4 * severity - 4:4 * severity]
+        assert s.y.tolist() == [3, 8, 8, 0] and s.name == "cifar10-c"
+        assert np.array_equal(batch(s)[0].permute(0, 2, 3, 1), want)
+    np.save(folder / "labels.npy", np.zeros(19, np.uint8))
+    put_files(folder, {"snow.npy": b"no array"})
+    for cell, says in ((("fog", 1), "expected 4"), (("snow", 1), "snow.npy, or labels.npy")):
+        with refuses(says):
+            erpm.open_set("cifar10-c", cell=cell)
+
+
+def test_the_rows_of_an_archive_are_those_of_its_cells(cifar_c, here):
+    net = saved(here / "x/model.safetensors", erpm.build("cifar:resnet8-s2", 10), "cifar10",
+                classes=tuple("0123456789"))
+    runs("eval", "--model", "run:x", "--set", "cifar10-c", "runtime.amp=none")
+    rows = {(r["corruption"], r["severity"]): r["nll"] for r in result_rows("runs/models")}
+    assert list(rows) == erpm.cells(erpm.open_set("cifar10-c")) and len(rows) == 75
+    for cell in (("fog", 3), ("jpeg_compression", 5)):
+        assert rows[cell] == erpm.evaluate(net, erpm.open_set("cifar10-c", cell=cell))["nll"]
 
 
 @pytest.mark.parametrize("name, cls, n_train", [
     ("flowers102", "Flowers102", 5), ("cifar10", "CIFAR10", 3),
     ("fashion-mnist", "FashionMNIST", 3)])
-def test_sets_by_torchvision_are_read_through_its_classes(name, cls, n_train, tmp_path,
-                                                          monkeypatch):
+def test_sets_by_torchvision_are_read_through_its_classes(name, cls, n_train, here, monkeypatch):
     class Fake:
         classes = [f"flower {k}" for k in range(102)]
 
-        def __init__(self, root, split="", train=True, download=False):
+        def __init__(self, root, split="", train=True):
             n = {"train": 3, "val": 2, "test": 4}[split or ("train" if train else "test")]
             self._image_files, self._labels, self.targets = [Path("x")] * n, [7] * n, [1] * n
             self.data = np.full((n, 32, 32, 3), n, np.uint8) if name == "cifar10" else \
                 torch.full((n, 28, 28), n, dtype=torch.uint8)
 
-    data = erpm.Data(root=str(tmp_path))
     with pytest.raises(erpm.Absent, match="download=True"):
-        erpm.open_set(name, data)
-    (tmp_path / erpm.SETS[name].test).mkdir(parents=True)
-    with refuses(erpm.SETS[name].test):
-        erpm.open_set(name, data)
+        erpm.open_set(name)
+    (here / "data" / erpm.SETS[name].test).mkdir(parents=True)
     monkeypatch.setattr(erpm.torchvision.datasets, cls, Fake)
     small_row(monkeypatch, name, n_classes=102, n_train=n_train, n_test=4)
-    test, train = (erpm.open_set(name, data, s) for s in ("test", "train"))
+    test, train = (erpm.open_set(name, split=s) for s in ("test", "train"))
     assert (len(test), len(train)) == (4, n_train)
     if name != "flowers102":
-        x = test.__getitems__([(0, 0)])[0]
-        assert x.shape == (1, 3, 32, 32) and x[0, 0, 16, 16] == 4
-        assert x[0, 0, 0, 0] == (4 if name == "cifar10" else 0)
+        x, border = batch(test)[0], 0 if name == "fashion-mnist" else 4
+        assert x.shape == (4, 3, 32, 32) and x[0, 0, 0, 0] == border and x[0, 0, 16, 16] == 4
 
 
-def test_sun397_and_places205_go_by_their_lists_and_inaturalist_by_its_folders(tmp_path,
-                                                                               monkeypatch):
-    small_row(monkeypatch, "sun397", n_train=1, n_test=2, n_classes=2)
-    small_row(monkeypatch, "places205", n_train=1, n_test=3, n_classes=2)
-    small_row(monkeypatch, "inaturalist2021", n_train=2, n_test=2, n_classes=2)
-    deep = "places205/data/vision/torralba/deeplearning/images256/"
-    lists = "places205/trainvalsplit_places205/"
-    put_files(tmp_path, {
-        "SUN397/ClassName.txt": "/a/abbey\n/a/apse/indoor\n",
-        "SUN397/Training_01.txt": "/a/abbey/sun_1.jpg\n",
-        "SUN397/Testing_01.txt": "/a/apse/indoor/sun_2.jpg\r\n/a/abbey/sun_3.jpg\r\n",
-        f"{lists}train_places205.csv": "y/yard/gsun_1.jpg 1\n",
-        f"{lists}val_places205.csv":
-            "y/yard/gsun_2.jpg 1\na/abbey/gsun_3.jpg 0\na/abbey/gsun_4.jpg 0\n",
-        f"{deep}y/yard/gsun_2.jpg": encoded(3)}
-        | {f"{half}/{c}/1.jpg": encoded(1) for c in "ab" for half in ("2021_train_mini",
-                                                                     "2021_valid")})
-    both = lambda name: [erpm.open_set(name, erpm.Data(root=str(tmp_path)), s)      # noqa: E731
-                         for s in ("test", "train")]
-    test, train = both("sun397")
-    assert test.classes == ("abbey", "apse/indoor") and test.y.tolist() == [1, 0]
-    assert train.paths == [str(tmp_path / "SUN397/a/abbey/sun_1.jpg")]
-    test, train = both("places205")
-    put_files(tmp_path / lists, {"train_places205.csv": "y/yard/gsun_1.jpg\n"})
-    with refuses("train_places205.csv"):
-        both("places205")
-    assert test.classes == train.classes == ("abbey", "yard") and test.y.tolist() == [1, 0, 0]
-    assert train.y.tolist() == [1] and train.paths[0].endswith("y/yard/gsun_1.jpg")
-    assert test.__getitems__([(0, 0)])[0].shape == (1, 3, 224, 224)
-    assert [s.y.tolist() for s in both("inaturalist2021")] == [[0, 1], [0, 1]]
-    small_row(monkeypatch, "inaturalist2021", n_classes=3)
-    with refuses("2 classes in "):
-        both("inaturalist2021")
+@pytest.mark.parametrize("name, top, lists, line", [
+    ("sun397", "SUN397/", ("SUN397/Training_01.txt", "SUN397/Testing_01.txt"), "/{}\r\n"),
+    ("places205", "places205/data/vision/torralba/deeplearning/images256/",
+     [f"places205/trainvalsplit_places205/{s}_places205.csv" for s in ("train", "val")], "{} 0\n")])
+def test_sun397_and_places205_go_by_their_lists(here, monkeypatch, name, top, lists, line):
+    small_row(monkeypatch, name, n_train=2, n_test=3, n_classes=2)
+    for split, file, y, paths in (
+            ("train", lists[0], [1, 0], ["a/apse/indoor/1.jpg", "a/abbey/2.jpg"]),
+            ("test", lists[1], [0, 1, 0], ["a/abbey/3.jpg", "a/apse/indoor/4.jpg",
+                                           "a/abbey/5.jpg"])):
+        put_files(here / "data", {file: "".join(map(line.format, paths))}
+                  | {top + p: encoded(int(Path(p).stem)) for p in paths})
+        s = erpm.open_set(name, split=split)
+        assert s.classes == ("abbey", "apse/indoor") and s.y.tolist() == y
+        assert decoded(batch(s)[0]) == [int(Path(p).stem) for p in paths]
+    small_row(monkeypatch, name, n_classes=3)
+    with refuses(f"{name}: 2 classes in "):
+        erpm.open_set(name)
 
 
 def test_sets_lists_every_set_and_its_faults(here):
-    put_files(here / "data", {"imagenet-a/n01498041/x.jpg": encoded(1), "sketch/x.txt": b""})
+    put_files(here / "data", {"imagenet-a/n01498041/x.jpg": encoded(1), "2021_valid/a/x.jpg": b"",
+                              "cifar-10-batches-py/x": b""})
     make_tree(here / "mine", n=2, splits=("",))
     out = runs("sets", "--set", "pets@folder:mine")
-    assert all(f"{name} " in out for name in (*erpm.SETS, "imagenet-c", "pets@folder:mine"))
-    line = next(t for t in out.splitlines() if t.strip("| ").startswith("pets@folder"))
-    assert [w.strip() for w in line.strip("| ").split("|")][1:5] == ["4", "any", "2", "mine"]
-    assert not (here / "runs").exists() and "Traceback" not in out
+    assert all(f"| {name} " in out for name in (*erpm.SETS, "imagenet-c"))
+    rows = {c[0]: c[1:5] for c in ([w.strip() for w in line.strip("|").split("|")]
+                                   for line in out.splitlines()) if len(c) > 4}
+    assert rows["pets@folder:mine"] == ["4", "any", "any", "mine"]
+    assert rows["imagenet-a"][:2] == ["1", "7,500"] and rows["cifar10"][0] == "spoilt"
+    assert "inaturalist2021: 1 classes in" in out and not (here / "runs").exists()
 
 
 # ==== corruptions ====
