@@ -2052,8 +2052,7 @@ class Card:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The classes of the outputs as far as they are known: 1000 that nobody named are
-        ImageNet's."""
+        """The classes of the outputs, () = not known; 1000 that nobody named are ImageNet's."""
         return self.classes or (synsets() if self.n_classes == len(synsets()) else ())
 
     @property
@@ -2086,9 +2085,8 @@ class Net(nn.Module):
 
 
 def full_precision(x: Tensor):
-    """Context without autocast, which the meta device (`gflops`) does not know."""
-    kind = x.device.type
-    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+    """Context without autocast, which knows no meta device (of `gflops`)."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class TextHead(nn.Module):
@@ -2097,11 +2095,11 @@ class TextHead(nn.Module):
     weight (C,D): the classes' embeddings; nothing here is trained.
     Shapes: image embeddings h (B,D) -> logits (B,C).  Paper: [A] section 4.4."""
 
-    def __init__(self, weight: Tensor, logit_scale=0.0, logit_bias=None):
+    def __init__(self, weight: Tensor, logit_scale: float = 0.0, logit_bias: float = 0.0):
         super().__init__()
         self.register_buffer("weight", F.normalize(weight.float(), dim=-1))
-        self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
-        self.register_buffer("logit_bias", torch.tensor(float(logit_bias or 0.0)))
+        self.register_buffer("logit_scale", torch.tensor(logit_scale))
+        self.register_buffer("logit_bias", torch.tensor(logit_bias))
 
     @property
     def out_features(self) -> int:
@@ -2111,19 +2109,6 @@ class TextHead(nn.Module):
         with full_precision(h):
             cosine = F.normalize(h.float(), dim=-1) @ self.weight.T
             return self.logit_scale.exp() * cosine + self.logit_bias
-
-
-class Tower(nn.Module):
-    """The visual tower of a CLIP and a head on its embeddings: fc(visual(x)).
-
-    Shapes: normalised images (B,3,H,W) -> logits (B, fc.out_features)."""
-
-    def __init__(self, visual: nn.Module, fc: nn.Module, scale: tuple):
-        super().__init__()
-        self.visual, self.fc, self.scale = visual, fc, scale    # the CLIP's, for a TextHead
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.visual(x))
 
 
 # ---- weights on disk -----------------------------------------------------------------------------
@@ -2157,14 +2142,11 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], Card | None]:
         raise UserError(f"{path} holds no state dict but {', '.join(map(str, state))[:200]}")
     if "erpm" not in meta:
         return state, None
-    if meta.get("sha") != tensors_sha(dict(sorted(state.items())), meta["erpm"]):
-        raise UserError(f"{path} is damaged: it does not hold what was saved; delete it to make it "
-                        "again")
-    card = json.loads(meta["erpm"])
-    if card.keys() != dataclasses.asdict(Card()).keys():
-        raise UserError(f"{path} was made by another version of erpm.py: delete it to make it "
-                        "again")
-    return state, card_of(card)
+    whole = meta.get("sha") == tensors_sha(dict(sorted(state.items())), meta["erpm"])
+    if not whole or json.loads(meta["erpm"]).keys() != dataclasses.asdict(Card()).keys():
+        raise UserError(f"{path} is damaged, or of another version of erpm.py: it does not hold "
+                        "what was saved; delete it to make it again")
+    return state, card_of(json.loads(meta["erpm"]))
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
@@ -2341,19 +2323,14 @@ def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int
     fc = nn.Linear(width, classes) if classes else nn.Identity()
     view = View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash")
     card = Card(n_classes=classes or 0, size_px=size, view=view, clip=weights or "",
-                fresh=bool(classes))
-    tower = Tower(clip.visual, fc, (clip.logit_scale.detach(), clip.logit_bias))
-    return Net(tower, card, cfg["mean"], cfg["std"])
+                fresh=bool(classes) or not weights and "/" not in name)
+    net = Net(nn.Sequential(OrderedDict(visual=clip.visual, fc=fc)), card, cfg["mean"], cfg["std"])
+    bias = clip.logit_bias
+    net.scale = clip.logit_scale.item(), 0.0 if bias is None else bias.item()  # for a TextHead
+    return net
 
 
 FAMILIES = {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip, "cifar": _cifar}
-
-
-def has_tag(name: str) -> bool:
-    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k,
-    torchvision:resnet50/IMAGENET1K_V1 and open_clip:ViT-B-32-quickgelu/openai do."""
-    family, _, rest = name.partition(":")
-    return {"timm": ".", "torchvision": "/", "open_clip": "/"}.get(family, "\n") in rest
 
 
 def named(name: str, classes: int | None = None, weights: str | None = None,
@@ -2418,8 +2395,6 @@ class Classifier(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         h = self.drop(self.features(f))
-        if any(p.dtype != torch.float32 for p in self.fc.parameters()):
-            return self.fc(h)
         with full_precision(h):                           # logits in float32: sigma, KL, ties
             return self.fc(h.float())
 
@@ -2480,22 +2455,9 @@ def _opened(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return out
 
 
-def _split_chain(net: nn.Sequential) -> tuple[list[nn.Module], nn.Module, nn.Module]:
-    """nn.Sequential that ends in a Linear: a child with weights opens a stage, those without join
-    the stage before; pooling and flattening before the Linear belong to the classifier."""
-    *body, fc = net
-    features, groups = nn.Sequential(), []
-    while body and not list(body[-1].parameters()):
-        features.insert(0, body.pop())
-    for m in body:
-        if not groups or list(m.parameters()):
-            groups.append(nn.Sequential())
-        groups[-1].append(m)
-    return groups, features, fc
-
-
 def _split_by_row(net: nn.Module, holders: str, after: Callable, before: Callable = _in_turn,
-                  *late: str) -> tuple[list[nn.Module], nn.Module, nn.Module]:
+                  *late: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """`split_net` of a row of CUTS."""
     names, holders = list(net._modules), holders.split()
     first, last = names.index(holders[0]), names.index(holders[-1])
     fc = net.get_classifier() if hasattr(net, "get_classifier") else getattr(net, "fc", None)
@@ -2509,26 +2471,37 @@ def _split_by_row(net: nn.Module, holders: str, after: Callable, before: Callabl
     if getattr(net, "rope", None) is not None:           # every block is called with the rope
         blocks = [Part(net, (f"blocks.{i}", "rope"), functools.partial(_eva_block, i))
                   for i in range(len(net.blocks))]
-    return [Part(net, early, before), *blocks], Part(net, late, after), fc or nn.Identity()
+    return [Part(net, early, before), *blocks], [Part(net, late, after), fc or nn.Identity()]
 
 
-def split_net(net: nn.Module) -> tuple[list[nn.Module], nn.Module, nn.Module]:
-    """(stages, features, fc), where net(x) is fc(features(the stages one after another)).
+def split_net(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """(stages, tail) of net's own modules: net(x) is all of them one after another; the tail is
+    norm, pooling, projection and, last, the classifier, where it has one.
 
-    All are net's own modules; for an encoder fc passes the embeddings on.  Raises: UserError."""
-    kind = f"{type(net).__module__.partition('.')[0]}.{type(net).__name__}"
-    if isinstance(net, Tower):
-        body, features, projection = split_net(net.visual)
-        return body, nn.Sequential(features, projection), net.fc
-    if kind == "open_clip.TimmModel":
-        body, features, projection = split_net(net.trunk)
-        return body, nn.Sequential(features, projection, net.head), nn.Identity()
-    if type(net) is nn.Sequential and len(net):
-        return _split_chain(net)
-    if kind not in CUTS:
-        raise UserError(f"a {kind} cannot be cut into stages: known are {', '.join(CUTS)}; or pass "
-                        "an nn.Sequential of your own that ends in a Linear")
-    return _split_by_row(net, *CUTS[kind])
+    nn.Sequential: a child with weights opens a stage, those without join the stage before; a tower
+    that comes first is split itself.  Raises: UserError."""
+    def kind(m: nn.Module) -> str:
+        return f"{type(m).__module__.partition('.')[0]}.{type(m).__name__}"
+
+    if kind(net) in CUTS:
+        return _split_by_row(net, *CUTS[kind(net)])
+    if kind(net) == "open_clip.TimmModel":
+        net = nn.Sequential(net.trunk, net.head)
+    if type(net) is not nn.Sequential or not len(net):
+        raise UserError(f"a {kind(net)} cannot be cut into stages: known are {', '.join(CUTS)}; or "
+                        "pass an nn.Sequential of your own that ends in a Linear")
+    *body, fc = net
+    tail, groups = [fc], []
+    if body and kind(body[0]) in (*CUTS, "open_clip.TimmModel"):
+        groups, tail = split_net(body[0])
+        return groups, [*tail, *net[1:]]
+    while body and not list(body[-1].parameters()):
+        tail.insert(0, body.pop())
+    for m in body:
+        if not groups or list(m.parameters()):
+            groups.append(nn.Sequential())
+        groups[-1].append(m)
+    return groups, tail
 
 
 def stages(net: nn.Module) -> nn.Sequential:
@@ -2538,11 +2511,11 @@ def stages(net: nn.Module) -> nn.Sequential:
     if isinstance(net, Net):
         first, *rest = stages(net.net)
         return nn.Sequential(Part(net, ("mean", "std"), lambda n, x: n.prepare(x)), first, *rest)
-    body, features, fc = split_net(net)
+    body, (*features, fc) = split_net(net)
     if not body or not hasattr(fc, "out_features"):
         raise UserError(f"a {type(net).__module__}.{type(net).__name__} without a final Linear "
                         "layer cannot be cut: build it with classes=N")
-    return nn.Sequential(*body, Classifier(features, fc))
+    return nn.Sequential(*body, Classifier(nn.Sequential(*features), fc))
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -2560,7 +2533,7 @@ def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
     if at < 1:
         raise UserError(f"tune = {tune}: {name} has {len(parts) - 1} stages, of which the first "
                         "stays frozen")
-    if isinstance(net, Net) and type(net.net) is not nn.Sequential:   # a chain is itself in order
+    if isinstance(net, Net) and (net.card.name or type(net.net) is not nn.Sequential):
         p, side = next(net.parameters()), net.card.size_px or net.card.view.size_px
         x = torch.rand(1, 3, side, side, generator=rng("cut")).to(p.device)
         if not torch.allclose(parts.eval()(x), net.eval()(x), rtol=1e-3, atol=1e-5):
@@ -2817,7 +2790,7 @@ def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
         texts[prompts] = text_weights(model.card, prompts)
     out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     if isinstance(out, Net) and not isinstance(out.net.fc, TextHead):
-        out.net.fc = TextHead(texts[prompts], *out.net.scale)
+        out.net.fc = TextHead(texts[prompts], *out.scale)
     for head in (m for m in out.modules() if isinstance(m, TextHead)):
         head.weight = F.normalize(texts[prompts], dim=-1).to(head.weight.device)
     out.card = dataclasses.replace(model.card, n_classes=len(texts[prompts]), prompts=prompts,
@@ -4910,7 +4883,7 @@ def student_net(cfg: Config, images: ImageSet, file: str = "student",
 
     def make(train: Callable) -> tuple[nn.Module, dict]:
         torch.manual_seed(fold(cfg.seed, "init student"))
-        if m.head == "text" and not weights and not has_tag(m.student):
+        if m.head == "text" and not weights and "/" not in m.student:
             return train_clip(cfg, images, train)
         net = named(m.student, None if m.head == "text" else len(images.classes), weights or None,
                     size)
@@ -5276,11 +5249,11 @@ def network_of_token(token: str) -> dict[str, nn.Module]:
     """{label: network} of [LABEL@]NAME[=WEIGHTS_FILE].  Raises: UserError."""
     front, _, path = token.partition("=")
     label, name = re.fullmatch(r"(?:([^:@]+)@)?(.*)", front).groups()
-    if not path and not name.startswith("run:") and not has_tag(name):
+    net = build(name, weights=path or None)
+    if net.card.fresh and not name.startswith("run:"):
         raise UserError(f"--model {name} has no weights: add a pretrained tag "
                         "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
                         "made (run:runs/x)")
-    net = build(name, weights=path or None)
     if not net.card.home and net.card.known == synsets():                # a public network's
         net.card = dataclasses.replace(net.card, home="imagenet", classes=synsets())
     return {label or token: freeze(net).to(pick_device())}
