@@ -2100,10 +2100,7 @@ class TextHead(nn.Module):
         self.register_buffer("weight", F.normalize(weight.float(), dim=-1))
         self.register_buffer("logit_scale", torch.tensor(logit_scale))
         self.register_buffer("logit_bias", torch.tensor(logit_bias))
-
-    @property
-    def out_features(self) -> int:
-        return len(self.weight)
+        self.out_features = len(weight)
 
     def forward(self, h: Tensor) -> Tensor:
         with full_precision(h):
@@ -2198,23 +2195,6 @@ def from_hub(name: str):
 
 # ---- the families: (name, classes, weights, size_px) -> Net --------------------------------------
 
-class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), the block of the CIFAR ResNets."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(n_out)
-        self.shortcut = nn.Identity() if n_in == n_out and stride == 1 else nn.Sequential(
-            nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
 def _cifar(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
     """resnetD[-wK][-s2]: the ResNet of depth D = 6n + 2 for small images (He et al. 2016, 4.2),
     K times as wide, with a stem of stride 2."""
@@ -2222,20 +2202,22 @@ def _cifar(name: str, classes: int | None, weights: str | None, size_px: int) ->
     if not m or int(m[1]) < 8 or (int(m[1]) - 2) % 6:
         raise UserError(f"unknown network cifar:{name}: expected cifar:resnetD[-wK][-s2] with "
                         "D = 8, 14, 20, ...")
-    n, n_in, stride = (int(m[1]) - 2) // 6, 16 * int(m[2] or 1), int(m[3] or 1)
-    layers = [nn.Sequential(nn.Conv2d(3, n_in, 3, stride, 1, bias=False), nn.BatchNorm2d(n_in),
+    n_in, stem, n = 16 * int(m[2] or 1), int(m[3] or 1), classes or 10
+    layers = [nn.Sequential(nn.Conv2d(3, n_in, 3, stem, 1, bias=False), nn.BatchNorm2d(n_in),
                             nn.ReLU())]
-    for level in range(3):
-        for i in range(n):
-            n_out = 16 * int(m[2] or 1) * 2 ** level
-            layers.append(BasicBlock(n_in, n_out, 2 if level and not i else 1))
-            n_in = n_out
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                        nn.Linear(n_in, classes or 10))
+    for level, i in itertools.product(range(3), range((int(m[1]) - 2) // 6)):
+        n_out, shortcut = n_in, None
+        if level and not i:
+            n_out = 2 * n_in
+            shortcut = nn.Sequential(nn.Conv2d(n_in, n_out, 1, 2, bias=False),
+                                     nn.BatchNorm2d(n_out))
+        layers.append(torchvision.models.resnet.BasicBlock(n_in, n_out, n_out // n_in, shortcut))
+        n_in = n_out
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n))
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out")
-    card = Card(n_classes=classes or 10, size_px=size_px, view=View(size_px or 32), fresh=True)
+    card = Card(n_classes=n, size_px=size_px, view=View(size_px or 32), fresh=True)
     return Net(net, card, (0.5,) * 3, (0.25,) * 3)
 
 
@@ -2317,8 +2299,7 @@ def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int
     import open_clip
     clip = clip_model(name, weights, size_px)
     clip.visual.output_tokens = False                     # CoCa's tower gives a pair otherwise
-    cfg, size = open_clip.get_model_preprocess_cfg(clip), clip.visual.image_size
-    size = size if isinstance(size, int) else size[0]
+    cfg, size = open_clip.get_model_preprocess_cfg(clip), int(np.max(clip.visual.image_size))
     width = open_clip.get_model_config(name.partition("/")[0])["embed_dim"]
     fc = nn.Linear(width, classes) if classes else nn.Identity()
     view = View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash")
@@ -2358,26 +2339,25 @@ def named(name: str, classes: int | None = None, weights: str | None = None,
 
 # ---- stages --------------------------------------------------------------------------------------
 
-def _only(net: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A shallow copy of net that has the named children, parameters and buffers alone."""
-    part, heads = copy.copy(net), {n.partition(".")[0] for n in names}
-    part._parameters = {k: v for k, v in net._parameters.items() if k in heads}
-    part._buffers = {k: v for k, v in net._buffers.items() if k in heads}
-    part._modules = {}
-    for k, m in net._modules.items():
-        below = [n[len(k) + 1:] for n in names if n.startswith(f"{k}.")]
-        if k in names or below:
-            part._modules[k] = m if k in names else _only(m, below)
+def _only(net: nn.Module, names: Iterable[str], but: nn.Module | None) -> nn.Module:
+    """A shallow copy of net: the named children, parameters and buffers, without `but` in them."""
+    part = copy.copy(net)
+    part._parameters = {k: v for k, v in net._parameters.items() if k in names}
+    part._buffers = {k: v for k, v in net._buffers.items() if k in names}
+    part._modules = {k: m for k, m in net._modules.items() if k in names and m is not but}
+    for k, m in part._modules.items():
+        if but in m.modules():
+            part._modules[k] = _only(m, [*m._parameters, *m._buffers, *m._modules], but)
     return part
 
 
 class Part(nn.Module):
-    """The named children and parameters of a network (dotted paths; its own, not copies), with a
+    """The named children and parameters of a network (its own, not copies; without `but`), with a
     forward of their own, f(net, x)."""
 
-    def __init__(self, net: nn.Module, names: Sequence[str], f: Callable):
+    def __init__(self, net: nn.Module, names: Iterable[str], f: Callable, but=None):
         super().__init__()
-        self.part, self.f = _only(net, names), f
+        self.part, self.f = _only(net, names, but), f
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(self.part, x)
@@ -2408,11 +2388,10 @@ def _in_turn(n: nn.Module, x: Tensor) -> Tensor:
 
 def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
     """Block i with the rotary embedding of the grid of patches (square, as all images here)."""
-    [block] = n.blocks
     side = math.isqrt(x.shape[1] - n.num_prefix_tokens)
     free = n.dynamic_img_size or not hasattr(n.rope, "feat_shape")
     rope = n.rope.get_embed(shape=(side, side)) if free else n.rope.get_embed()
-    return block(x, rope=rope[i] if n.rope_mixed else rope)
+    return n.block(x, rope=rope[i] if n.rope_mixed else rope)
 
 
 def _pooled(*names: str) -> Callable:
@@ -2461,17 +2440,14 @@ def _split_by_row(net: nn.Module, holders: str, after: Callable, before: Callabl
     names, holders = list(net._modules), holders.split()
     first, last = names.index(holders[0]), names.index(holders[-1])
     fc = net.get_classifier() if hasattr(net, "get_classifier") else getattr(net, "fc", None)
-    path = next((k for k, m in net.named_modules() if m is fc), "")
     early = [*names[:first], *(k for k in (*net._parameters, *net._buffers) if k not in late)]
-    inside = path.rpartition(".")[0]                     # the classifier may lie a level deeper
-    late = [*late, *(k for k in names[last + 1:] if k not in (path, inside))]
-    if inside:
-        late += [f"{inside}.{k}" for k, m in net._modules[inside].named_children() if m is not fc]
-    blocks = _opened(net.get_submodule(k) for k in holders)
+    blocks = _opened(net._modules[k] for k in holders)
     if getattr(net, "rope", None) is not None:           # every block is called with the rope
-        blocks = [Part(net, (f"blocks.{i}", "rope"), functools.partial(_eva_block, i))
-                  for i in range(len(net.blocks))]
-    return [Part(net, early, before), *blocks], [Part(net, late, after), fc or nn.Identity()]
+        for i, block in enumerate(blocks):
+            blocks[i] = Part(net, ["rope"], functools.partial(_eva_block, i))
+            blocks[i].part.block = block
+    features = Part(net, [*late, *names[last + 1:]], after, but=fc)
+    return [Part(net, early, before), *blocks], [features, fc or nn.Identity()]
 
 
 def split_net(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -2763,38 +2739,34 @@ def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[
     return tuple(classes), tuple(lines)
 
 
-def text_weights(card: Card, prompts: tuple) -> Tensor:
-    """Class embeddings (C,D) of norm 1 by open_clip's build_zero_shot_classifier: the mean over
-    the templates of normalised prompt embeddings, normalised again.  Raises: UserError."""
-    import open_clip
-    if card.clip not in ("", "random") and not Path(card.clip).is_file():
-        raise UserError(f"{card.name}: its text tower is not in {card.clip}, so new classes cannot "
-                        "be named: put back the file that it was made from")
-    model, device = card.name.partition(":")[2], pick_device()
-    clip = clip_model(model, card.clip or None, card.size_px).to(device)
-    with from_hub(f"the tokenizer of {card.name}"):
-        tokenizer = open_clip.get_tokenizer(model.partition("/")[0])
-    templates = [functools.partial(t.replace, "{}") for t in prompts[1]]
-    weight = open_clip.build_zero_shot_classifier(clip, tokenizer, prompts[0], templates,
-                                                  device=device)
-    return weight.T.float().cpu().contiguous()
-
-
 def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
     """The same network or Student for the classes of (names, templates): all weights are shared,
-    the class embeddings are new.  Raises: UserError without the text tower's file."""
-    if model.card.prompts == prompts:
+    the class embeddings are new, by open_clip's build_zero_shot_classifier: the mean over the
+    templates of normalised prompt embeddings.  Raises: UserError without the text tower's file."""
+    import open_clip
+    card, device = model.card, pick_device()
+    if card.prompts == prompts:
         return model
     texts = model.__dict__.setdefault("texts", {})        # a text tower is slow, and sets are alike
     if prompts not in texts:
-        texts[prompts] = text_weights(model.card, prompts)
+        if card.clip not in ("", "random") and not Path(card.clip).is_file():
+            raise UserError(f"{card.name}: its text tower is not in {card.clip}, so new classes "
+                            "cannot be named: put back the file that it was made from")
+        with from_hub(f"the text tower of {card.name}"):
+            name = card.name.partition(":")[2]
+            clip = clip_model(name, card.clip or None, card.size_px).to(device)
+            tokenizer = open_clip.get_tokenizer(name.partition("/")[0])
+        templates = [functools.partial(t.replace, "{}") for t in prompts[1]]
+        texts[prompts] = open_clip.build_zero_shot_classifier(
+            clip, tokenizer, prompts[0], templates, device=device).T.float().cpu().contiguous()
+    weight = texts[prompts]
     out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     if isinstance(out, Net) and not isinstance(out.net.fc, TextHead):
-        out.net.fc = TextHead(texts[prompts], *out.scale)
+        out.net.fc = TextHead(weight, *out.scale)
     for head in (m for m in out.modules() if isinstance(m, TextHead)):
-        head.weight = F.normalize(texts[prompts], dim=-1).to(head.weight.device)
-    out.card = dataclasses.replace(model.card, n_classes=len(texts[prompts]), prompts=prompts,
-                                   classes=())
+        head.weight = F.normalize(weight, dim=-1).to(head.weight.device)
+        head.out_features = len(weight)
+    out.card = dataclasses.replace(card, n_classes=len(weight), prompts=prompts, classes=())
     return out
 
 
