@@ -2225,19 +2225,18 @@ def _timm(name: str, classes: int | None, weights: str | None, size_px: int) -> 
     """Any network of timm with its own mean, std, input size and view."""
     import timm
     choose(timm.list_models() + timm.list_pretrained(), name, "network of timm")
-    known, tag, options = timm.get_pretrained_cfg(name), "." in name, {}
+    cfg, tag, options = timm.get_pretrained_cfg(name), "." in name, {}
     if classes is not None:
         options["num_classes"] = classes
-    if size_px and known.fixed_input_size:                # position embeddings are of one size
+    if size_px and cfg.fixed_input_size:                  # position embeddings are of one size
         options["img_size"] = size_px
     net = timm.create_model(name, pretrained=tag and weights is None, **options)
-    cfg, size = net.pretrained_cfg, size_px or net.pretrained_cfg["input_size"][-1]
-    fixed = size_px or tag or cfg.get("fixed_input_size")                # else as they come
+    size = size_px or cfg.input_size[-1]
+    fixed = size_px or tag or cfg.fixed_input_size                       # else as they come
     card = Card(n_classes=net.num_classes, size_px=size if fixed else 0,
-                view=View(size, cfg["crop_pct"], cfg["interpolation"],
-                          cfg.get("crop_mode") == "squash"),
-                fresh=not tag or weights is not None or known.num_classes != net.num_classes)
-    return Net(net, card, cfg["mean"], cfg["std"])
+                view=View(size, cfg.crop_pct, cfg.interpolation, cfg.crop_mode == "squash"),
+                fresh=not tag or weights is not None or cfg.num_classes != net.num_classes)
+    return Net(net, card, cfg.mean, cfg.std)
 
 
 def _torchvision(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:

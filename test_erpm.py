@@ -1362,7 +1362,6 @@ FAST = {                                   # small networks for each row of CUTS
         "timm:mobilenetv4_conv_small_035", "timm:regnety_002", "timm:mixer_s32_224",
         "torchvision:resnet18", "cifar:resnet8-s2")},
     "vit, token outside pos_embed": ("deit3_small_patch16_224", dict(depth=2, embed_dim=48)),
-    "vit, registers": ("vit_small_patch14_reg4_dinov2", dict(depth=2, embed_dim=48, img_size=224)),
     "eva, rope": ("eva02_tiny_patch14_224", dict(depth=2)),
     "eva, rope of a free grid": ("vit_small_patch16_dinov3", dict(depth=2, embed_dim=48,
                                                                   num_heads=2)),
@@ -1371,20 +1370,16 @@ FAST = {                                   # small networks for each row of CUTS
                                                   num_heads=(1, 1, 2))),
     "swin v2": ("swinv2_tiny_window8_256", dict(embed_dim=8, depths=(1, 2, 1), num_heads=(1, 1, 2),
                                                 img_size=224, window_size=7)),
-    "convnext, norm first": ("convnext_atto", dict(depths=(1, 1, 1, 1), dims=(4, 8, 8, 8),
-                                                   head_norm_first=True)),
 }
 NAMES = """
 timm:vit_base_patch16_224.mae timm:vit_medium_patch16_reg4_gap_256 timm:deit3_small_patch16_224
-timm:vit_base_patch14_dinov2.lvd142m timm:vit_base_patch16_siglip_224.webli
-timm:vit_large_patch14_clip_336.openai timm:vit_small_patch16_dinov3.lvd1689m
-timm:eva02_base_patch14_224 timm:swin_base_patch4_window7_224 timm:swinv2_tiny_window8_256
-timm:convnext_base timm:convnextv2_tiny timm:resnet101 timm:resnext101_32x8d timm:resnetrs50
-timm:regnety_032 timm:efficientnet_b4 timm:tf_efficientnetv2_s timm:mobilenetv3_large_100
-timm:mixer_b16_224 torchvision:resnet152 torchvision:wide_resnet50_2
-open_clip:ViT-B-32-quickgelu/openai open_clip:ViT-L-14-336-quickgelu/openai
-open_clip:RN101-quickgelu/openai open_clip:ViT-B-16-SigLIP/webli open_clip:convnext_base
-open_clip:EVA02-B-16 open_clip:coca_ViT-B-32""".split() if SLOW else []
+timm:vit_base_patch14_dinov2.lvd142m timm:vit_large_patch14_clip_336.openai timm:convnextv2_tiny
+timm:vit_small_patch16_dinov3.lvd1689m timm:eva02_base_patch14_224 timm:resnetrs50 timm:resnet101
+timm:swin_base_patch4_window7_224 timm:swinv2_tiny_window8_256 timm:regnety_032 timm:mixer_b16_224
+timm:efficientnet_b4 timm:tf_efficientnetv2_s timm:mobilenetv3_large_100 torchvision:resnet152
+open_clip:ViT-L-14-336-quickgelu/openai open_clip:RN101-quickgelu/openai open_clip:convnext_base
+open_clip:ViT-B-16-SigLIP/webli open_clip:EVA02-B-16 open_clip:coca_ViT-B-32
+""".split() if SLOW else []
 NETWORKS = FAST | {n: (n, {}) for n in NAMES}
 
 
@@ -1460,7 +1455,7 @@ def test_stages_that_give_something_else_are_refused(monkeypatch):
 @pytest.mark.parametrize("net, says, settings", [
     (nn.Conv2d(3, 3, 1), "cannot be cut into stages: known are timm.VisionTransformer,", {}),
     (nn.Sequential(nn.Conv2d(3, 3, 1), nn.Softmax(1)), "without a final Linear layer", {}),
-    (nn.Sequential(), "cannot be cut", {}), (nn.Sequential(nn.Linear(3, 2)), "cannot be cut", {}),
+    (nn.Sequential(nn.Linear(3, 2)), "cannot be cut", {}),
     ("torchvision:shufflenet_v2_x0_5", "or pass an nn.Sequential of your own that ends", {}),
     ("timm:test_vit", "without a final Linear layer cannot be cut: build it with classes=N", {}),
     (tiny_net(), "tune = 9: the network has ", {"tune": 9}),
@@ -1502,21 +1497,20 @@ def test_a_tag_says_classes_normalisation_size_and_view():
 @pytest.mark.parametrize("tag", ["", "/webli"])
 def test_a_clip_without_its_weights_normalises_as_with_them(tag, monkeypatch):
     import open_clip
-    small = open_clip.get_model_config("ViT-B-16-SigLIP") | TINY_CLIPS["tiny"] | {"embed_dim": 16}
+    small = open_clip.get_model_config("tiny")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16-SigLIP", small)
     net = erpm.build(f"open_clip:ViT-B-16-SigLIP{tag}", None, "random")     # as `load` builds it
     assert net.mean.flatten().tolist() == [0.5] * 3 and net.card.view.squash
 
 
-@pytest.mark.parametrize("name, own", [("timm:test_vit", 160), ("timm:resnet18", 0),
-                                       ("cifar:resnet8", 0), ("torchvision:resnet18", 0),
-                                       ("open_clip:tiny-rn", 64), ("open_clip:tiny-timm", 160)])
+@pytest.mark.parametrize("name, own", [("timm:test_vit", 160), ("cifar:resnet8", 0),
+                                       ("torchvision:resnet18", 0), ("open_clip:tiny-timm", 160)])
 def test_size_px_is_the_size_at_which_a_network_runs(name, own):
-    seen, x = [], images(2, 40)
+    seen = []
     assert erpm.build(name, 3).card.size_px == own
     net = erpm.build(name, 3, size_px=96)
     net.net.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[-1]))
-    assert net(x).shape == (2, 3) and seen == [96]
+    assert net(images(2, 40)).shape == (2, 3) and seen == [96]
     assert (net.card.size_px, net.card.view.size_px) == (96, 96)
     erpm.Student(net, 1, 1)                                # is cut and checked at that size
 
@@ -1550,7 +1544,7 @@ def test_a_file_of_anything_else_is_refused(form, says, tmp_path):
         erpm.build("cifar:resnet8", 7, str(file))
 
 
-@pytest.mark.parametrize("name", ["cifar:resnet8-s2", "timm:test_vit", "torchvision:resnet18"])
+@pytest.mark.parametrize("name", ["cifar:resnet8-s2", "timm:test_vit"])
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_file_brings_its_classifier_or_gets_a_new_one(name, ours, tmp_path):
     net, file = network(name)[0], str(tmp_path / "w.safetensors")
@@ -1583,13 +1577,9 @@ def test_the_weights_of_an_encoder_alone_leave_a_new_classifier(tmp_path):
         erpm.build("timm:test_vit", 0, file)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_a_whole_clip_gives_its_visual_tower_strictly(kind, tmp_path):
-    clip, file, x = erpm.clip_model("tiny"), str(tmp_path / f"clip.{kind}"), images(2, 32)
-    if kind == "safetensors":
-        Path(file).write_bytes(erpm.safetensors_bytes(clip.state_dict()))
-    else:
-        torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, file)
+def test_a_whole_clip_gives_its_visual_tower_strictly(tmp_path):
+    clip, file, x = erpm.clip_model("tiny"), str(tmp_path / "clip.pt"), images(2, 32)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, file)
     net = erpm.build("open_clip:tiny", 5, file)
     assert torch.equal(net.net.visual(net.prepare(x)), clip.encode_image(net.prepare(x)))
     assert equal(erpm.clip_model("tiny", file), clip) and net.card.fresh
@@ -2344,9 +2334,6 @@ def test_a_text_demo_scores_original_and_student_zero_shot(clip_run, monkeypatch
     rows = {(r["label"], r["set"]): r for r in result_rows("runs/z")}
     assert set(rows) == {(label, s) for s in ("shapes", "shapes-r") for label in (
         "original", "teacher", "ERPM", "original + teacher", "ERPM + teacher")}
-    before = Path("runs/z/results.jsonl").read_bytes()
-    runs("eval", "--run", "runs/z")
-    assert Path("runs/z/results.jsonl").read_bytes() == before
     s = erpm.load("runs/z")
     assert s.card.prompts[0] == tuple(erpm.SHAPES)
     found = erpm.evaluate(s, erpm.open_set("shapes", erpm.Data(n_test=20)), amp="none", passes=2)
@@ -2390,11 +2377,10 @@ def test_other_prompts_and_only_they_make_new_rows(clip_run, here):
         assert {r["label"] for r in rows} == {model}
 
 
-@pytest.mark.parametrize("command_", ["pretrain", "distill"])
-def test_other_prompts_are_another_training(clip_run, here, capsys, command_):
+def test_other_prompts_are_another_training(clip_run, here, capsys):
     shutil.copytree(clip_run / "runs", here / "runs")
     (here / "t.txt").write_text("a drawing of the {}\n")
-    line = fails(capsys, command_, "run=z", *CLIP, "--recipe", "demo", "model.templates=t.txt")
+    line = fails(capsys, "distill", "run=z", *CLIP, "--recipe", "demo", "model.templates=t.txt")
     assert "made with other settings" in line
 
 
