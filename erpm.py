@@ -2051,11 +2051,6 @@ class Card:
     train: dict = dataclasses.field(default_factory=dict)
 
     @property
-    def known(self) -> tuple[str, ...]:
-        """The classes of the outputs, () = not known; 1000 that nobody named are ImageNet's."""
-        return self.classes or (synsets() if self.n_classes == len(synsets()) else ())
-
-    @property
     def has_text(self) -> bool:
         """Whether prompts name the classes: it is a CLIP without a linear head."""
         return bool(self.prompts) or self.name.startswith("open_clip:") and not self.n_classes
@@ -2118,9 +2113,8 @@ def card_of(meta: dict) -> Card:
 
 def read_weights(path: Path | str) -> tuple[dict[str, Tensor], Card | None]:
     """(tensors by name, the Card that `save` wrote beside them or None) of a .safetensors or a
-    state dict of torch.save, also in "state_dict" or "model".  Nothing is unpickled.
-
-    Raises: UserError; also where a file of `save` does not hold what was saved."""
+    state dict of torch.save, also in "state_dict" or "model"; nothing is unpickled.  Raises:
+    UserError; also where a file of `save` does not hold what was saved."""
     import timm.models
     if not Path(path).is_file():
         raise UserError(f"no weights file {path}")
@@ -2329,9 +2323,12 @@ def named(name: str, classes: int | None = None, weights: str | None = None,
     if state and family != "open_clip":                   # which loads both towers itself
         adopt(net, state, f"{weights} does not fit {name}", classes)
         more["size_px"] = net.card.view.size_px
-    if ours:                                              # it sees images as when it was made
+    if net.card.n_classes == len(synsets()) and not net.card.fresh:         # a public network's
+        more |= {"home": "imagenet", "classes": synsets()}
+    if ours and ours.classes:
         more |= {"home": ours.home, "classes": ours.classes}
-        more |= {} if size_px else {"size_px": ours.size_px, "view": ours.view}
+    if ours and not size_px:                              # it sees images as when it was made
+        more |= {"size_px": ours.size_px, "view": ours.view}
     net.card = dataclasses.replace(net.card, **more)
     return net.eval()
 
@@ -2724,9 +2721,8 @@ def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[
     names: a file; "" = OpenAI's where the classes are synsets, else the set's own, _ and - as
     spaces.  templates: a file; "" = OpenAI's 80 for ImageNet, else a photo of a {}."""
     import open_clip
-    known = dict(zip(synsets(), open_clip.IMAGENET_CLASSNAMES))
-    classes, lines = [known.get(c, re.sub("[_-]+", " ", c)) for c in images.outputs], [
-        "a photo of a {}."]
+    known, lines = dict(zip(synsets(), open_clip.IMAGENET_CLASSNAMES)), ["a photo of a {}."]
+    classes = [known.get(c, re.sub("[_-]+", " ", c)) for c in images.outputs]
     if names and len(given := read_lines(names, "data.names")) == len(classes):
         classes = given                                   # else they are of another set's classes
     if templates:
@@ -4838,7 +4834,7 @@ def train_clip(cfg: Config, images: ImageSet, train: Callable) -> tuple[nn.Modul
 def untrained(net: Net, images: ImageSet) -> bool:
     """Whether the classifier is not one for the classes of the set.  Equal numbers mean nothing:
     cifar10's classes are not fashion-mnist's."""
-    return net.card.fresh or bool(net.card.known) and set(net.card.known) != set(images.outputs)
+    return net.card.fresh or bool(net.card.classes) and set(net.card.classes) != set(images.outputs)
 
 
 def student_net(cfg: Config, images: ImageSet, file: str = "student",
@@ -5225,8 +5221,6 @@ def network_of_token(token: str) -> dict[str, nn.Module]:
         raise UserError(f"--model {name} has no weights: add a pretrained tag "
                         "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
                         "made (run:runs/x)")
-    if not net.card.home and net.card.known == synsets():                # a public network's
-        net.card = dataclasses.replace(net.card, home="imagenet", classes=synsets())
     return {label or token: freeze(net).to(pick_device())}
 
 
