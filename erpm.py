@@ -2050,11 +2050,6 @@ class Card:
     key: dict = dataclasses.field(default_factory=dict)
     train: dict = dataclasses.field(default_factory=dict)
 
-    @property
-    def has_text(self) -> bool:
-        """Whether prompts name the classes: it is a CLIP without a linear head."""
-        return bool(self.prompts) or self.name.startswith("open_clip:") and not self.n_classes
-
 
 class Net(nn.Module):
     """A network that takes images and normalises and resizes them for itself.
@@ -2482,7 +2477,7 @@ def stages(net: nn.Module) -> nn.Sequential:
     The stages hold net's own modules, not copies.  Raises: UserError for what cannot be cut."""
     if isinstance(net, Net):
         first, *rest = stages(net.net)
-        return nn.Sequential(Part(net, ("mean", "std"), lambda n, x: n.prepare(x)), first, *rest)
+        return nn.Sequential(Part(net, ("mean", "std"), Net.prepare), first, *rest)
     body, (*features, fc) = split_net(net)
     if not body or not hasattr(fc, "out_features"):
         raise UserError(f"a {type(net).__module__}.{type(net).__name__} without a final Linear "
@@ -2505,7 +2500,8 @@ def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
     if at < 1:
         raise UserError(f"tune = {tune}: {name} has {len(parts) - 1} stages, of which the first "
                         "stays frozen")
-    if isinstance(net, Net) and (net.card.name or type(net.net) is not nn.Sequential):
+    own_chain = not isinstance(net, Net) or type(net.net) is nn.Sequential and not net.card.name
+    if not own_chain:                                     # which is in order, and of any size
         p, side = next(net.parameters()), net.card.size_px or net.card.view.size_px
         x = torch.rand(1, 3, side, side, generator=rng("cut")).to(p.device)
         if not torch.allclose(parts.eval()(x), net.eval()(x), rtol=1e-3, atol=1e-5):
@@ -3983,7 +3979,8 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
     if isinstance(model, Team) and kind_of(card, images) == "transfer":
         raise Absent(f"{label} answers on the classes of {card.home} alone, not on {name}")
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
-    if auto and card.has_text:
+    a_clip = card.prompts or card.name.startswith("open_clip:") and not card.n_classes
+    if auto and a_clip:
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts)
     if trusted or auto and own:
