@@ -2305,11 +2305,9 @@ FAMILIES = {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip,
 def named(name: str, classes: int | None = None, weights: str | None = None,
           size_px: int = 0) -> Net:
     """The network FAMILY:NAME in eval mode; see `build`, which knows more kinds of names."""
-    family, colon, rest = name.partition(":")
-    if not colon:
-        raise UserError(f"network {name!r}: expected FAMILY:NAME, with FAMILY one of "
-                        f"{', '.join(FAMILIES)}, e.g. timm:resnet50.tv_in1k")
-    make, state, ours = choose(FAMILIES, family, "network family"), {}, None
+    family, _, rest = name.partition(":")
+    make = choose(FAMILIES, family, "family of networks (expected FAMILY:NAME)")
+    state, ours = {}, None
     if weights not in (None, "", "random"):
         state, ours = read_weights(weights)
     with from_hub(name):
