@@ -75,7 +75,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import yaml
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -372,7 +372,6 @@ class Robustify(Train):
     step: float = opt(0.1, "dad: L2 norm of an ascent step", 0, 1000)
     steps: int = opt(1, "dad: ascent steps", 0, 1000)
     start: float = opt(0.8, "dad: probability of a random start", 0, 1)
-    through: bool = opt(False, "dad: the gradient crosses the quantiser, straight through")
     samples: str = opt("", "dad: folder (in the run's, unless absolute) of samples that are made "
                            "once; empty = new ones every epoch")
 
@@ -448,14 +447,11 @@ class Eval:
                             "classes, you say so; probe = always a linear probe",
                     "auto", "own", "probe")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
-    probe: str = opt("clean", "the head whose features a linear probe is trained on",
-                     "clean", "combined", "robust", "original")
     passes: int = opt(10, "dropout passes; 0 = closed form", 0, 1000)
     n_cell: int = opt(0, "images at most of each cell of a generated -c set; 0 = all", 0, MANY)
     batch: int = opt(256, "images a forward", 1, 10 ** 6)
     frost_dir: str = opt("", "folder of the original frost textures; empty = those of the package "
                              "imagecorruptions or imagenet-c where installed, else made here")
-    jpeg: bool = opt(True, "JPEG round trip (quality 85) of generated -c sets, as in the files")
 
 
 @dataclass(frozen=True)
@@ -2763,14 +2759,15 @@ def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
 # In: boundary features of x and x~, logits of both teachers.  Out: the losses of [A] eq. 3-5, and
 # at inference the head that answers ([A] eq. 6).  Always: the frozen part stays equal bit for bit.
 
-HEADS = ("clean", "combined", "robust")
-
 
 class Heads(NamedTuple):
     """Logits of the three heads, (B,C) each."""
     clean: Tensor
     combined: Tensor
     robust: Tensor
+
+
+HEADS = Heads._fields
 
 
 class Prediction(NamedTuple):
@@ -2793,14 +2790,14 @@ class Dropout(nn.Module):
     def __init__(self, p: float, key: int):
         super().__init__()
         self.p, self.key = p, key
-        self.sample = None                 # (passes T, images B that are not repeated yet), or off
+        self.sample = None               # off, or (passes T, whether the images are repeated here)
         self.masks = torch.empty(0)                          # the last masks drawn, (T, *features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sample is None:
             return F.dropout(x, self.p, self.training)
-        t, b = self.sample
-        if x.shape[0] == b:
+        t, repeats = self.sample
+        if repeats:
             x = x.repeat(t, *[1] * (x.ndim - 1))
         if self.masks.shape != (t, *x.shape[1:]) or self.masks.device != x.device:
             masks = torch.rand(t, *x.shape[1:], generator=rng("mask", self.key)) >= self.p
@@ -2809,9 +2806,12 @@ class Dropout(nn.Module):
 
 
 def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
-    """The stage with live dropout of rate p: its own dropout layers where it has some (pretrained
-    networks carry none, or some with rate 0), else the ends of its residual branches where it is
-    a block of open_clip, else one behind it."""
+    """The stage with live dropout of rate p: before the Linear of a Classifier; in its own dropout
+    layers where it has some (pretrained networks carry none, or some with rate 0), else at the ends
+    of its residual branches where it is a block of open_clip, else behind it."""
+    if isinstance(stage, Classifier):
+        stage.drop = Dropout(p, key)
+        return stage
     children = [(m, k, c) for m in stage.modules() for k, c in m.named_children()]
     spots = ([(m, k, c) for m, k, c in children
               if isinstance(c, nn.Dropout) and k != "attn_drop"]  # a fused kernel reads attn_drop.p
@@ -2822,14 +2822,10 @@ def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
     return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
 
 
-class Tuned(nn.Module):
+class Tuned(nn.Sequential):
     """A trained part on a frozen network: in training mode only dropout is switched on, so
-    BatchNorm keeps the pretrained statistics, unless norms = "own".  The baselines train a tail as
-    `cut` gives it."""
-
-    def __init__(self, tail: nn.Module | None = None, norms: str = "frozen"):
-        super().__init__()
-        self.tail, self.norms = tail, norms
+    BatchNorm keeps the pretrained statistics, unless norms = "own"."""
+    norms = "frozen"
 
     def train(self, mode: bool = True):
         super().train(False)
@@ -2840,9 +2836,6 @@ class Tuned(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, f: Tensor) -> Tensor:
-        return self.tail(f)
-
 
 class ThreeHeads(Tuned):
     """Shared tail with dropout and three heads; the only part of a Student that is trained."""
@@ -2850,17 +2843,15 @@ class ThreeHeads(Tuned):
     def __init__(self, tail: nn.Sequential, head: int, dropout: float, dropout_in: str):
         super().__init__()
 
-        def with_dropout(stage: nn.Module, key: int) -> nn.Module:
+        def tuned(stage: nn.Module, key: int) -> nn.Module:
             stage = copy.deepcopy(stage).requires_grad_(True)
-            if isinstance(stage, Classifier):
-                stage.drop = Dropout(dropout, key)
-                return stage
-            return put_dropout(stage, dropout, key) if dropout_in == "tail" else stage
+            drops = dropout_in == "tail" or isinstance(stage, Classifier)
+            return put_dropout(stage, dropout, key) if drops else stage
 
         n = len(tail) - 1 - head
-        self.shared = nn.Sequential(*(with_dropout(s, i) for i, s in enumerate(tail[:n])))
+        self.shared = nn.Sequential(*(tuned(s, i) for i, s in enumerate(tail[:n])))
         self.heads = nn.ModuleDict({name: nn.Sequential(
-            *(with_dropout(s, fold(name, i)) for i, s in enumerate(tail[n:]))) for name in HEADS})
+            *(tuned(s, fold(name, i)) for i, s in enumerate(tail[n:]))) for name in HEADS})
 
     def forward(self, f: Tensor, n_clean: int | None = None) -> Heads:
         """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
@@ -2907,7 +2898,7 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
 
     Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
     logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
-    Paper: [A] eq. 6.  Raises: UserError on an unknown rule, sigma = 0, a missing input."""
+    Paper: [A] eq. 6.  Raises: UserError on an unknown rule, a missing input."""
     choose(RULES, rule, "rule")
     if rule in HEADS:
         return torch.full((len(mean),), HEADS.index(rule), device=mean.device)
@@ -2916,10 +2907,8 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
     if rule == "oracle":
         right = mean[:, ::2].argmax(-1) == y[:, None]                                    # (B,2)
         return torch.where(right[:, 1] & ~right[:, 0], 2, 0)
-    if rule in NEEDS_SIGMA and not sigma.any():
-        raise UserError(f"rule {rule!r}: sigma is 0 everywhere, there is no live dropout")
-    z = None if logits is None else logits[:, ::2]
-    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], z).argmin(-1)
+    z, s = None if logits is None else logits[:, ::2], sigma.clamp_min(TINY)
+    return 2 * OBJECTIVES[rule](s, divergence(mean), mean[:, ::2], z).argmin(-1)
 
 
 def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
@@ -2932,9 +2921,8 @@ def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
 
 
 def project(z: Tensor, ids: Tensor | None) -> Tensor:
-    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it.
-
-    ids (C,k): of ImageSet; None = the outputs are the classes."""
+    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it, the ids
+    (C,k) of an ImageSet; None = the outputs are the classes."""
     return z if ids is None else z[..., ids.to(z.device)].amax(-1)
 
 
@@ -2945,7 +2933,7 @@ class Student(nn.Module):
     can cut; its modules become the frozen backbone and the clean head's teacher.
     tune: stages tuned; head: of these the last ones that each head has for itself.
     dropout_in: "tail" as [A] (tuned stages and classifiers), "head" = before the classifiers only.
-    forward(x) -> Heads; x (B,3,H,W), uint8 or in [0, 1]."""
+    forward(x) -> Heads; x (B,3,H,W), uint8 or in [0, 1].  Raises: UserError."""
 
     def __init__(self, net: nn.Module, tune: int = 2, head: int = 2, dropout: float = 0.1, *,
                  dropout_in: str = "tail"):
@@ -2976,19 +2964,6 @@ class Student(nn.Module):
     def forward(self, x: Tensor) -> Heads:
         return self.tuned(self.features(x))
 
-    @contextlib.contextmanager
-    def _sampling(self, f: Tensor, passes: int):
-        """Context in which tuned(f') draws `passes` masks; f' is f, repeated for each pass where
-        dropout stands in the stages (in residual branches too), else the classifiers repeat it."""
-        drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
-        for d in drops:
-            d.sample = (passes, 0 if self.early else f.shape[0])
-        try:
-            yield f.repeat(passes, *[1] * (f.ndim - 1)) if self.early else f
-        finally:
-            for d in drops:
-                d.sample = None
-
     @torch.no_grad()
     def moments(self, f: Tensor, passes: int = 10, ids: Tensor | None = None) \
             -> tuple[Tensor, Tensor, Tensor]:
@@ -3001,23 +2976,34 @@ class Student(nn.Module):
         Paper: [A] section 3.3; differs: all images share the T masks."""
         mode = self.training
         self.eval()
-        out = self._sampled(f, passes, ids) if passes else self._closed_form(f, ids)
+        if passes:
+            z = project(self._passes(f, passes), ids)
+            p = z.softmax(-1)                                                    # (T,B,3,C)
+            mean, z = p.mean(0), z.mean(0)
+            top = mean.argmax(-1, keepdim=True).expand(passes, -1, -1, -1)
+            sigma = p.gather(-1, top)[..., 0].std(0, correction=0)               # (B,3)
+        else:
+            z, sigma = self._closed_form(f, ids)
+            mean = z.softmax(-1)
         self.train(mode)
-        return out
+        return mean, sigma[:, ::2], z
 
-    def _sampled(self, f: Tensor, passes: int, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        with self._sampling(f, passes) as repeated:
-            z = torch.stack([h.float().unflatten(0, (passes, -1)) for h in self.tuned(repeated)], 2)
-        z = project(z, ids)
-        p = z.softmax(-1)                                                        # (T,B,3,C)
-        mean = p.mean(0)
-        top = mean.argmax(-1, keepdim=True).expand(len(p), -1, -1, -1)
-        sigma = p.gather(-1, top)[..., 0].std(0, correction=0)                   # (B,3)
-        return mean, sigma[:, ::2], z.mean(0)
+    def _passes(self, f: Tensor, n: int) -> Tensor:
+        """Logits (T,B,3,C) of n dropout passes.  The images are repeated where dropout stands in
+        the stages (in residual branches too), else as late as the classifiers."""
+        drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
+        f = f.repeat(n, *[1] * (f.ndim - 1)) if self.early else f
+        try:
+            for d in drops:
+                d.sample = (n, not self.early)
+            return torch.stack([z.float().unflatten(0, (n, -1)) for z in self.tuned(f)], 2)
+        finally:
+            for d in drops:
+                d.sample = None
 
-    def _closed_form(self, f: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Dropout moves a feature h_i by variance h_i^2 p/(1-p), and p_top to first order by
-        d p_top / d h, which autograd knows for any classifier."""
+    def _closed_form(self, f: Tensor, ids: Tensor | None) -> list[Tensor]:
+        """Logits (B,3,C) and sigma (B,3).  Dropout moves a feature h_i by variance
+        h_i^2 p/(1-p), and p_top to first order by d p_top / d h, which autograd knows."""
         f, found, q = self.tuned.shared(f), [], self.dropout / (1 - self.dropout)
         for *blocks, last in self.tuned.heads.values():
             h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
@@ -3026,13 +3012,7 @@ class Student(nn.Module):
                 z = project(last.fc(h.view_as(h)).float(), ids)      # a leaf stops FLOP counters
                 [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)       # image by image
             found.append((z.detach(), (q * (g * h.detach()).square().sum(-1)).sqrt()))
-        z, sigma = (torch.stack(v, 1) for v in zip(*found))
-        return z.softmax(-1), sigma[:, ::2], z
-
-    def pick_head(self, mean: Tensor, sigma: Tensor, rule: str, **more) -> Tensor:
-        """`select` on moments of this network: saturated, it may have a sigma of 0 on a whole
-        batch although its dropout is live."""
-        return select(mean, sigma.clamp_min(TINY) if self.dropout else sigma, rule, **more)
+        return [torch.stack(v, 1) for v in zip(*found)]
 
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
         """What the chosen head says.  passes: dropout passes in one batch after one pass of the
@@ -3040,10 +3020,9 @@ class Student(nn.Module):
 
         Raises: UserError when the rule needs sigma and there is no live dropout."""
         if rule in NEEDS_SIGMA and self.dropout == 0:
-            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout: set dropout "
-                            "above 0")
+            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout")
         mean, sigma, logits = self.moments(self.features(x), passes)
-        head = self.pick_head(mean, sigma, rule, logits=logits)
+        head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
 
 
@@ -3060,38 +3039,28 @@ def team(clean: Tensor, robust: Sequence[Tensor], tau: float = 0.5) -> Tensor:
     return w * clean + (1 - w) * r
 
 
-class Ways(nn.Module):
-    """A network whose last `tune` stages stand twice on one frozen backbone: as they were, and a
-    copy that is to become robust.  forward(x) -> logits (clean, robust), (B,C) each."""
-
-    def __init__(self, net: Net, tune: int):
-        super().__init__()
-        self.card = net.card
-        self.backbone, tail = cut(net, tune)
-        self.robust = copy.deepcopy(tail).requires_grad_(True)
-        self.original = freeze(tail)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        f = self.backbone(x)
-        return self.original(f), self.robust(f)
-
-
 class Team(nn.Module):
     """A network and the robust teacher, which stays beside it: they answer by `team`.
 
-    net: a Net, whose answer is the clean one, or a Student or Ways, whose last head is a robust
-    one; tune: a Net is made Ways of so many stages.  forward(x) -> log probabilities (B,C)."""
+    net: a Net, whose answer is the clean one, or a Student, whose last head is a robust one; tune:
+    the last so many stages of a Net stand twice on its frozen backbone, as they were and as a copy
+    that is to become robust.  forward(x) -> log probabilities (B,C)."""
 
     def __init__(self, net: nn.Module, teacher: Net, tune: int | None = None):
         super().__init__()
-        self.net, self.teacher = net if tune is None else Ways(net, tune), teacher
         made = {"tune": tune, "teacher": dataclasses.asdict(teacher.card)}
         self.card = dataclasses.replace(net.card, made=net.card.made | {"team": made})
+        self.net, self.teacher, self.tails = net, teacher, nn.ModuleList()
+        if tune is not None:
+            self.net, tail = cut(net, tune)
+            robust = copy.deepcopy(tail).requires_grad_(True)
+            self.tails.extend([freeze(tail), robust])
 
     def forward(self, x: Tensor, ask: Callable | None = None) -> Tensor:
         """ask: (module, x) -> its output, where it is known already."""
         z, zt = (ask(m, x) if ask else m(x) for m in (self.net, self.teacher))
-        clean, *robust = (z[0], z[-1]) if isinstance(z, tuple) else (z,)
+        z = [tail(z) for tail in self.tails] if self.tails else z
+        clean, *robust = (z,) if isinstance(z, Tensor) else (z[0], z[-1])
         clean, *robust = (v.float().softmax(-1) for v in (clean, *robust, zt))
         return team(clean, robust).clamp_min(TINY).log()
 
@@ -3120,8 +3089,7 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
     Shapes: z.clean, z.robust (b,C), z.combined (2b,C) clean first; z0 = initial model on the clean,
     zt = robust teacher on the augmented images, (b,C) each; y (b,).
     Paper: [A] eq. 5 = eq. 3 + eq. 4."""
-    loss = functools.partial(head_loss, y=y, alpha=alpha, t=t, smoothing=smoothing)
-    b = len(y)
+    loss, b = functools.partial(head_loss, y=y, alpha=alpha, t=t, smoothing=smoothing), len(y)
     # METHOD [A] eq. 3: clean images, teacher = the initial model
     clean = {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0)}
     # METHOD [A] eq. 4: augmented images, teacher = the robust small model
@@ -3131,14 +3099,9 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
 
 
 def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str, Tensor]:
-    """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one.
-
-    Paper: WiSE-FT (Wortsman et al. 2022).  Raises: UserError on networks that differ in more than
-    their weights."""
+    """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one: WiSE-FT
+    (Wortsman et al. 2022)."""
     a, b = original.state_dict(), tuned.state_dict()
-    odd = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k].shape != b[k].shape)
-    if odd:
-        raise UserError(f"cannot interpolate two networks of other tensors: {', '.join(odd[:4])}")
     counts = b if alpha else a                            # what is no float cannot be mixed
     return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else counts[k]
             for k, v in b.items()}
@@ -3146,39 +3109,34 @@ def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str
 
 # ---- [B]: discrete adversarial samples -----------------------------------------------------------
 
-def _norm(v: Tensor) -> Tensor:
-    """The L2 norm of each image, (B,1,1,1), never 0."""
-    return v.flatten(1).norm(dim=1).clamp_min(TINY).view(-1, 1, 1, 1)
-
-
+@torch.no_grad()
 def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generator, *,
-                radius: float = 0.1, step: float = 0.1, steps: int = 1, start: float = 0.8,
-                through: bool = False) -> Tensor:
+                radius: float = 0.1, step: float = 0.1, steps: int = 1,
+                start: float = 0.8) -> Tensor:
     """Discrete adversarial samples x' of images, (B,3,S,S) in [0, 1].
 
     Shapes: x (B,3,S,S), uint8 or in [0, 1]; y (B,).  teacher: images in [0, 1] -> logits.
     generator: one, from which the images draw in turn, or a sequence of one for each image.
     radius, step: L2 norms, of the ball around the reconstruction and of a step.  start: probability
-    of a random start.  through: the gradient crosses the quantiser, straight through.
-    Paper: [B]'s algorithm, as its code has it; the student has no part in it."""
+    of a random start.
+    Paper: [B]'s algorithm, as its code has it: the gradient does not cross the quantiser."""
+    def norm(v: Tensor) -> Tensor:
+        return v.flatten(1).norm(dim=1).clamp_min(TINY).view(-1, 1, 1, 1)
+
     each = [generator] * len(x) if isinstance(generator, torch.Generator) else generator
     draws = [(torch.rand((), generator=g, device=g.device) < start,
               torch.randn(x.shape[1:], generator=g, device=g.device)) for g in each]
     noise = torch.stack([n * on for on, n in draws]).to(x.device)
-    x = x.float() / 255 if x.dtype == torch.uint8 else x
-    with torch.no_grad():
-        x0 = vqgan(x)
-    v = (x0 + radius * noise / _norm(noise)).clamp(0, 1)
+    x0 = vqgan(x.float() / 255 if x.dtype == torch.uint8 else x)
+    v = (x0 + radius * noise / norm(noise)).clamp(0, 1)
     for _ in range(steps):
         with torch.enable_grad():
-            v.requires_grad_()
-            z = teacher(vqgan(v) if through else v.view_as(v))      # a leaf stops FLOP counters
+            z = teacher(v.requires_grad_().view_as(v))               # a leaf stops FLOP counters
             [g] = torch.autograd.grad(F.cross_entropy(z.float(), y, reduction="sum"), v)
         # METHOD [B]: an ascent step on the teacher's loss, then back into the ball
-        d = v.detach() + step * g / _norm(g) - x0
-        v = (x0 + d * (radius / _norm(d)).clamp(max=1)).clamp(0, 1)
-    with torch.no_grad():
-        return vqgan(v)
+        d = v + step * g / norm(g) - x0
+        v = (x0 + d * (radius / norm(d)).clamp(max=1)).clamp(0, 1)
+    return vqgan(v)
 
 
 def dad_loss(z: Tensor, zt: Tensor, y: Tensor, t: float = 4.0, smoothing: float = 0.0) \
@@ -3292,7 +3250,7 @@ class Batch(NamedTuple):
 def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
     """The autocast type; "auto" = bf16 where the hardware has it, fp16 on older GPUs, else None."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
         amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
     if amp == "fp16" and device.type == "cpu":
@@ -3326,18 +3284,17 @@ def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
 class Signals:
     """Context in which Ctrl-C, SIGTERM and SIGHUP only set `hit`, for the loop to stop at a safe
     point."""
-    last, late = signal.SIGINT, False                        # what stopped this process
+    hit = 0                                      # the last signal of the process, or none
 
     def __enter__(self):
-        self.hit = 0
+        Signals.hit = 0
         self.old = {s: signal.signal(s, self._note) for s in STOPS}
         return self
 
     def _note(self, number, frame):
-        if self.hit and number == signal.SIGINT:             # a second Ctrl-C is impatient
+        if Signals.hit and number == signal.SIGINT:          # a second Ctrl-C is impatient
             raise KeyboardInterrupt
-        self.hit = Signals.last = number
-        Signals.late = True
+        Signals.hit = number
 
     def __exit__(self, *exc):
         for s, handler in self.old.items():
@@ -3350,49 +3307,29 @@ def differences(old: dict, new: dict) -> str:
                      if old.get(k) != new.get(k))
 
 
-def read_jsonl(path: Path, damaged: Callable = lambda text: None) -> list[dict]:
-    """The file's rows; none if it is absent.  damaged: is told of lines that are no JSON; a last
-    one that a crash cut off is dropped without a word."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    rows = []
-    for i, line in enumerate(lines, 1):
-        try:
-            rows.append({**json.loads(line)})
-        except (ValueError, TypeError):
-            if i < len(lines):
-                damaged(f"{path}, line {i}: not JSON, it is left out")
-    return rows
-
-
-def keep(path: Path | None, parts: dict, step: int, seconds: float, key: dict | None) -> None:
-    """Writes a checkpoint, on the first process, and keeps the one before it; returns when it is
-    there on all."""
-    if path and world()[0] == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "seconds": seconds, "key": json.dumps(key),
-                  "processes": world()[1]}
+def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -> None:
+    """Writes a checkpoint, on the first process, beside the one before it; returns when it is there
+    on all."""
+    if world()[0] == 0:
+        state = {"step": step, "seconds": seconds, "key": json.dumps(key), "processes": world()[1]}
+        state |= {name: part.state_dict() for name, part in parts.items()}
         torch.save(state, content := io.BytesIO())
         if path.is_file():
             os.replace(path, path.with_suffix(".ckpt1"))
         write_atomically(path, content.getvalue() + sha(content.getvalue()).encode())
-    any_rank(False)                              # all wait for the file
+    any_rank(False)
 
 
-def resume(path: Path | None, parts: dict, key: dict | None) -> tuple[int, float]:
+def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
     """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
-    go back into the parts; (0, 0) without one.
-
-    Raises: UserError if all are damaged, or another job's."""
-    files = [p for p in (path, path and path.with_suffix(".ckpt1")) if p and p.is_file()]
+    go back into the parts; (0, 0) without one.  Raises: UserError if it is another job's."""
+    files = [p for p in (path, path.with_suffix(".ckpt1")) if p.is_file()]
     for file in files:
-        try:
-            content = file.read_bytes()
-            if sha(content[:-16]) != content[-16:].decode():
-                raise ValueError
-            saved = torch.load(io.BytesIO(content[:-16]), map_location="cpu", weights_only=True)
-        except Exception:                                    # truncated, foreign, or a pickle
+        content = file.read_bytes()
+        if sha(content[:-16]).encode() != content[-16:]:
             say(f"{file} is damaged: it is left out")
             continue
+        saved = torch.load(io.BytesIO(content[:-16]), map_location="cpu", weights_only=True)
         changed = differences(json.loads(saved["key"]), key)
         if changed:
             raise UserError(f"{file} is a half-done job with other settings ({changed}): finish it "
@@ -3409,15 +3346,12 @@ def resume(path: Path | None, parts: dict, key: dict | None) -> tuple[int, float
     return 0, 0.0
 
 
-def log_row(checkpoint: Path | None, row: dict, sums: dict[str, Tensor], n: int) -> str:
-    """Appends the means of n steps to log.jsonl beside the checkpoint; what the terminal is told.
-
-    Raises: UserError on a loss that is not finite."""
-    means = {k: round(float(v) / n, 5) for k, v in sums.items()}
+def log_row(checkpoint: Path | None, row: dict, losses: list[dict[str, Tensor]]) -> str:
+    """Appends the means to log.jsonl beside the checkpoint; what the terminal is told."""
+    means = {k: round(float(sum(v[k] for v in losses)) / len(losses), 5) for k in losses[0]}
     if not all(map(math.isfinite, means.values())):
-        raise UserError(f"{row['stage']}: the loss is not finite at step {row['step']} ({means}); "
-                        "the last checkpoint stands; try a smaller learning rate or "
-                        "runtime.amp=none")
+        raise UserError(f"{row['stage']}: the loss is not finite at step {row['step']} ({means}): "
+                        "try a smaller learning rate or runtime.amp=none")
     if checkpoint and world()[0] == 0:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         with open(checkpoint.with_name("log.jsonl"), "a") as f:
@@ -3425,38 +3359,30 @@ def log_row(checkpoint: Path | None, row: dict, sums: dict[str, Tensor], n: int)
     return f"loss {means['loss']:.4f}"
 
 
-def add_gradients(model: nn.Module, step: Callable, data: Iterator, accum: int, scaler,
-                  amp: str, seed: int, at: int, per_epoch: int) -> dict[str, Tensor]:
-    """Losses of step `at`, means of its micro-batches, whose gradients are added up.
+def feed(images: ImageSet, batches: Batches, accum: int, workers: int) -> Iterator[Batch]:
+    """The micro-batches, on this process's device.  All that is random is a function of the seed,
+    the micro-batch and the rank; the global generator, which dropout takes, is set likewise."""
+    device, seed = pick_device(), batches.seed
+    loaded = loader(images, workers, batch_sampler=batches)
+    for i, (x, y, index) in enumerate(loaded, batches.start):
+        key, epoch = (seed, *divmod(i, accum), world()[0]), i // batches.per_epoch
+        torch.manual_seed(fold("dropout", *key))
+        yield Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
+                    rng("step", *key), [(seed, epoch, k) for k in index.tolist()])
 
-    per_epoch: micro-batches.  All that is random is a function of seed, micro-batch and rank."""
-    device, sums = pick_device(), {}
-    for k in range(accum):
-        x, y, index = next(data)
-        key, epoch = (seed, at, k, world()[0]), (at * accum + k) // per_epoch
-        torch.manual_seed(fold("dropout", *key))             # dropout has the global generator
-        batch = Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
-                      rng("step", *key), [(seed, epoch, i) for i in index.tolist()])
+
+def add_gradients(model: nn.Module, step: Callable, data: Iterator[Batch], accum: int, scaler,
+                  amp: str) -> list[dict[str, Tensor]]:
+    """Losses of the micro-batches of a step, whose gradients are added up."""
+    losses = []
+    for k, batch in enumerate(itertools.islice(data, accum)):
         one_by_one = world()[1] > 1 and k < accum - 1        # processes average their sums once
         with model.no_sync() if one_by_one else contextlib.nullcontext():
-            with autocast(amp, device):
+            with autocast(amp, batch.x.device):
                 loss, parts = step(model, batch)
             scaler.scale(loss / accum).backward()
-        for name, v in {"loss": loss, **parts}.items():
-            sums[name] = sums.get(name, 0) + v.detach() / accum
-    return sums
-
-
-def update(opt: torch.optim.Optimizer, scaler, lr: float, clip: float) -> None:
-    """One optimizer step on the gradients that have been added up."""
-    for group in opt.param_groups:
-        group["lr"] = lr
-    scaler.unscale_(opt)
-    if clip:
-        nn.utils.clip_grad_norm_((p for g in opt.param_groups for p in g["params"]), clip)
-    scaler.step(opt)
-    scaler.update()
-    opt.zero_grad(set_to_none=True)
+        losses.append({name: v.detach() for name, v in {"loss": loss, **parts}.items()})
+    return losses
 
 
 def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
@@ -3465,48 +3391,51 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     """Trains the module in place and returns {"images", "seconds", "gflops" (an image)}.
 
     step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is
-    the module or its DDP wrapper.  images: as `training` made them.  checkpoint: where it goes on
-    if it was interrupted, log.jsonl beside it; key tells whose that is; None = nothing is written.
+    the module or its DDP wrapper.  checkpoint: where it goes on if it was interrupted, log.jsonl
+    beside it; key tells whose that is; None = nothing is written.
     Raises: UserError on a loss that is not finite; Interrupted on a signal."""
     device, size, seed = pick_device(), world()[1], fold(seed, name)
-    model.to(device).train()
-    batches = Batches(len(images), cfg.batch // cfg.accum, seed)
-    per_epoch = max(1, batches.per_epoch // cfg.accum)
-    total = max(1, round(cfg.epochs * per_epoch))
-    parts = {"model": model, "opt": make_optimizer(model, cfg),
-             "scaler": torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)}
+    opt = make_optimizer(model.to(device).train(), cfg)
+    scaler = torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)
+    parts = {"model": model, "opt": opt, "scaler": scaler}
     if cfg.ema:
         swa = torch.optim.swa_utils
         parts["average"] = swa.AveragedModel(
             model, multi_avg_fn=swa.get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    at, seconds = resume(checkpoint, parts, key)
-    batches.start = at * cfg.accum
-    data = iter(loader(images, workers, batch_sampler=batches))
+    at, seconds = resume(checkpoint, parts, key) if checkpoint else (0, 0.0)
+    batches = Batches(len(images), cfg.batch // cfg.accum, seed, at * cfg.accum)
+    data, per_epoch = feed(images, batches, cfg.accum, workers), max(1, len(images) // cfg.batch)
+    total = max(1, round(cfg.epochs * per_epoch))
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
-    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, {n:,} trained parameters"
+    trained = [p for group in opt.param_groups for p in group["params"]]
+    say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, "
+        f"{sum(p.numel() for p in trained):,} trained parameters"
         + (f"; goes on at step {at:,}" if at else ""))
-    sums, logged, since, counter = {}, at, time.perf_counter(), FlopCounterMode(display=False)
+    losses, since, counter = [], time.perf_counter(), FlopCounterMode(display=False)
     with Progress(total * cfg.batch, name, at * cfg.batch) as bar, Signals() as signals:
         while at < total:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
+            for group in opt.param_groups:
+                group["lr"] = lr
             with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
-                losses = add_gradients(wrapped, step, data, cfg.accum, parts["scaler"],
-                                       runtime.amp, seed, at, batches.per_epoch)
-            update(parts["opt"], parts["scaler"], lr, cfg.clip)
+                losses += add_gradients(wrapped, step, data, cfg.accum, scaler, runtime.amp)
+            scaler.unscale_(opt)
+            if cfg.clip:
+                nn.utils.clip_grad_norm_(trained, cfg.clip)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
             if cfg.ema:
                 parts["average"].update_parameters(model)
-            at, sums = at + 1, {k: sums.get(k, 0) + v for k, v in losses.items()}
-            to_save = at % runtime.save_every == 0
-            if to_save or at % runtime.log_every == 0 or at == total or size == 1 and signals.hit:
+            at, saves = at + 1, (at + 1) % runtime.save_every == 0
+            if saves or at % runtime.log_every == 0 or at == total or size == 1 and signals.hit:
                 seconds, since = seconds + time.perf_counter() - since, time.perf_counter()
                 row = {"stage": name, "step": at, "epoch": round(at / per_epoch, 3), "lr": lr}
-                bar.set_postfix_str(log_row(checkpoint, row, sums, at - logged), refresh=False)
-                sums, logged = {}, at
-                hit = any_rank(bool(signals.hit)) and at < total
-                if hit or to_save and at < total:
+                bar.set_postfix_str(log_row(checkpoint, row, losses), refresh=False)
+                losses, stops = [], any_rank(bool(signals.hit)) and at < total
+                if checkpoint and at < total and (stops or saves):
                     keep(checkpoint, parts, at, seconds, key)
-                if hit:
+                if stops:
                     raise Interrupted(f"{name} stopped at step {at} of {total}; the same command "
                                       "goes on from here")
             bar.update(cfg.batch)
@@ -3532,18 +3461,20 @@ def plain_step(cfg: Train, aug: Robustify | None = None, n_classes: int = 0,
     alone); aug.jsd: on x alone, and AugMix's consistency over three views.
 
     n_classes: mixup and cutmix of aug.augment mix images and labels first."""
+    mixes = n_classes and spec_names(aug.augment) & set(LABEL_MIXERS)
+    n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
+
     def step(model, batch):
         x, y, g, _ = batch
-        if aug and n_classes and spec_names(aug.augment) & set(LABEL_MIXERS):
+        if mixes:
             x, y = mix_labels(x, y, aug.augment, g, n_classes)
-        n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
         z = model(torch.cat([x] * clean + [harden(x, aug, g) for _ in range(n_views)])).float()
-        if n_views < 2:
-            y = torch.cat([y] * (clean + n_views))
-            return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
-        z = z.chunk(3)
-        ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
-        return ce + aug.jsd * consistency, {"ce": ce, "jsd": consistency}
+        if n_views == 2:
+            z = z.chunk(3)
+            ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
+            return ce + aug.jsd * consistency, {"ce": ce, "jsd": consistency}
+        y = torch.cat([y] * (len(z) // len(y)))
+        return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
     return step
 
 
@@ -3580,7 +3511,7 @@ def erpm_step(cfg: Distill, see: Callable) -> Callable:
 
 def attack(cfg: Robustify) -> dict:
     """The keywords of dad_samples."""
-    return {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start", "through")}
+    return {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start")}
 
 
 def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes: int) -> Callable:
@@ -3625,45 +3556,42 @@ def vqgan_step(model, batch):
 
 # ---- training from another project, without files ------------------------------------------------
 
-def checked(section: str, **values) -> dict:
-    """The values of a section's fields, or a UserError."""
-    values = {k: typed(v, f"{section}.{k}", f"erpm.{section}()") for k, v in values.items()}
-    check(Config(**{section: dataclasses.replace(PARTS[section], **values)}))
-    spec_names(values.get("augment", "none"))
-    return values
+def checked(section: str, options: dict) -> Train:
+    """The section with these values.  Raises: UserError."""
+    values = {f"{section}.{k}": v for k, v in options.items()}
+    values = {k: typed(v, k, f"erpm.{section}()") for k, v in values.items()}
+    return getattr(changed(Config(), values), section)
 
 
-def robustify(net: nn.Module, images, *, augment: str = "pixmix+augmix", severity: float = 3.0,
-              jsd: float = 0.0, seed: int = 0, crop: bool = True, flip: bool = True,
-              **training) -> nn.Module:
+def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip: bool = True,
+              **options) -> nn.Module:
     """The network, trained in place to be robust: cross-entropy on images and augmented images.
 
     images: an ImageSet, (x uint8 (n,3,S,S), y), or any sized data set of (uint8 image, label).
-    net takes images as a Net does.  training: fields of Train (epochs, batch, lr, ...).
-    Raises: UserError."""
-    net = net if isinstance(net, Net) else Net(net)
-    cfg = Robustify(**checked("robustify", augment=augment, severity=severity, jsd=jsd, **training))
-    images = as_images(images).training(seed, crop, flip)
-    step = plain_step(cfg, cfg, n_classes=len(images.classes))
-    fit(net, step, images, cfg, Runtime(), name="robustify", seed=seed)
+    net takes images as a Net does.  options: fields of Robustify (augment, severity, jsd, epochs,
+    batch, lr, ...).  Raises: UserError."""
+    net, images = net if isinstance(net, Net) else Net(net), as_images(images)
+    cfg = checked("robustify", options)
+    fit(net, plain_step(cfg, cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
+        Runtime(), name="robustify", seed=seed)
     return freeze(net)
 
 
 def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pixmix+augmix",
-            severity: float = 3.0, alpha: float = 0.5, temperature: float = 2.0, seed: int = 0,
-            crop: bool = True, flip: bool = True, **training) -> Student:
+            severity: float = 3.0, seed: int = 0, crop: bool = True, flip: bool = True,
+            **options) -> Student:
     """The Student, tuned in place by [A] eq. 5: its clean head learns from the original network,
     its robust head from the teacher.
 
-    teacher: a robust network, images -> logits of the same classes.  images, training: as for
-    robustify.  Raises: UserError."""
+    teacher: a robust network, images -> logits of the same classes.  images: as for robustify.
+    options: fields of Distill (alpha, temperature, epochs, ...).  Raises: UserError."""
     teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
-    cfg = Distill(**checked("distill", alpha=alpha, temperature=temperature, **training))
-    aug = Robustify(**checked("robustify", augment=augment, severity=severity))
+    cfg, aug = checked("distill", options), checked("robustify", {
+        "augment": augment, "severity": severity})
     student.to(pick_device())
     step = erpm_step(cfg, frozen_views(student.backbone, aug, True, student.original, teacher))
-    images = as_images(images).training(seed, crop, flip)
-    fit(student.tuned, step, images, cfg, Runtime(), name="distill", seed=seed)
+    fit(student.tuned, step, as_images(images).training(seed, crop, flip), cfg, Runtime(),
+        name="distill", seed=seed)
     return student.eval()
 
 
@@ -3673,14 +3601,14 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
 
 
 @torch.no_grad()
-def over(images: ImageSet, f: Callable, *, device: torch.device | None = None, batch: int = 256,
-         workers: int = 0, bar: Progress | None = None) -> dict:
-    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, run on every batch of
-    this rank's share, and put together in the set's order on every process.
+def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
+         bar: Progress | None = None) -> dict:
+    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, batch by batch, each
+    on one process, in the set's order on every process.
 
     A batch holds the same images for any number of processes, so the facts agree to the last bit;
     nothing is padded or counted twice."""
-    (rank, size), out, device = world(), {}, device or pick_device()
+    (rank, size), device, out = world(), pick_device(), {}
     starts = range(rank * batch, len(images), batch * size)
     lists = [[(0, p) for p in range(s, min(s + batch, len(images)))] for s in starts or [0]]
     for keys, (x, y, index) in zip(lists, loader(images, workers, batch_sampler=lists)):
@@ -3693,7 +3621,7 @@ def over(images: ImageSet, f: Callable, *, device: torch.device | None = None, b
         if bar is not None:
             bar.update(len(keys) * size)
     for k, v in out.items() if size > 1 else ():
-        v = v.to(pick_device())                  # every row is one rank's, 0 on the others: exact
+        v = v.to(device)                         # every row is one rank's, 0 on the others: exact
         dist.all_reduce(v)
         out[k] = v.cpu()
     return {k: v.numpy() for k, v in out.items()}
@@ -3711,66 +3639,53 @@ def facts(v: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
 
 
 def figures_of(v: np.ndarray, label: str) -> dict:
-    """{"correct", "correct5", "nll", "ece"} of facts (n,4+), in float64, in one order.
+    """{"correct", "correct5", "nll", "ece"} of facts (n,4), in float64, in one order, and "heads"
+    where they tell the head that answered, (n,5).
 
     ECE: 15 bins of confidence, (lo, hi].  Source: Guo et al. 2017.
     Raises: UserError on outputs of NaN or inf."""
     bad = int((~np.isfinite(v)).any(1).sum())
     if bad:
-        raise UserError(f"{label}: its outputs are not finite (NaN or inf) for {bad} of {len(v)} "
-                        "images; try runtime.amp=none")
+        raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
+                        f"{bad} of {len(v)} images; try runtime.amp=none")
     edges = torch.linspace(0, 1, 16)[1:-1]
     at = torch.bucketize(torch.from_numpy(v[:, 3].copy()), edges).numpy()
-    right, top5, nll, confidence = v[:, :4].astype(np.float64).T
+    right, top5, nll, confidence, *head = v.astype(np.float64).T
     gap = np.bincount(at, right - confidence, 15)
-    return {"correct": int(right.sum()), "correct5": int(top5.sum()),
-            "nll": round(nll.mean(), 6), "ece": round(np.abs(gap).sum() / len(v), 6)}
-
-
-CLOSED = "product (closed form)"
+    found = {"correct": int(right.sum()), "correct5": int(top5.sum()),
+             "nll": round(nll.mean(), 6), "ece": round(np.abs(gap).sum() / len(v), 6)}
+    if head:
+        found["heads"] = np.bincount(head[0].astype(int), minlength=3).tolist()
+    return found
 
 
 def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
                   passes: int) -> dict:
-    """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}, of the
-    rules that need sigma only where there is live dropout."""
-    f, out, live = student.features(x), {}, student.dropout > 0
+    """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}; the rules
+    that need sigma only where there is live dropout."""
+    f, live = student.features(x), student.dropout > 0
     drawn = student.moments(f, passes, ids)
-    closed = student.moments(f, 0, ids) if live and passes else None
-    for name in [r for r in RULES if live or r not in NEEDS_SIGMA] + [CLOSED] * bool(closed):
-        mean, sigma, logits = closed if name == CLOSED else drawn
-        rule = "product" if name == CLOSED else name
-        head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
+    ways = {rule: (rule, drawn) for rule in RULES if live or rule not in NEEDS_SIGMA}
+    if live and passes:
+        ways["product (closed form)"] = "product", student.moments(f, 0, ids)
+    out = {}
+    for name, (rule, (mean, sigma, logits)) in ways.items():
+        head = select(mean, sigma, rule, logits=logits, y=y)
         p = answer(mean, sigma, head, rule).float()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
         out[name] = torch.cat([facts(p, log_p, y), head[:, None]], 1)
     return out | {"moments": torch.cat([drawn[1], divergence(drawn[0])], 1).nan_to_num()}
 
 
-def row_figures(model: Callable, found: dict, label: str) -> dict:
-    """The figures of a network on a set, from its facts: of a Student for every rule."""
-    if not isinstance(model, Student):
-        return figures_of(found[""], label)
-    means = found.pop("moments").mean(0, dtype=np.float64).round(6).tolist()
-    rules = {rule: figures_of(v, label) | {
-        "heads": np.bincount(v[:, 4].astype(int), minlength=3).tolist()}
-        for rule, v in found.items()}
-    return {"rules": rules, "sigma": means[:2], "kl": means[2:]}
-
-
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
-                 *, passes: int = 10, jpeg: bool = True, frost_dir: str = "", amp: str = "auto",
+                 *, passes: int = 10, frost_dir: str = "", amp: str = "auto",
                  **options) -> dict[str, dict]:
     """{label: figures} of several networks on the same pixels; see `evaluate`."""
-    weights = (p for m in models.values() if isinstance(m, nn.Module) for p in m.parameters())
-    device = next((p.device for p in weights), pick_device())
-
     def f(x, y, index):
         if cell:
-            x = corrupt(x, *cell, index=index.tolist(), jpeg=jpeg, frost_dir=frost_dir or None)
-        out = {}
-        ask = functools.cache(lambda m, x: m(x))          # a member of teams runs once a batch
-        with autocast(amp, device):
+            x = corrupt(x, *cell, index=index.tolist(), jpeg=True, frost_dir=frost_dir)
+        out, ask = {}, functools.cache(lambda m, x: m(x))     # a member of teams runs once a batch
+        with autocast(amp, pick_device()):
             for label, m in models.items():
                 if isinstance(m, Student):
                     found = student_facts(m, x, y, images.ids, passes)
@@ -3778,13 +3693,19 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
                     z = m(x, ask) if isinstance(m, Team) else ask(m, x)
                     z = project(z, images.ids).float()
                     found = {"": facts(z, z.log_softmax(-1), y)}
-                out |= {(label, k): v for k, v in found.items()}
+                out |= {(label, rule): v for rule, v in found.items()}
         return out
 
-    found = over(images, f, device=device, **options)
-    return {label: {"n": len(images), **row_figures(m, {
-        k: v for (of, k), v in found.items() if of == label}, label or "the network")}
-        for label, m in models.items()}
+    rows = {label: {"n": len(images)} for label in models}
+    for (label, rule), v in over(images, f, **options).items():
+        if rule == "moments":
+            means = v.mean(0, dtype=np.float64).round(6).tolist()
+            rows[label] |= {"sigma": means[:2], "kl": means[2:]}
+        elif rule:
+            rows[label].setdefault("rules", {})[rule] = figures_of(v, label)
+        else:
+            rows[label] |= figures_of(v, label)
+    return rows
 
 
 def aligned(images: ImageSet, card: Card) -> ImageSet:
@@ -3803,16 +3724,17 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
     predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
     {rule: the same figures and "heads", the images that clean, combined and robust answered},
     "sigma", "kl" (means, of the clean and the robust head)}.
+    A module is put in eval mode, on the accelerator where there is one, as the images are.
     images: what as_images takes, or the name of a set in ./data; picture files are cut as the
-    network wants them.  cell: (corruption, severity), made on the fly.
-    options: batch, passes, jpeg, amp, workers.
+    network wants them.  cell: (corruption, severity), made on the fly, with the JPEG round trip of
+    the published files.  options: batch, passes, amp, workers.
     Raises: UserError, on outputs that are not finite too."""
     card = getattr(predict, "card", Card())
     images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
     if hasattr(predict, "card") and images.images is None and not images.own_view:
         images = dataclasses.replace(images, view=card.view)
     if isinstance(predict, nn.Module):
-        predict.eval()
+        predict.eval().to(pick_device())
     return evaluate_all({"": predict}, aligned(images, card), cell, **options)[""]
 
 
@@ -3822,8 +3744,8 @@ PROBE_L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
 def _fit_softmax(theta: Tensor, x: Tensor, y: Tensor, l2: float) -> Tensor:
-    """The theta = (W | b) that minimises mean cross-entropy + l2/2 |W|^2, from a start, by L-BFGS;
-    chunk by chunk, so that no (n,C) stands in memory.  Shapes: theta (C,D+1), x (n,D), y (n,)."""
+    """The theta = (W | b) (C,D+1) that minimises mean cross-entropy + l2/2 |W|^2, from a start, by
+    L-BFGS; chunk by chunk, so that no (n,C) stands in memory."""
     theta, rows = theta.clone().requires_grad_(), max(1, 2 ** 24 // len(theta))
     opt = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-10,
                             line_search_fn="strong_wolfe")
@@ -3863,24 +3785,19 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, *, seed: int = 0,
     for l2 in sorted(l2s, reverse=True) if len(l2s) > 1 and n < len(y) else ():
         theta = _fit_softmax(theta, x[:n], y[:n], l2)          # from strong to weak, warm starts
         loss = float(F.cross_entropy(F.linear(x[n:], theta[:, :-1], theta[:, -1]), y[n:]))
-        say(f"linear probe: l2 = {l2:g}, loss on the held-out tenth {loss:.4f}")
         best = min(best, (loss, l2))
     theta = _fit_softmax(theta, x, y, best[1]).cpu()
     weight = theta[:, :-1] / std
     return weight.float(), (theta[:, -1] - weight @ mean.to(dtype)).float(), best[1]
 
 
-def frozen_features(model: nn.Module, head: str = "clean") -> nn.Module:
-    """What stands before the last linear layer, images -> (B,D), of a plain network or of one head
-    of a Student: clean, combined, robust, or original (before tuning).
-
-    It holds the model's own modules and freezes them.  Raises: UserError on what cannot be cut."""
+def frozen_features(model: nn.Module) -> nn.Module:
+    """What stands before the last linear layer (of a Student: its clean head's), images -> (B,D),
+    the model's own modules, which are frozen.  Raises: UserError on what cannot be cut."""
     if isinstance(model, Net) and not model.card.n_classes:        # an encoder
         return freeze(model)
     if isinstance(model, Student):
-        tail = [*model.original] if head == "original" else [
-            *model.tuned.shared, *choose(dict(model.tuned.heads.items()), head, "head")]
-        *body, last = [model.backbone, *tail]
+        *body, last = model.backbone, *model.tuned.shared, *model.tuned.heads["clean"]
     else:
         *body, last = stages(model)
     return freeze(nn.Sequential(*body, last.features))
@@ -3888,21 +3805,18 @@ def frozen_features(model: nn.Module, head: str = "clean") -> nn.Module:
 
 def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
     """The linear layer for the set's classes on what `features` makes of its images."""
-    device = next(features.parameters()).device
-
     def f(x, y, index):
-        with autocast(cfg.runtime.amp, device):
+        with autocast(cfg.runtime.amp, pick_device()):
             return {"f": features(x)}
 
     with Progress(len(images), "linear probe: features") as bar:
-        x = over(images, f, device=device, batch=cfg.eval.batch, workers=cfg.data.workers,
-                 bar=bar)["f"]
+        x = over(images, f, batch=cfg.eval.batch, workers=cfg.data.workers, bar=bar)["f"]
     weight, bias, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
                                     len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
     fc = nn.Linear(weight.shape[1], len(weight))
     fc.load_state_dict({"weight": weight, "bias": bias})
-    fc = fc.to(device)
+    fc = fc.to(pick_device())
     for p in fc.parameters() if world()[1] > 1 else ():     # equal to the last bit on all processes
         dist.broadcast(p.data, 0)
     return fc
@@ -3912,29 +3826,16 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
 
 def weights_sha(net: nn.Module) -> str:
     """First 12 hex digits of a hash of the network's tensors, but class embeddings of prompts,
-    which change with the set.  It is kept until a tensor is written to: a network is scored on
-    many sets."""
-    written = sum(t._version for t in (*net.parameters(), *net.buffers()))
-    if getattr(net, "sha", (None,))[0] == written:
-        return net.sha[1]
+    which change with the set."""
     texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
-    state = {k: v for k, v in net.state_dict().items() if k not in texts}
-    net.sha = written, tensors_sha(state)[:12]
-    return net.sha[1]
-
-
-def weightless(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which computes shapes and FLOPs alone."""
-    bare = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    bare |= {id(b): b.to("meta") for b in model.buffers()}
-    return copy.deepcopy(model, bare)
+    return tensors_sha({k: v for k, v in net.state_dict().items() if k not in texts})[:12]
 
 
 @torch.no_grad()
 def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
     """GFLOPs of an answer to an image, by torch's counter (2 a multiply-add; matrix products and
     convolutions alone).  passes: as in Student.predict."""
-    model = freeze(weightless(model))
+    model = freeze(copy.deepcopy(model).to("meta"))                # which computes shapes alone
     x = torch.zeros(1, 3, size_px, size_px, device="meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, Student):
@@ -3954,88 +3855,77 @@ def kind_of(card: Card, images: ImageSet) -> str:
     return "transfer"
 
 
-def training_set(name: str, images: ImageSet, cfg: Config, view: View) -> ImageSet:
-    """The training images of a set's classes, for a linear probe.  Raises: UserError."""
-    home = name.replace("folder-c:", "folder:")
-    if images.base in SETS:
-        home = "imagenet" if SETS[images.base].part is not None else images.base.removesuffix("-r")
-    try:
-        return open_set(home, cfg.data, "train", view)
-    except UserError as e:
-        raise type(e)(f"{name}: its classes are not the network's outputs, and there are no "
-                      f"training images for a linear probe: {e}") from None
-
-
 def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Config,
            probes: dict) -> tuple[str, nn.Module]:
     """(label, network) that answers on a set: with its own head where its outputs are the set's
-    classes, by prompts where it has a text tower, else by a linear probe on frozen features.
-
-    Equal numbers of classes mean nothing: cifar10's are not fashion-mnist's.
-    probes: those fitted so far.  Raises: UserError."""
-    card, auto, trusted = model.card, cfg.eval.head == "auto", cfg.eval.head == "own"
-    if isinstance(model, Team) and kind_of(card, images) == "transfer":
-        raise Absent(f"{label} answers on the classes of {card.home} alone, not on {name}")
+    classes (their number means nothing), by prompts where it has a text tower, else by a linear
+    probe on frozen features, one of those fitted so far or a new one.  Raises: UserError."""
+    card, how, row = model.card, cfg.eval.head, SETS.get(images.base)
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
     a_clip = card.prompts or card.name.startswith("open_clip:") and not card.n_classes
-    if auto and a_clip:
+    if how == "auto" and a_clip:
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts)
-    if trusted or auto and own:
+    if how == "own" or how == "auto" and own:
         if card.n_classes != len(images.outputs):
             raise UserError(f"{label} has {card.n_classes} classes and {name} needs "
-                            f"{len(images.outputs)}" + (f": {card.home} is not what it was when "
-                            "the network was trained" if card.home else ""))
+                            f"{len(images.outputs)}")
         return label, model
-    train = training_set(name, images, cfg, card.view)
-    key, head = (label, train.base), cfg.eval.probe if isinstance(model, Student) else "clean"
-    if key not in probes:
-        try:
-            features = frozen_features(model, head)
-        except UserError as e:
-            raise Absent(f"{name}: {label} needs a linear probe there: {e}") from None
-        fc = fit_probe(features, train, cfg)
-        probes[key] = freeze(nn.Sequential(features, Classifier(nn.Identity(), fc)))
-        probes[key].card = card
-    return f"{label}, linear probe", probes[key]
+    home = images.base.removesuffix("-r") if row else name.replace("folder-c:", "folder:")
+    try:
+        train = open_set("imagenet" if row and row.part is not None else home, cfg.data, "train",
+                         card.view)
+        features = frozen_features(model)
+    except UserError as e:
+        raise type(e)(f"{label}: its classes are not those of {name}, and a linear probe cannot be "
+                      f"had: {e}") from None
+    if (label, train.base) not in probes:
+        probe = nn.Sequential(features, Classifier(nn.Identity(), fit_probe(features, train, cfg)))
+        probe.card = card
+        probes[label, train.base] = freeze(probe)
+    return f"{label}, linear probe", probes[label, train.base]
 
 
 def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dict:
-    """The columns of a row that are known before it is computed, corruption and severity apart.
-
-    "of" is a hash of everything that makes it another evaluation."""
+    """The columns of a row that are known before it is computed; "of" is a hash of everything that
+    makes it another evaluation, corruption and severity apart."""
     card, ev, transform = model.card, cfg.eval, images.transform
     if images.corrupted and not images.archive:
-        transform += (f", corrupted on the fly{', jpeg 85' if ev.jpeg else ''}, "
-                      f"{frost_source(ev.frost_dir or None)} frost")
+        transform += f", corrupted on the fly, jpeg 85, {frost_source(ev.frost_dir)} frost"
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
     amp = str(amp_type(cfg.runtime.amp, pick_device()))
-    of = fold(label, weights_sha(model), card.prompts, images.name, transform,
-              len(images), cfg.seed, passes, amp, versions()["erpm"])
+    of = fold(label, weights_sha(model), card.prompts, images.name, transform, len(images),
+              cfg.seed, passes, amp, versions()["erpm"])
     return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
             "kind": kind_of(card, images), "n": len(images), "transform": transform,
             "rule": ev.rule if isinstance(model, Student) else "", "passes": passes, "amp": amp,
-            "gflops": gflops(model, images.view.size_px, ev.passes), "train": card.train,
-            "source": images.source}
+            "gflops": gflops(model, images.view.size_px, ev.passes), "train": card.train}
 
 
 def read_rows(run: Path, rule: str = "") -> list[dict]:
-    """The rows of a run's results.jsonl; rule: that of the headline figures, "" = each row's own.
-
-    Raises: UserError on rows of another form."""
+    """The rows of a run's results.jsonl; rule: that of the headline figures, if not their own."""
     path, rows = run / "results.jsonl", []
-    for n, r in enumerate(read_jsonl(run / "results.jsonl", damaged=say), 1):
-        if "sum" in r and r.pop("sum") != sha(json.dumps(r)):
-            say(f"{path}: row {n} is damaged: eval makes it again")
+    for n, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+            whole = row.pop("sum") == sha(json.dumps(row))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            whole = False
+        if whole:
+            rows.append(row | {"run": str(run)} | ({"rule": rule} if rule and row["rule"] else {}))
         else:
-            rows.append(r)
-    if any(not {"of", "label", "seed", "set", "kind", "corruption", "severity"} <= set(r)
-           for r in rows):
-        raise UserError(f"{path} holds rows of another version of erpm.py: move it away and run "
-                        "eval again")
-    return [r | {"run": str(run)} | ({"rule": rule} if rule and r["rule"] else {}) for r in rows]
+            say(f"{path}: row {n} is damaged: eval makes it again")
+    return rows
+
+
+def append_rows(run: Path, rows: list[dict]) -> None:
+    """Adds rows to a run's results.jsonl, each with its checksum, on the first process."""
+    if world()[0] == 0:
+        with open(run / "results.jsonl", "a") as f:
+            for text in map(json.dumps, rows):
+                f.write(json.dumps(json.loads(text) | {"sum": sha(text)}) + "\n")
 
 
 def done_cells(run: Path) -> set[tuple]:
@@ -4043,64 +3933,51 @@ def done_cells(run: Path) -> set[tuple]:
     last line that a crash left without its end is cut off: the next row would continue it."""
     box, file = [set()], run / "results.jsonl"
     if world()[0] == 0 and file.is_file():
-        whole = file.read_text(errors="replace").rpartition("\n")
-        if whole[2]:
-            write_atomically(file, whole[0] + whole[1])
+        whole, end, rest = file.read_bytes().rpartition(b"\n")
+        if rest:
+            write_atomically(file, whole + end)
         box = [{(r["of"], r["corruption"], r["severity"]) for r in read_rows(run)}]
     if world()[1] > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]
 
 
-def score_cell(models: dict[str, nn.Module], rows: dict[str, dict], images: ImageSet,
-               cell: tuple[str, int], cfg: Config, bar: Progress) -> None:
-    """Scores networks on a cell and appends their rows.  Raises: Interrupted after a signal."""
-    ev, made, since = cfg.eval, images.corrupted and not images.archive, time.perf_counter()
-    images = open_cell(images.base, cfg.data, *cell) if images.archive else images
-    with Signals() as signals:
-        found = evaluate_all(models, images, cell if made else None, passes=ev.passes, jpeg=ev.jpeg,
-                             frost_dir=ev.frost_dir, amp=cfg.runtime.amp, batch=ev.batch,
-                             workers=cfg.data.workers, bar=bar)
-        seconds = time.perf_counter() - since
-        where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
-                 "images_per_s": round(len(images) / seconds, 1), "processes": world()[1],
-                 "device": pick_device().type, "packages": versions()}
-        if world()[0] == 0:
-            cfg.dir.mkdir(parents=True, exist_ok=True)
-            with open(cfg.dir / "results.jsonl", "a") as f:
-                for label, figures in found.items():
-                    row = json.loads(json.dumps(rows[label] | where | figures))
-                    f.write(json.dumps(row | {"sum": sha(json.dumps(row))}) + "\n")
-        if any_rank(bool(signals.hit)):
-            raise Interrupted("eval stopped after a whole cell; the same command goes on from here")
-
-
 def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
     """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
-    soon as it is known.  Returns the "of" of what was asked."""
-    if images.corrupted and not images.archive:
-        images = images.subset(cfg.eval.n_cell)
+    soon as it is known.  Returns the "of" of what was asked.  Raises: Interrupted by a signal."""
+    ev, made = cfg.eval, images.corrupted and not images.archive
+    images = images.subset(ev.n_cell) if made else images
     rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
     done, todo = done_cells(cfg.dir), cells(images)
-    with Progress(len(todo) * len(images), f"eval: {images.name}") as bar:
+    with Progress(len(todo) * len(images), f"eval: {images.name}") as bar, Signals() as signals:
         for cell in todo:
             pending = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
-            if pending:
-                score_cell(pending, rows, images, cell, cfg, bar)
-            else:
+            if not pending:
                 bar.update(len(images))
+                continue
+            since = time.perf_counter()
+            some = open_cell(images.base, cfg.data, *cell) if images.archive else images
+            found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
+                                 frost_dir=ev.frost_dir, amp=cfg.runtime.amp, batch=ev.batch,
+                                 workers=cfg.data.workers, bar=bar)
+            seconds = time.perf_counter() - since
+            where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
+                     "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
+                     "device": pick_device().type, "packages": versions()}
+            append_rows(cfg.dir, [rows[x] | where | figures for x, figures in found.items()])
+            if any_rank(bool(signals.hit)):
+                raise Interrupted("eval stopped after a whole cell; the same command goes on from "
+                                  "here")
     return {row["of"] for row in rows.values()}
 
 
 # ==== 10. REPORT ====
 # In: rows of results.jsonl.  Out: Markdown and figures.  Always: a pure function of the rows (the
-# picture grid alone looks at images); what is missing is called missing, never a smaller mean.
+# pictures alone look at images); what is missing is called missing, never a smaller mean.
 
 KINDS = ("home", "shift", "part", "transfer")
 PAPER_SHIFTS = ("imagenet-c", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch",
                 "objectnet", "objectnet-c")                              # [A] Tables 1 to 3
-SAME_CLASSES = {"imagenet@a": "imagenet-a", "imagenet@r": "imagenet-r",
-                "imagenet@objectnet": "objectnet"}
 ALEXNET = dict(zip(CORRUPTIONS, (       # its errors, means of 5 severities (Hendrycks 2019)
     0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572,
     0.819324, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500)))
@@ -4120,8 +3997,6 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "ECE": (lambda r, f: f["ece"], 100, ".2f"),
     # all severities weigh alike, so the mean over the cells is the mCE
     "mCE": (lambda r, f: (1 - f["correct"] / r["n"]) / ALEXNET[r["corruption"]], 100, ".2f"),
-    "clean": (lambda r, f: f["heads"][0] / r["n"], 100, ".2f"),
-    "combined": (lambda r, f: f["heads"][1] / r["n"], 100, ".2f"),
     "robust": (lambda r, f: f["heads"][2] / r["n"], 100, ".2f"),
     "F": (lambda r, f: f["heads"][RIGHT_HEAD[r["kind"]]] / r["n"], 100, ".2f"),
     "sigma clean": (lambda r, f: r["sigma"][0], 1, ".4f"),
@@ -4129,25 +4004,26 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "KL clean": (lambda r, f: r["kl"][0], 1, ".4f"),
     "KL robust": (lambda r, f: r["kl"][1], 1, ".4f"),
     "training, s": (lambda r, f: r["train"]["seconds"], 1, ".0f"),
+    "images/s": (lambda r, f: r["images_per_s"], 1, ".0f"),
+    "images a cell": (lambda r, f: r["n"], 1, ",.0f"),
     "ms / training image": (
         lambda r, f: r["train"]["seconds"] / r["train"]["images"], 1000, ".2f"),
-    "training GFLOPs / image": (lambda r, f: r["train"]["gflops"], 1, ".3g"),
-    "GFLOPs": (lambda r, f: r["gflops"], 1, ".3g"),
-    "time / FT": (lambda r, f: r["time / FT"], 1, ".2f"),              # see `relative`
-    "training FLOPs / FT": (lambda r, f: r["training FLOPs / FT"], 1, ".2f"),
-    "GFLOPs / original": (lambda r, f: r["GFLOPs / original"], 1, ".2f"),
-    "images/s": (lambda r, f: r["images_per_s"], 1, ".0f"),
-    "images a cell": (lambda r, f: r["n"], 1, ",.0f")}
-COSTS = ("ms / training image", "time / FT", "training FLOPs / FT", "GFLOPs / original")
+    # r["FT"], r["original"]: their rows of the same seed, by `latest`
+    "time / FT": (lambda r, f: r["train"]["seconds"] / r["FT"]["train"]["seconds"], 1, ".2f"),
+    "training FLOPs / FT": (
+        lambda r, f: math.prod(r["train"][k] / r["FT"]["train"][k] for k in ("images", "gflops")),
+        1, ".2f"),
+    "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], 1, ".2f")}
+COSTS = tuple(MEASURES)[-4:]
 RULE_NAMES = {"oracle": "either head right", **{head: f"always {head}" for head in HEADS}}
-PERFECT, APPENDIX = "perfect routing", "Every cell: "
-BY_CORRUPTION = {c: {"corruption": c} for c in CORRUPTIONS}                 # lines of a pivot
-BY_SEVERITY = {str(k): {"severity": k} for k in range(1, 6)}
+PERFECT = "perfect routing"
+BY_SEVERITY = {str(k): {"severity": k} for k in range(1, 6)}                # lines of a pivot
 
 
 def latest(rows: list[dict]) -> list[dict]:
     """One row a cell: of each (label, seed, set) those of the evaluation with the most images, of
-    equal ones the newest.  Two never mix, not even where the newer one is not whole.
+    equal ones the newest.  Two never mix, not even where the newer one is not whole.  Beside each
+    stand rows of FT and of the original, of the same seed.
     Raises: UserError where two runs hold the same label and seed."""
     place, runs = operator.itemgetter("label", "seed", "set"), {}
     for r in rows:
@@ -4156,24 +4032,10 @@ def latest(rows: list[dict]) -> list[dict]:
             raise UserError(f"{other} and {r['run']} both hold {r['label']} of seed {r['seed']}: a "
                             "report averages over seeds; give it runs that differ in nothing else")
     last = {place(r): r["of"] for r in sorted(rows, key=operator.itemgetter("n"))}
-    return list({(*place(r), r["corruption"], r["severity"]): r
-                 for r in rows if r["of"] == last[place(r)]}.values())
-
-
-def relative(rows: list[dict]) -> list[dict]:
-    """The rows with their costs as shares of FT's and of the original's, of the same seed."""
-    of = {(r["label"], r["seed"]): r for r in rows}
-    out = []
-    for r in rows:
-        ft, plain, more = (*(of.get((x, r["seed"]), {}) for x in ("FT", "original")), {})
-        if r["train"] and ft.get("train"):
-            total = [v["images"] * v.get("gflops", NAN) for v in (r["train"], ft["train"])]
-            more = {"time / FT": r["train"]["seconds"] / ft["train"]["seconds"],
-                    "training FLOPs / FT": total[0] / total[1]}
-        if "gflops" in r and "gflops" in plain:
-            more["GFLOPs / original"] = r["gflops"] / plain["gflops"]
-        out.append(r | more)
-    return out
+    kept = {(*place(r), r["corruption"], r["severity"]): r
+            for r in rows if r["of"] == last[place(r)]}.values()
+    beside = {(r["label"], r["seed"]): r for r in kept}
+    return [r | {x: beside.get((x, r["seed"]), {}) for x in ("FT", "original")} for r in kept]
 
 
 def plain(name: str) -> str:
@@ -4181,13 +4043,14 @@ def plain(name: str) -> str:
     return name.partition(" (")[0]
 
 
-def sets_of(rows: list[dict], kind: str) -> list[str]:
-    """The sets of a kind, the papers' shifts in their order; home to one model is home to all."""
-    ranked = sorted(rows, key=lambda r: KINDS.index(r["kind"]), reverse=True)
-    kinds = {r["set"]: r["kind"] for r in ranked}
-    found = [s for s in dict.fromkeys(r["set"] for r in rows) if kinds[s] == kind]
+def by_kind(rows: list[dict]) -> list[list[str]]:
+    """The sets of each of KINDS, the papers' shifts in their order; home to one network is home to
+    all."""
+    kinds = {r["set"]: r["kind"] for r in sorted(rows, key=lambda r: -KINDS.index(r["kind"]))}
     order = {name: i for i, name in enumerate(PAPER_SHIFTS)}
-    return sorted(found, key=lambda s: order.get(plain(s), len(order)))
+    names = sorted(dict.fromkeys(r["set"] for r in rows),
+                   key=lambda s: order.get(plain(s), len(order)))
+    return [[s for s in names if kinds[s] == kind] for kind in KINDS]
 
 
 def corrupted(rows: Iterable[dict]) -> list[str]:
@@ -4195,40 +4058,24 @@ def corrupted(rows: Iterable[dict]) -> list[str]:
     return list(dict.fromkeys(r["set"] for r in rows if r["corruption"]))
 
 
-def published(rows: list[dict]) -> list[dict]:
-    """KNOWN as rows of the sets that were scored: in the tables they stand beside ours."""
-    scored = {plain(s): s for kind in ("home", "shift") for s in sets_of(rows, kind)}
-    return [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
-             "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent / 100}
-            for label, known in KNOWN.items()
-            for s, percent in zip(("imagenet", *PAPER_SHIFTS), known) if s in scored]
-
-
-def measured(row: dict, rule: str | None, measure: str) -> float:
-    """A measure of a row, of a Student under a rule (by default the row's own); NaN where the row
-    lacks what the measure looks for: it does not apply."""
-    found = row
-    if "rules" in row:
-        if rule == PERFECT:
-            rule = HEADS[RIGHT_HEAD.get(row["kind"], 0)]
-        found = row["rules"].get(rule or row["rule"], {})
-    try:
-        return row[measure] if measure in row else MEASURES[measure][0](row, found)
-    except KeyError:
-        return NAN
-
-
-def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str | None = None,
+def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str = "",
                measure: str = "top-1", **where) -> list[float]:
-    """A measure of a model, a number a seed: the mean over sets of the mean over a set's cells;
-    [] when a cell is missing for a seed.  where: the rows that count, such as severity=3."""
+    """A measure of a model, a number a seed: the mean over sets of the mean over a set's cells.
+    [] when a cell is missing for a seed, NaN where a row lacks what the measure looks for.
+
+    rule: of a Student, by default the row's own.  where: the rows that count: severity=3."""
     own = [r for r in rows if r["label"] == label]
     seeds, wide = dict.fromkeys(r["seed"] for r in own), corrupted(own)
     cells = (1 if "corruption" in where else len(CORRUPTIONS)) * (1 if "severity" in where else 5)
     found = {(seed, s): [] for seed in seeds for s in sets}
     for r in own:
         if r["set"] in sets and all(r[k] == v for k, v in where.items()):
-            found[r["seed"], r["set"]].append(measured(r, rule, measure))
+            right = HEADS[RIGHT_HEAD.get(r["kind"], 0)] if rule == PERFECT else rule
+            f = r["rules"].get(right or r["rule"], {}) if "rules" in r else r
+            value = NAN
+            with contextlib.suppress(KeyError):
+                value = r[measure] if measure in r else MEASURES[measure][0](r, f)
+            found[r["seed"], r["set"]].append(value)
     if any(len(v) < (cells if s in wide else 1) for (_, s), v in found.items()):
         return []
     return [float(np.mean([np.mean(found[seed, s]) for s in sets])) for seed in seeds]
@@ -4288,25 +4135,33 @@ def severities(rows: list[dict], name: str) -> dict[str, dict]:
     return {"0 (clean)": {"sets": clean[:1]}} | BY_SEVERITY
 
 
-def main_tables(rows: list[dict]) -> list[str]:
-    """[A] Tables 1 to 3: the models at home, under shift and on other classes."""
-    home, shifts, parts, transfer = (sets_of(rows, kind) for kind in KINDS)
-    known, first = rows + published(rows), home + shifts or parts or transfer
-    cost = {m: {"sets": first[:1], "measure": m} for m in COSTS}
-    mce = {s.replace("imagenet-c", "mCE"): {"sets": (s,), "measure": "mCE"}
-           for s in shifts if plain(s) == "imagenet-c"}
-    absent = [s for s in PAPER_SHIFTS if s not in map(plain, shifts)]
-    note = ""
-    if "imagenet" in map(plain, home):
-        note = "Published figures are those of whole sets from disk. "
-        note += f"No result for {', '.join(absent)}." if absent else ""
+def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
+    """[A] Tables 1 to 4: the models at home, under shift, what they cost, and on other classes;
+    plan: the tables of compare.rows, {"title; note": models}."""
+    home, shifts, parts, transfer = by_kind(rows)
+    columns = on(home) | mean_on(shifts) | on(shifts)
+    for s in shifts:
+        if plain(s) == "imagenet-c":
+            columns[s.replace("imagenet-c", "mCE")] = {"sets": (s,), "measure": "mCE"}
+    columns |= {m: {"sets": (home + shifts)[:1], "measure": m} for m in COSTS}
+    scored, note = {plain(s): s for s in home + shifts}, ""
+    known = rows + [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
+                     "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent / 100}
+                    for label, values in KNOWN.items()
+                    for s, percent in zip(("imagenet", *PAPER_SHIFTS), values) if s in scored]
+    if "imagenet" in scored:
+        absent = [s for s in PAPER_SHIFTS if s not in scored]
+        note = ("Published figures are those of whole sets from disk.  No result for "
+                f"{', '.join(absent) or 'none'}.")
+    tables = [pivot(known, "Models", models(known, home + shifts), columns, note)]
+    for title, labels in plan.items():
+        title, _, note = title.partition(";")
+        tables.append(pivot(rows, title, {x: {"label": x} for x in labels}, columns, note.strip()))
     same = []
-    for part in parts:
-        same += [part, *(s for s in shifts if plain(s) == SAME_CLASSES.get(plain(part)))]
-    return [pivot(known, "Models", models(known, first), on(first) | cost),
-            pivot(known, "Distribution shifts", models(known, shifts),
-                  on(home) | mean_on(shifts) | on(shifts) | mce, note),
-            pivot(rows, "Transfer", models(rows, transfer), on(transfer)),
+    for part in parts:                                   # of imagenet@a: imagenet-a
+        name = plain(part).partition("@")[2]
+        same += [part, *(s for s in shifts if plain(s) in (name, f"imagenet-{name}"))]
+    return [*tables, pivot(rows, "Transfer", models(rows, transfer), on(transfer)),
             pivot(rows, "The same classes, clean and shifted", models(rows, same), on(same))]
 
 
@@ -4315,33 +4170,19 @@ def student_tables(rows: list[dict], label: str) -> list[str]:
     own = [r for r in rows if r["label"] == label]
     rules = {RULE_NAMES.get(rule, rule): {"label": label, "rule": rule}
              for rule in (*own[0]["rules"], PERFECT)}
-    shifts = sets_of(own, "shift")
-    places = on(sets_of(own, "home")) | mean_on(shifts)
+    home, shifts, *_ = by_kind(own)
+    places = on(home) | mean_on(shifts)
     routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
     heads = on(dict.fromkeys(r["set"] for r in own if not r["corruption"]))
     for s in corrupted(own):
         heads |= {f"{s}, severity {k}": {"sets": (s,)} | at for k, at in BY_SEVERITY.items()}
-    columns = (*HEADS, "F", "sigma clean", "sigma robust", "KL clean", "KL robust")
+    columns = ("robust", "sigma clean", "sigma robust", "KL clean", "KL robust")
     return [pivot(own, f"{label}: which rule picks the head", rules, places | on(shifts) | routed,
                   "F = share of images sent to the right head: clean at home, robust under shift."),
             pivot(own, f"{label}: the heads ({own[0]['rule']})", heads,
                   {measure: {"label": label, "measure": measure} for measure in columns},
-                  "Share of the images that each head answered; sigma of the clean and the robust "
-                  "head and their KL divergence to the combined one, means over the images.")]
-
-
-def corruption_tables(rows: list[dict], name: str) -> list[str]:
-    """A -c set by corruption and by severity; imagenet-c also relative to AlexNet."""
-    columns = models(rows, [name], sets=(name,))
-    tables = [pivot(rows, f"{name} by corruption (mean of 5 severities)", BY_CORRUPTION, columns),
-              pivot(rows, f"{name} by severity (mean of 15 corruptions)", severities(rows, name),
-                    columns)]
-    if plain(name) == "imagenet-c":
-        tables.append(pivot(rows, f"{name}: error relative to AlexNet's",
-                            BY_CORRUPTION | {"mCE": {}},
-                            models(rows, [name], sets=(name,), measure="mCE"),
-                            "In percent: 100 = as many errors as AlexNet."))
-    return tables
+                  "Share of the images that the robust head answered; sigma of the clean and the "
+                  "robust head, their KL divergence to the combined one: means over the images.")]
 
 
 def summary(rows: list[dict]) -> str:
@@ -4354,34 +4195,25 @@ def summary(rows: list[dict]) -> str:
                  "NLL in nats; ECE in percent, 15 bins; means over the cells of a -c set.")
 
 
-def run_tables(rows: list[dict], tables: dict[str, list[str]]) -> list[str]:
-    """The tables of compare.rows, {"title; note": models}."""
-    home, shifts = sets_of(rows, "home"), sets_of(rows, "shift")
-    columns = on(home) | mean_on(shifts) | on(shifts) | {
-        m: {"sets": home[:1], "measure": m} for m in COSTS}
-    return [pivot(rows, title.partition(";")[0], {x: {"label": x} for x in labels}, columns,
-                  title.partition(";")[2].strip()) for title, labels in tables.items()]
-
-
-def report_text(rows: list[dict], tables: dict[str, list[str]] = {}) -> str:
+def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
     """The whole report in Markdown, a pure function of the rows and the tables of compare.rows."""
-    rows = relative(latest(rows))
-    seeds, title = len({r["seed"] for r in rows}), sets_of(rows, "home") or ["Results"]
+    rows = latest(rows)
+    seeds, title = len({r["seed"] for r in rows}), by_kind(rows)[0] or ["Results"]
     spread = f"± = standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [f"# {', '.join(title)}",
              f"Top-1 accuracy in percent; mean over the cells of a -c set; {spread}.",
-             *main_tables(rows), *run_tables(rows, tables)]
+             *main_tables(rows, plan)]
     for label in dict.fromkeys(r["label"] for r in rows if "rules" in r):
         parts += student_tables(rows, label)
     for name in corrupted(rows):
-        parts += corruption_tables(rows, name)
+        columns = models(rows, [name], sets=(name,))
+        parts += [pivot(rows, f"{name} by corruption (mean of 5 severities)",
+                        {c: {"corruption": c} for c in CORRUPTIONS}, columns),
+                  pivot(rows, f"{name} by severity (mean of 15 corruptions)",
+                        severities(rows, name), columns)]
     ways = dict.fromkeys(f"- {r['set']}: {'75 cells of ' if r['corruption'] else ''}{r['n']:,} "
                          f"images, {r['transform']}" for r in rows)
     parts += [summary(rows), "\n".join(["## Sets\n", *ways])]
-    for name in corrupted(rows):
-        for x, label in models(rows, [name], sets=(name,)).items():
-            columns = {k: label | severity for k, severity in BY_SEVERITY.items()}
-            parts.append(pivot(rows, f"{APPENDIX}{name}, {x}", BY_CORRUPTION, columns))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -4393,21 +4225,23 @@ STYLES = {"original": ("#000000", "s"), "teacher": ("#888888", "D"), "ERPM": ("#
 
 
 def styles(rows: list[dict]) -> dict[str, dict]:
-    """{model: how it is drawn}; with the teacher beside it dashed and hollow, and so in turns are
-    models that are no method."""
-    looks = {x: {"color": c, "marker": m, "linestyle": "-"} for x, (c, m) in STYLES.items()}
-    turns = {x: look | {"linestyle": "--", "markerfacecolor": "white"}
-             for x, look in looks.items()}
-    looks |= {f"{x} + teacher": look for x, look in turns.items()}
-    others = [x for x in dict.fromkeys(r["label"] for r in rows) if x not in looks]
-    return looks | dict(zip(others, itertools.cycle(turns.values())))
+    """{model: how it is drawn}; what is no method has a colour of its own and the markers in turn;
+    with the teacher beside it the same model is dashed and hollow."""
+    from matplotlib.colors import hsv_to_rgb
+    looks, others = {}, itertools.count()
+    for x in dict.fromkeys(r["label"].removesuffix(" + teacher") for r in rows):
+        k = -1 if x in STYLES else next(others)          # hues by the golden ratio: all differ
+        look = STYLES.get(x) or (hsv_to_rgb((k * 0.618 % 1, 0.9, 0.8)), "os^Dv<>PX*ph"[k % 12])
+        looks[x] = dict(zip(("color", "marker"), look), linestyle="-")
+        looks[f"{x} + teacher"] = looks[x] | {"linestyle": "--", "markerfacecolor": "white"}
+    return looks
 
 
-def panels(n: int, labels: Iterable[str]):
+def panels(n: int, labels: Sequence[str]):
     """(figure, n axes side by side), with room for a legend of the labels on the right."""
     from matplotlib.figure import Figure
     width = 2.2 + 4.4 * n + 0.075 * max(map(len, labels))
-    fig = Figure((width, 4.2), dpi=150, layout="constrained")
+    fig = Figure((width, max(4.2, 0.22 * len(labels) + 0.3)), dpi=150, layout="constrained")
     axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -4434,32 +4268,22 @@ def severity_figure(rows: list[dict], names: Sequence[str]):
     return fig
 
 
-def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, gain) points that no other beats, the cheapest first."""
-    return sorted(p for p in set(points)
-                  if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
-
-
 def pareto_figure(rows: list[dict], shifts: Sequence[str]):
-    """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front."""
+    """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front; a
+    model that was not trained here costs 0."""
     points, looks = {}, styles(rows)
     fig, (ax,) = panels(1, models(rows, shifts))
     for x in models(rows, shifts):
-        gain = 100 * np.array(seed_means(rows, label=x, sets=shifts))
-        minutes = np.array(seed_means(rows, label=x, sets=shifts, measure="training, s")) / 60
-        if np.isnan(minutes).any():
-            ax.axhline(gain.mean(), color=looks[x]["color"], linestyle=":",
-                       label=f"{x} (not trained)")
-        elif len(gain):
-            points[x] = float(minutes.mean()), float(gain.mean())
-            ax.errorbar(*points[x], gain.std(ddof=len(gain) > 1), capsize=3, markersize=8,
+        gain, seconds = (np.array(seed_means(rows, label=x, sets=shifts, measure=m))
+                         for m in ("top-1", "training, s"))
+        if len(gain):
+            points[x] = float(np.nan_to_num(seconds).mean()) / 60, 100 * float(gain.mean())
+            ax.errorbar(*points[x], 100 * gain.std(ddof=len(gain) > 1), capsize=3, markersize=8,
                         label=x, **looks[x] | {"linestyle": ""})
-    if points:
-        ax.step(*zip(*pareto_front(points.values())), where="post", color="#999999", zorder=1,
-                label="Pareto front")
-        costs = [cost for cost, _ in points.values()]
-        ax.set_xscale("log" if max(costs) > 15 * min(costs) else "linear")
-        ax.xaxis.set_major_formatter("{x:g}")
+    front = sorted(p for p in set(points.values()) if not any(
+        q != p and q[0] <= p[0] and q[1] >= p[1] for q in points.values()))     # nothing beats it
+    ax.step([cost for cost, _ in front], [gain for _, gain in front], where="post",
+            color="#999999", zorder=1, label="Pareto front")
     ax.set(xlabel="training time of the model's own stage, minutes",
            ylabel=f"top-1 accuracy, %, {next(iter(mean_on(shifts)))}")
     fig.legend(loc="outside right center", frameon=False)
@@ -4469,41 +4293,12 @@ def pareto_figure(rows: list[dict], shifts: Sequence[str]):
 def figures(rows: list[dict]) -> dict:
     """{file name: matplotlib figure}.  Raises: ImportError without matplotlib."""
     rows, found = latest(rows), {}
-    names, shifts = corrupted(rows), sets_of(rows, "shift")
+    names, shifts = corrupted(rows), by_kind(rows)[1]
     if names:
         found["severity.png"] = severity_figure(rows, names)
     if any(r["set"] in shifts and r["train"] for r in rows):
         found["pareto.png"] = pareto_figure(rows, shifts)
     return found
-
-
-@torch.no_grad()
-def picture_grid(student, pictures: dict[str, tuple[Tensor, Tensor]], classes: Sequence[str],
-                 passes: int, rule: str, columns: int = 8) -> Image.Image:
-    """Sample pictures: the true class, and what each head said, green where it is right; > = the
-    head that answered.  Shapes: pictures {heading: (x (k,3,H,W) uint8, y (k,))}."""
-    side, line, font = 112, 15, ImageFont.load_default(12)
-    left = 16 + int(max(map(font.getlength, pictures)))
-    said = [font.getlength(f"> combined {name} 0.00") for name in classes]
-    wide, tall = max(side, int(max(said))) + 16, side + 4 * line + 16
-    sheet = Image.new("RGB", (left + columns * wide, len(pictures) * tall), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (heading, (x, y)) in enumerate(pictures.items()):
-        x, y, top = x[:columns], y[:columns], row * tall + 6
-        f = student.features(x.to(pick_device()))
-        mean, sigma, logits = (m.cpu() for m in student.moments(f, passes))
-        head = student.pick_head(mean, sigma, rule, logits=logits, y=y)
-        pen.text((6, top + side // 2), heading, "black", font)
-        for i in range(len(x)):
-            at, below = left + i * wide, top + side + 2
-            picture = Image.fromarray(x[i].permute(1, 2, 0).cpu().numpy())
-            sheet.paste(picture.resize((side, side)), (at, top))
-            pen.text((at, below), classes[y[i]], "black", font)
-            for h, (p, k) in enumerate(zip(*mean[i].max(-1))):
-                mark = ">" if h == head[i] else "  "
-                pen.text((at, below + (h + 1) * line), f"{mark} {HEADS[h]} {classes[k]} {p:.2f}",
-                         "darkgreen" if k == y[i] else "firebrick", font)
-    return sheet
 
 
 # ==== 11. BENCH ====
@@ -4600,9 +4395,9 @@ def bench_augment(size: int = 224, n: int = 64) -> list[dict]:
 def training_steps(net: Net, teacher: Net, x: Tensor) -> dict[str, Callable]:
     """{method: a step of training} on images (B,3,S,S) and as many augmented ones, the augmentation
     itself left out: FT, ERPM with the last stage tuned in each head, and that from the cache."""
-    device, copied = x.device, weightless if x.device.type == "meta" else copy.deepcopy
-    student, teacher = (copied(m).to(device) for m in (Student(net, 1, 1), teacher))
-    whole = copied(net).to(device).requires_grad_(True)
+    device = x.device
+    student, teacher = (copy.deepcopy(m).to(device) for m in (Student(net, 1, 1), teacher))
+    whole = copy.deepcopy(net).to(device).requires_grad_(True)
     see = frozen_views(student.backbone, Robustify(augment="none"), True, student.original, teacher)
     batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=device), rng(0))
     with autocast("auto", device):
@@ -4784,7 +4579,7 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
         for old in (checkpoint, checkpoint.with_suffix(".ckpt1")):
             old.unlink(missing_ok=True)
     any_rank(False)                                  # all wait for the file
-    if any_rank(Signals.late):
+    if any_rank(bool(Signals.hit)):
         raise Interrupted(f"{name} is done; the same command goes on from here")
     net = load(path)
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
@@ -4799,7 +4594,8 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
 def tail_of(net: Net, tune: int, norms: str = "frozen") -> tuple[Tuned, nn.Module]:
     """(the last stages and the classifier to be trained, the frozen rest); 0: the Linear alone."""
     backbone, tail = cut(net.to(pick_device()), tune)
-    part = Tuned(tail.requires_grad_(True), norms)
+    part = Tuned(tail.requires_grad_(True))
+    part.norms = norms
     tail[-1].features.requires_grad_(tune > 0)
     return part, backbone
 
@@ -5129,9 +4925,9 @@ def tune_team(net, teacher, cfg, images, train):
     its BatchNorm takes statistics of its own."""
     device = pick_device()
     both = Team(net, freeze(teacher), cfg.distill.tune).to(device)
-    see = frozen_views(both.net.backbone, cfg.robustify, clean=False)
-    images, see = cached(cfg, images, see, both.net.backbone)
-    return both, train(both.net.robust, tail_step(cfg.distill, see), images)
+    see = frozen_views(both.net, cfg.robustify, clean=False)
+    images, see = cached(cfg, images, see, both.net)
+    return both, train(both.tails[1], tail_step(cfg.distill, see), images)
 
 
 class Method(NamedTuple):
@@ -5190,21 +4986,22 @@ def tuned_model(cfg: Config, images: ImageSet, file: str = "model", label: str =
 
 # ---- eval ----------------------------------------------------------------------------------------
 
-def networks_of_run(cfg: Config) -> dict[str, nn.Module]:
+def networks_of_run(cfg: Config) -> list[dict[str, nn.Module]]:
     """{label: network} of a run's folder: original, teacher, what was tuned, and each of them in a
-    team with the teacher."""
+    team with the teacher; a mapping for those that want the same pixels."""
     order = {"student": 0, "teacher": 1, "model": 3}
     files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
     if not files:
         raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first, or "
                         "name another run")
     nets = {p.stem: load(p).to(pick_device()) for p in files if p.stem != "vqgan"}
-    teacher = nets.get("teacher")
-    alone = [net for stem, net in nets.items()
-             if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team)
-             and net.card.classes == teacher.card.classes]
-    return {net.card.label: net for net in nets.values()} | {
-        f"{net.card.label} + teacher": freeze(Team(net, teacher)) for net in alone}
+    found, teacher = {net.card.label: net for net in nets.values()}, nets.get("teacher")
+    for stem, net in nets.items():
+        if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team) \
+                and net.card.classes == teacher.card.classes:
+            found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
+    return [{label: net for label, net in found.items() if net.card.view == view}
+            for view in dict.fromkeys(net.card.view for net in found.values())]
 
 
 def network_of_token(token: str) -> dict[str, nn.Module]:
@@ -5229,30 +5026,31 @@ def set_names(cfg: Config) -> list[str]:
 
 
 def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
-    """Scores networks on all sets; those that want the same pixels see them together.  Returns the
-    "of" of what was asked.  Raises: UserError; under `all` what is absent is passed over."""
-    asked, everything = set(), cfg.eval.sets.strip() == "all"
-    for view in dict.fromkeys(net.card.view for net in nets.values()):
-        alike = {label: net for label, net in nets.items() if net.card.view == view}
-        opened, probes = {}, {}
-        for name in set_names(cfg):                 # what is not there says so before any scoring
+    """Scores networks that want the same pixels on all sets.  Returns the "of" of what was asked.
+
+    Raises: UserError; under `all` what cannot be had is passed over."""
+    everything, card = cfg.eval.sets.strip() == "all", next(iter(nets.values())).card
+    asked, opened, probes = set(), {}, {}
+    for name in set_names(cfg):                     # what is not there says so before any scoring
+        try:
+            opened[name] = aligned(open_set(name, cfg.data, view=card.view), card)
+        except Absent as e:
+            if not everything:
+                raise
+            say(f"left out: {str(e).partition(':')[0]}")
+    for name, images in opened.items():
+        able = {}
+        for label, net in nets.items():
+            if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
+                continue                            # it answers on the classes of home alone
             try:
-                opened[name] = open_set(name, cfg.data, view=view)
-            except Absent as e:
-                if not everything:
+                able |= dict([headed(label, net, name, images, cfg, probes)])
+            except UserError as e:
+                if len(nets) == 1 and not everything:
                     raise
-                say(f"left out: {str(e).partition(':')[0]}")
-        for name, images in opened.items():
-            able, images = {}, aligned(images, next(iter(alike.values())).card)
-            for label, net in alike.items():
-                try:
-                    able |= dict([headed(label, net, name, images, cfg, probes)])
-                except UserError as e:
-                    if len(alike) == 1 and not (everything and isinstance(e, Absent)):
-                        raise
-                    say(f"left out: {label}: {e}")
-            if able:
-                asked |= score(able, images, cfg)
+                say(f"left out: {e}")
+        if able:
+            asked |= score(able, images, cfg)
     return asked
 
 
@@ -5261,12 +5059,11 @@ def run_eval(cfg: Config, args) -> None:
     tokens = list(dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(",")))))
     if tokens and not (cfg.dir / "config.yaml").is_file():
         write_config(cfg)                                # `report --run` looks for it
-    asked = set() if tokens else score_all(networks_of_run(cfg), cfg)
-    for token in tokens:                             # one by one: they may be large
-        try:
-            asked |= score_all(network_of_token(token), cfg)
-        except UserError as e:
-            raise type(e)(f"{token}: {e}; what is scored is kept") from None
+    asked = set()
+    for token in tokens:                                 # one by one: they may be large
+        asked |= score_all(network_of_token(token), cfg)
+    for nets in [] if tokens else networks_of_run(cfg):
+        asked |= score_all(nets, cfg)
     if world()[0] == 0:
         rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
         say(summary(rows) if rows else "nothing to score")
@@ -5275,47 +5072,57 @@ def run_eval(cfg: Config, args) -> None:
 
 # ---- the other commands --------------------------------------------------------------------------
 
-def pictures_of(rows: list[dict], cfg: Config, run: Path) -> Image.Image | None:
-    """The picture grid of a run's Student, where its images are there."""
-    student = load(run) if (run / "model.safetensors").is_file() else None
+@torch.no_grad()
+def pictures_of(run: Path, cfg: Config):
+    """A matplotlib figure of 8 test images, clean and corrupted: the true class, and what each head
+    of the run's Student said, green where it is right; > = the head that answered."""
+    from matplotlib.figure import Figure
+    student = load(run).to(pick_device())
     if not isinstance(student, Student):
-        return None
-    student, pictures = student.to(pick_device()), {}
-    for name in dict.fromkeys(r["set"] for r in rows if r["kind"] in ("home", "shift")
-                              and not r["corruption"]):
-        with contextlib.suppress(UserError):         # a set that is not there is not drawn
-            images = open_set(name, cfg.data, view=student.card.view)
-            picks = np.linspace(0, len(images) - 1, 8).astype(int)
-            x, y, index = images.__getitems__([(0, int(p)) for p in picks])
-            pictures[name] = x, y
-            for c, _ in CHECKS[1:] if len(pictures) == 1 else ():
-                pictures[f"{c} 4"] = corrupt(x, c, 4, index=index.tolist()), y
-    if not pictures:
-        return None
-    return picture_grid(student, pictures, images.classes, cfg.eval.passes, cfg.eval.rule)
+        raise UserError(f"{run}: one head, nothing to show")
+    images = open_set(cfg.data.name, cfg.data, view=student.card.view)
+    picks = np.linspace(0, len(images) - 1, 8).astype(int)
+    x, y, index = images.__getitems__([(0, int(p)) for p in picks])
+    fig = Figure((8 * (1.4 + 0.08 * max(map(len, images.classes))), 2.3 * len(CHECKS)), dpi=80)
+    grid = fig.subplots(len(CHECKS), 8, gridspec_kw={
+        "left": 0.02, "right": 1, "bottom": 0.08, "top": 0.95, "hspace": 0.7, "wspace": 0})
+    for axes, check in zip(grid, CHECKS):
+        shown = corrupt(x, check[0], 4, index=index.tolist()) if check else x
+        f = student.features(shown.to(pick_device()))
+        mean, sigma, logits = (m.cpu() for m in student.moments(f, cfg.eval.passes))
+        head = select(mean, sigma, cfg.eval.rule, logits=logits, y=y)
+        axes[0].set_ylabel(f"{check[0]} 4" if check else "clean")
+        for i, ax in enumerate(axes):
+            ax.imshow(shown[i].permute(1, 2, 0).numpy())
+            ax.set(title=images.classes[y[i]], xticks=[], yticks=[])
+            for h, (p, k) in enumerate(zip(*mean[i].max(-1))):
+                said = f"{'>' if h == head[i] else '  '} {HEADS[h]} {images.classes[k]} {p:.2f}"
+                ax.text(0, -0.14 * h - 0.04, said, va="top", transform=ax.transAxes, fontsize=8,
+                        color="darkgreen" if k == y[i] else "firebrick")
+    return fig
 
 
 def run_report(cfg: Config, args) -> None:
-    """results.jsonl of one or more runs -> report.md and pictures in the first one."""
-    runs = [Path(r) for r in (args.run or str(cfg.dir)).split(",")]
-    found = {run: read_rows(run, cfg.eval.rule) for run in runs}
-    rows, empty = [r for some in found.values() for r in some], [r for r in runs if not found[r]]
-    if empty:
-        raise UserError(f"no results in {empty[0]}: run `python erpm.py eval` first")
-    text, drawn = report_text(rows, cfg.compare.plan[0]), {}
-    say(text.partition(f"\n## {APPENDIX}")[0])
+    """results.jsonl of one or more runs -> report.md and figures in the first one."""
+    runs, rows, drawn = [Path(r) for r in (args.run or str(cfg.dir)).split(",")], [], {}
+    for run in runs:
+        found = read_rows(run, cfg.eval.rule)
+        if not found:
+            raise UserError(f"no results in {run}: run `python erpm.py eval` first")
+        rows += found
+    text = report_text(rows, cfg.compare.plan[0])
+    say(text)
     try:
         drawn = figures(rows)
+        with contextlib.suppress(UserError):             # no Student, or no test images
+            drawn["pictures.png"] = pictures_of(runs[0], cfg)
     except ImportError:
         say("figures left out: matplotlib is not installed (pip install matplotlib)")
     for name, figure in drawn.items():
         write_atomically(runs[0] / name, lambda f: figure.savefig(f, format="png"))
         text += f"\n![{name}]({name})\n"
-    grid = pictures_of(rows, cfg, runs[0])
-    if grid:
-        write_atomically(runs[0] / "pictures.png", lambda f: grid.save(f, "png"))
     write_atomically(runs[0] / "report.md", text)
-    say(f"{runs[0]}: report.md, {', '.join([*drawn, *(['pictures.png'] if grid else [])])} written")
+    say(f"{runs[0]}: {', '.join(['report.md', *drawn])} written")
 
 
 def run_compare(cfg: Config, args) -> None:
@@ -5534,7 +5341,7 @@ def preflight(cfg: Config, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    Signals.late = False
+    Signals.hit = 0
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
@@ -5555,7 +5362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
         print(f"erpm.py: {e or 'interrupted'}", file=sys.stderr)
-        return 128 + Signals.last
+        return 128 + (Signals.hit or signal.SIGINT)
     except (MemoryError, RuntimeError) as e:
         if "memory" not in str(e) and not isinstance(e, MemoryError):
             raise
