@@ -61,6 +61,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1856,8 +1857,7 @@ class Card:
     view: how picture files become its pixels.  classes: names of its outputs, () = not known.
     home: the set that it was trained on.  prompts: (names, templates) of a zero-shot network;
     clip: the file of its two towers, "" = by the name's tag.  fresh: its classifier is not trained.
-    probe: what a linear probe was fitted on.  prompted, student, team, vqgan: the keywords of
-    `prompted`, a Student, a Team (its teacher as a card), a VQGAN.
+    made: what `load` makes of it, {prompted, student, team or vqgan: its keywords}.
     label: its name in the tables; key: the settings that made it; train: {images, seconds}."""
     name: str = ""
     n_classes: int = 0
@@ -1868,25 +1868,10 @@ class Card:
     prompts: tuple = ()
     clip: str = ""
     fresh: bool = False
-    probe: str = ""
+    made: dict = dataclasses.field(default_factory=dict)
     label: str = ""
-    prompted: dict = dataclasses.field(default_factory=dict)
-    student: dict = dataclasses.field(default_factory=dict)
-    team: dict = dataclasses.field(default_factory=dict)
-    vqgan: dict = dataclasses.field(default_factory=dict)
     key: dict = dataclasses.field(default_factory=dict)
     train: dict = dataclasses.field(default_factory=dict)
-
-    @property
-    def known(self) -> tuple[str, ...]:
-        """The classes of the outputs as far as they are known: 1000 that nobody named are
-        ImageNet's."""
-        return self.classes or (synsets() if self.n_classes == len(synsets()) else ())
-
-    @property
-    def has_text(self) -> bool:
-        """Whether prompts name the classes: it is a CLIP without a linear head."""
-        return bool(self.prompts) or self.name.startswith("open_clip:") and not self.n_classes
 
 
 class Net(nn.Module):
@@ -1913,9 +1898,8 @@ class Net(nn.Module):
 
 
 def full_precision(x: Tensor):
-    """Context without autocast, which the meta device (`gflops`) does not know."""
-    kind = x.device.type
-    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+    """Context without autocast, which knows no meta device (of `gflops`)."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class TextHead(nn.Module):
@@ -1924,33 +1908,17 @@ class TextHead(nn.Module):
     weight (C,D): the classes' embeddings; nothing here is trained.
     Shapes: image embeddings h (B,D) -> logits (B,C).  Paper: [A] section 4.4."""
 
-    def __init__(self, weight: Tensor, logit_scale=0.0, logit_bias=None):
+    def __init__(self, weight: Tensor, logit_scale: float = 0.0, logit_bias: float = 0.0):
         super().__init__()
         self.register_buffer("weight", F.normalize(weight.float(), dim=-1))
-        self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
-        self.register_buffer("logit_bias", torch.tensor(float(logit_bias or 0.0)))
-
-    @property
-    def out_features(self) -> int:
-        return len(self.weight)
+        self.register_buffer("logit_scale", torch.tensor(logit_scale))
+        self.register_buffer("logit_bias", torch.tensor(logit_bias))
+        self.out_features = len(weight)
 
     def forward(self, h: Tensor) -> Tensor:
         with full_precision(h):
             cosine = F.normalize(h.float(), dim=-1) @ self.weight.T
             return self.logit_scale.exp() * cosine + self.logit_bias
-
-
-class Tower(nn.Module):
-    """The visual tower of a CLIP and a head on its embeddings: fc(visual(x)).
-
-    Shapes: normalised images (B,3,H,W) -> logits (B, fc.out_features)."""
-
-    def __init__(self, visual: nn.Module, fc: nn.Module, scale: tuple):
-        super().__init__()
-        self.visual, self.fc, self.scale = visual, fc, scale    # the CLIP's, for a TextHead
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.visual(x))
 
 
 # ---- weights on disk -----------------------------------------------------------------------------
@@ -1961,39 +1929,33 @@ def card_of(meta: dict) -> Card:
                           "prompts": tuple(map(tuple, meta["prompts"]))})
 
 
-def read_card(path: Path | str) -> Card | None:
-    """The Card that `save` wrote beside the tensors; None of a foreign file.  Raises: UserError."""
+def read_weights(path: Path | str) -> tuple[dict[str, Tensor], Card | None]:
+    """(tensors by name, the Card that `save` wrote beside them or None) of a .safetensors or a
+    state dict of torch.save, also in "state_dict" or "model"; nothing is unpickled.  Raises:
+    UserError; also where a file of `save` does not hold what was saved."""
+    import timm.models
     if not Path(path).is_file():
         raise UserError(f"no weights file {path}")
-    try:
-        with safe_open(path, "pt") as f:
-            return card_of(json.loads(f.metadata()["erpm"]))
-    except Exception:                                     # what is wrong with it says read_state
-        return None
-
-
-def read_state(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a weights file by name: .safetensors, or a state dict of torch.save, also in
-    "state_dict" or "model", by timm's reader.  Nothing is unpickled.  Raises: UserError."""
-    import timm.models
+    meta = {}
     try:
         state = timm.models.load_state_dict(str(path), use_ema=False)
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as f:
+                meta = f.metadata() or {}
     except Exception as e:                                # pickle's and torch's own, of many kinds
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
         raise UserError(f"{path} is no file of plain tensors, and nothing is unpickled here ({why})"
-                        ": save its state dict alone, where you trust it") from None
-    meta = {}
-    if str(path).endswith(".safetensors"):
-        with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-    signed = {"erpm", "sha"} <= set(meta)
-    good = signed and tensors_sha(dict(sorted(state.items())), meta["erpm"])
-    if good and meta["sha"] != good:
-        raise UserError(f"{path} is damaged: it does not hold what was saved; delete it to make it "
-                        "again")
+                        ": save its state dict alone, where you trust it: torch.save(torch.load("
+                        f"{str(path)!r}, weights_only=False)['state_dict'], 'plain.pt')") from None
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict but {', '.join(map(str, state))[:200]}")
-    return state
+    if "erpm" not in meta:
+        return state, None
+    whole = meta.get("sha") == tensors_sha(dict(sorted(state.items())), meta["erpm"])
+    if not whole or json.loads(meta["erpm"]).keys() != dataclasses.asdict(Card()).keys():
+        raise UserError(f"{path} is damaged, or of another version of erpm.py: it does not hold "
+                        "what was saved; delete it to make it again")
+    return state, card_of(json.loads(meta["erpm"]))
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
@@ -2004,59 +1966,46 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
         raise UserError(f"{what}: {' '.join(str(e).split())[:400]}") from None
 
 
-def load_foreign(net: nn.Module, path: Path | str, name: str, classes: int | None) \
-        -> tuple[bool, int]:
-    """Loads a file of the network's own library, or of ours; timm's position embeddings are
-    resized.  Returns (the classifier is new: the file has none of that many classes; outputs).
+def adopt(net: Net, state: dict[str, Tensor], what: str, classes: int | None) -> None:
+    """Loads tensors of the network's own library, or of ours, strictly; timm's position embeddings
+    are resized.  The classifier stays new where they have none of that many classes.
 
-    classes: None = the file's own number; without a classifier the network becomes an encoder.
-    Raises: UserError."""
-    state = {k.removeprefix("net."): v for k, v in read_state(path).items()}
-    adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-    state = adapt(state, net) if adapt else state
-    head = [k for k, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
-    w, n = state.get(f"{head}.weight"), net.get_submodule(head).out_features
-    fresh = w is None or len(w) != n
+    classes: None = as many as they have; without a classifier the network becomes an encoder."""
+    state, module = {k.removeprefix("net."): v for k, v in state.items()}, net.net
+    adapt = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    state = adapt(state, module) if adapt else state
+    own, n = module.state_dict(), net.card.n_classes
+    last = list(own)[-1]                                  # the classifier's bias
+    head, theirs = last.rpartition(".")[0], state.get(last)
+    fresh = n > 0 and (theirs is None or theirs.shape != own[last].shape)
     if fresh and classes is None:
-        net.set_submodule(head, nn.Identity() if w is None else nn.Linear(*w.shape[::-1]))
-        fresh, n = False, 0 if w is None else len(w)
-    for k, v in net.state_dict().items():
-        if fresh and k.startswith(f"{head}."):
-            state[k] = v
-        if k.endswith("num_batches_tracked"):             # older versions of torch did not count
-            state.setdefault(k, v)
-    load_strictly(net, state, f"{path} does not fit {name}")
-    return fresh, n
+        fresh, n = False, 0 if theirs is None else len(theirs)
+        width = own[f"{head}.weight"].shape[1]
+        module.set_submodule(head, nn.Linear(width, n) if n else nn.Identity())
+    if fresh:
+        state |= {k: v for k, v in own.items() if k.startswith(f"{head}.")}
+    load_strictly(module, state, what)
+    net.card = dataclasses.replace(net.card, n_classes=n, fresh=fresh)
 
 
-def from_hub(name: str, make: Callable):
-    """make(), which may need a network.  Raises: UserError that names the way without one."""
+@contextlib.contextmanager
+def from_hub(name: str):
+    """Context of what may need a network.  Raises: UserError that names the way without one."""
+    was = logging.root.manager.disable
+    logging.disable(logging.ERROR)                        # open_clip warns of random weights
     try:
-        return make()
+        yield
+    except UserError:
+        raise
     except Exception as e:                                # the hubs' errors are of many kinds
-        raise UserError(f"{name} could not be had ({type(e).__name__}: {str(e).splitlines()[0]}): "
-                        "without a network give its weights as a local file, "
-                        "model.student_weights=PATH or NAME=PATH") from None
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UserError(f"{name} could not be had ({why}): without a network give its weights as "
+                        "a local file, model.student_weights=PATH or NAME=PATH") from None
+    finally:
+        logging.disable(was)
 
 
-# ---- the families --------------------------------------------------------------------------------
-
-class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), the block of the CIFAR ResNets."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(n_out)
-        self.shortcut = nn.Identity() if n_in == n_out and stride == 1 else nn.Sequential(
-            nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
+# ---- the families: (name, classes, weights, size_px) -> Net --------------------------------------
 
 def _cifar(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
     """resnetD[-wK][-s2]: the ResNet of depth D = 6n + 2 for small images (He et al. 2016, 4.2),
@@ -2065,68 +2014,60 @@ def _cifar(name: str, classes: int | None, weights: str | None, size_px: int) ->
     if not m or int(m[1]) < 8 or (int(m[1]) - 2) % 6:
         raise UserError(f"unknown network cifar:{name}: expected cifar:resnetD[-wK][-s2] with "
                         "D = 8, 14, 20, ...")
-    n, n_in, stride = (int(m[1]) - 2) // 6, 16 * int(m[2] or 1), int(m[3] or 1)
-    layers = [nn.Sequential(nn.Conv2d(3, n_in, 3, stride, 1, bias=False), nn.BatchNorm2d(n_in),
+    n_in, stem, n = 16 * int(m[2] or 1), int(m[3] or 1), classes or 10
+    layers = [nn.Sequential(nn.Conv2d(3, n_in, 3, stem, 1, bias=False), nn.BatchNorm2d(n_in),
                             nn.ReLU())]
-    for level in range(3):
-        for i in range(n):
-            n_out = 16 * int(m[2] or 1) * 2 ** level
-            layers.append(BasicBlock(n_in, n_out, 2 if level and not i else 1))
-            n_in = n_out
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                        nn.Linear(n_in, classes or 10))
+    for level, i in itertools.product(range(3), range((int(m[1]) - 2) // 6)):
+        n_out, shortcut = n_in, None
+        if level and not i:
+            n_out = 2 * n_in
+            shortcut = nn.Sequential(nn.Conv2d(n_in, n_out, 1, 2, bias=False),
+                                     nn.BatchNorm2d(n_out))
+        layers.append(torchvision.models.resnet.BasicBlock(n_in, n_out, n_out // n_in, shortcut))
+        n_in = n_out
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n))
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out")
-    fresh, n = True, classes or 10
-    if weights not in (None, "random"):
-        fresh, n = load_foreign(net, weights, f"cifar:{name}", classes)
-    card = Card(n_classes=n, size_px=size_px, view=View(size_px or 32), fresh=fresh)
+    card = Card(n_classes=n, size_px=size_px, view=View(size_px or 32), fresh=True)
     return Net(net, card, (0.5,) * 3, (0.25,) * 3)
 
 
 def _timm(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
     """Any network of timm with its own mean, std, input size and view."""
     import timm
-    choose(dict.fromkeys(timm.list_models() + timm.list_pretrained()), name, "network of timm")
-    known, file = timm.get_pretrained_cfg(name), weights not in (None, "random")
-    hub = "." in name and weights is None
-    options = {} if classes is None else {"num_classes": classes}
-    if size_px and known.fixed_input_size:                # position embeddings are of one size
+    choose(timm.list_models() + timm.list_pretrained(), name, "network of timm")
+    cfg, tag, options = timm.get_pretrained_cfg(name), "." in name, {}
+    if classes is not None:
+        options["num_classes"] = classes
+    if size_px and cfg.fixed_input_size:                  # position embeddings are of one size
         options["img_size"] = size_px
-    make = functools.partial(timm.create_model, name, pretrained=hub, **options)
-    net = from_hub(f"timm:{name}", make) if hub else make()
-    fresh, n = not hub or known.num_classes != net.num_classes, net.num_classes
-    if file:
-        fresh, n = load_foreign(net, weights, f"timm:{name}", classes)
-    cfg, size = net.pretrained_cfg, size_px or net.pretrained_cfg["input_size"][-1]
-    fixed = size_px or file or "." in name or cfg.get("fixed_input_size")    # as it was trained
-    view = View(size, cfg["crop_pct"], cfg["interpolation"], cfg.get("crop_mode") == "squash")
-    return Net(net, Card(n_classes=n, size_px=size if fixed else 0, view=view, fresh=fresh),
-               cfg["mean"], cfg["std"])
+    net = timm.create_model(name, pretrained=tag and weights is None, **options)
+    size = size_px or cfg.input_size[-1]
+    fixed = size_px or tag or cfg.fixed_input_size                       # else as they come
+    card = Card(n_classes=net.num_classes, size_px=size if fixed else 0,
+                view=View(size, cfg.crop_pct, cfg.interpolation, cfg.crop_mode == "squash"),
+                fresh=not tag or weights is not None or cfg.num_classes != net.num_classes)
+    return Net(net, card, cfg.mean, cfg.std)
 
 
 def _torchvision(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
     """Any classifier of torchvision; a tag gives its weights, their size and view."""
     models, (model, slash, tag) = torchvision.models, name.partition("/")
-    choose(dict.fromkeys(models.list_models(module=models)), model, "network of torchvision")
-    tags = dict(models.get_model_weights(model).__members__)
-    kept = choose(tags, tag, f"weights of torchvision:{model}") if slash else None
-    net, n = models.get_model(model, weights=None, num_classes=classes or 1000), classes or 1000
-    fresh = not kept or weights == "random" or n != 1000
-    if weights not in (None, "random"):
-        fresh, n = load_foreign(net, weights, f"torchvision:{name}", classes)
-    elif kept and weights is None:
-        state = from_hub(f"torchvision:{name}", lambda: kept.get_state_dict(progress=False))
-        if fresh:                                         # the classifier's weight and bias
-            state |= dict(list(net.state_dict().items())[-2:])
-        load_strictly(net, state, f"torchvision:{name}")
-    t = kept.transforms() if kept else None
-    view = View(size_px or t.crop_size[0], t.crop_size[0] / t.resize_size[0],
-                t.interpolation.value) if t else View(size_px or 224)
-    size = view.size_px if kept or size_px or weights not in (None, "random") else 0
-    return Net(net, Card(n_classes=n, view=view, fresh=fresh, size_px=size),
-               (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    choose(models.list_models(module=models), model, "network of torchvision")
+    view, kept, n = View(size_px or 224), None, classes or 1000
+    if slash:
+        tags = dict(models.get_model_weights(model).__members__)
+        kept = choose(tags, tag, f"weights of torchvision:{model}")
+        t = kept.transforms()
+        view = View(size_px or t.crop_size[0], t.crop_size[0] / t.resize_size[0],
+                    t.interpolation.value)
+    card = Card(n_classes=n, size_px=view.size_px if kept else size_px, view=view, fresh=True)
+    net = Net(models.get_model(model, weights=None, num_classes=n), card,
+              (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    if kept and weights is None:
+        adopt(net, kept.get_state_dict(progress=False), f"torchvision:{name}", classes)
+    return net
 
 
 # A whole CLIP that trains in a minute on a CPU: the student of recipe demo-clip.
@@ -2139,106 +2080,96 @@ TINY_CLIP = {
 def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Module:
     """The whole CLIP MODEL[/TAG] of open_clip, both towers, in eval mode; erpm-tiny is ours.
 
-    weights: None = those of the tag, a file of the whole model, or "random".  Raises: UserError."""
+    weights: None = those of the tag, a file of the whole model, or "random".  It normalises as its
+    tag does, or the first tag of its model.  Raises: UserError."""
     import open_clip
     model, slash, tag = name.partition("/")
     if "erpm-tiny" not in open_clip.list_models():
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "erpm-tiny.json").write_text(json.dumps(TINY_CLIP))
             open_clip.add_model_config(Path(folder, "erpm-tiny.json"))
-    choose(dict.fromkeys(open_clip.list_models()), model, "network of open_clip")
+    choose(open_clip.list_models(), model, "network of open_clip")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    cfg = open_clip.get_pretrained_cfg(model, tag if slash else next(iter(tags), ""))
     if slash:
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        choose(dict.fromkeys(tags), tag, f"weights of open_clip:{model}")
-        wants = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
-        if wants and not open_clip.get_model_config(model).get("quick_gelu"):
+        choose(tags, tag, f"weights of open_clip:{model}")
+        if cfg.get("quick_gelu") and not open_clip.get_model_config(model).get("quick_gelu"):
             raise UserError(f"open_clip:{name}: these weights want QuickGELU and {model} has GELU: "
                             f"use open_clip:{model}-quickgelu/{tag}")
+    if weights not in (None, "random"):
+        read_weights(weights)                             # says what is wrong with the file
     source = {None: tag or None, "random": None}.get(weights, weights)
-    if source and source != tag:
-        read_state(source)                                # says what is wrong with the file
-    was = logging.root.manager.disable
-    logging.disable(logging.ERROR)                        # it warns of random weights at any name
-    try:
-        return from_hub(f"open_clip:{name}", lambda: open_clip.create_model(
-            model, source, pretrained_text=False, force_image_size=size_px or None)).eval()
-    finally:
-        logging.disable(was)
+    with from_hub(f"open_clip:{name}"):
+        clip = open_clip.create_model(model, source, pretrained_text=False,
+                                      force_image_size=size_px or None, force_preprocess_cfg=cfg)
+    return clip.eval()
 
 
 def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
     """The visual tower of a CLIP with a linear head; None = without, it gives embeddings."""
     import open_clip
-    model, clip = name.partition("/")[0], clip_model(name, weights, size_px)
+    clip = clip_model(name, weights, size_px)
     clip.visual.output_tokens = False                     # CoCa's tower gives a pair otherwise
-    cfg, width = open_clip.get_model_preprocess_cfg(clip), open_clip.get_model_config(model)[
-        "embed_dim"]
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if "/" not in name and tags:                          # as one of its weights wants it
-        cfg |= {k: v for k, v in open_clip.get_pretrained_cfg(model, tags[0]).items() if k in cfg}
-    size = clip.visual.image_size
-    size = size if isinstance(size, int) else size[0]
+    cfg, size = open_clip.get_model_preprocess_cfg(clip), int(np.max(clip.visual.image_size))
+    width = open_clip.get_model_config(name.partition("/")[0])["embed_dim"]
     fc = nn.Linear(width, classes) if classes else nn.Identity()
     view = View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash")
     card = Card(n_classes=classes or 0, size_px=size, view=view, clip=weights or "",
-                fresh=bool(classes))
-    tower = Tower(clip.visual, fc, (clip.logit_scale.detach(), clip.logit_bias))
-    return Net(tower, card, cfg["mean"], cfg["std"])
+                fresh=bool(classes) or not weights and "/" not in name)
+    net = Net(nn.Sequential(OrderedDict(visual=clip.visual, fc=fc)), card, cfg["mean"], cfg["std"])
+    bias = clip.logit_bias
+    net.scale = clip.logit_scale.item(), 0.0 if bias is None else bias.item()  # for a TextHead
+    return net
 
 
 FAMILIES = {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip, "cifar": _cifar}
 
 
-def has_tag(name: str) -> bool:
-    """Whether the name asks for pretrained weights: timm:resnet50.tv_in1k,
-    torchvision:resnet50/IMAGENET1K_V1 and open_clip:ViT-B-32-quickgelu/openai do."""
-    family, _, rest = name.partition(":")
-    return {"timm": ".", "torchvision": "/", "open_clip": "/"}.get(family, "\n") in rest
-
-
 def named(name: str, classes: int | None = None, weights: str | None = None,
           size_px: int = 0) -> Net:
     """The network FAMILY:NAME in eval mode; see `build`, which knows more kinds of names."""
-    family, colon, rest = name.partition(":")
-    if not colon:
-        raise UserError(f"network {name!r}: expected FAMILY:NAME, with FAMILY one of "
-                        f"{', '.join(FAMILIES)}, e.g. timm:resnet50.tv_in1k")
-    make, ours = choose(FAMILIES, family, "network family"), None
+    family, _, rest = name.partition(":")
+    make = choose(FAMILIES, family, "family of networks (expected FAMILY:NAME)")
+    state, ours = {}, None
     if weights not in (None, "", "random"):
-        ours = read_card(weights)
-    net = make(rest, classes, weights or None, size_px).eval()
-    card = net.card = dataclasses.replace(net.card, name=name)
-    if ours:                                              # it sees images as when it was made
-        size = {} if size_px else {"size_px": ours.size_px, "view": ours.view}
-        net.card = dataclasses.replace(card, home=ours.home, classes=ours.classes, key=ours.key,
-                                       train=ours.train, label=ours.label, **size)
-    return net
+        state, ours = read_weights(weights)
+    with from_hub(name):
+        net = make(rest, classes, weights or None, size_px)
+    more = {"name": name}
+    if state and family != "open_clip":                   # which loads both towers itself
+        adopt(net, state, f"{weights} does not fit {name}", classes)
+        more["size_px"] = net.card.view.size_px
+    if net.card.n_classes == len(synsets()) and not net.card.fresh:         # a public network's
+        more |= {"home": "imagenet", "classes": synsets()}
+    if ours and ours.classes:
+        more |= {"home": ours.home, "classes": ours.classes}
+    if ours and not size_px:                              # it sees images as when it was made
+        more |= {"size_px": ours.size_px, "view": ours.view}
+    net.card = dataclasses.replace(net.card, **more)
+    return net.eval()
 
 
 # ---- stages --------------------------------------------------------------------------------------
 
-def _only(net: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A shallow copy of net that has the named children, parameters and buffers alone."""
-    part, heads = copy.copy(net), {n.partition(".")[0] for n in names}
-    part._parameters = {k: v for k, v in net._parameters.items() if k in heads}
-    part._buffers = {k: v for k, v in net._buffers.items() if k in heads}
-    part._modules = {}
-    for k, m in net._modules.items():
-        below = [n[len(k) + 1:] for n in names if n.startswith(f"{k}.")]
-        if k in names or below:
-            part._modules[k] = m if k in names else _only(m, below)
+def _only(net: nn.Module, names: Iterable[str], but: nn.Module | None) -> nn.Module:
+    """A shallow copy of net: the named children, parameters and buffers, without `but` in them."""
+    part = copy.copy(net)
+    part._parameters = {k: v for k, v in net._parameters.items() if k in names}
+    part._buffers = {k: v for k, v in net._buffers.items() if k in names}
+    part._modules = {k: m for k, m in net._modules.items() if k in names and m is not but}
+    for k, m in part._modules.items():
+        if but in m.modules():
+            part._modules[k] = _only(m, [*m._parameters, *m._buffers, *m._modules], but)
     return part
 
 
 class Part(nn.Module):
-    """Some children and parameters of a network with a forward of their own: f(net, x).
+    """The named children and parameters of a network (its own, not copies; without `but`), with a
+    forward of their own, f(net, x)."""
 
-    names: dotted paths.  The children are the network's own, not copies; what is not named does
-    not come along."""
-
-    def __init__(self, net: nn.Module, names: Sequence[str], f: Callable):
+    def __init__(self, net: nn.Module, names: Iterable[str], f: Callable, but=None):
         super().__init__()
-        self.part, self.f = _only(net, names), f
+        self.part, self.f = _only(net, names, but), f
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(self.part, x)
@@ -2256,8 +2187,6 @@ class Classifier(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         h = self.drop(self.features(f))
-        if any(p.dtype != torch.float32 for p in self.fc.parameters()):
-            return self.fc(h)
         with full_precision(h):                           # logits in float32: sigma, KL, ties
             return self.fc(h.float())
 
@@ -2271,11 +2200,10 @@ def _in_turn(n: nn.Module, x: Tensor) -> Tensor:
 
 def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
     """Block i with the rotary embedding of the grid of patches (square, as all images here)."""
-    [block] = n.blocks
     side = math.isqrt(x.shape[1] - n.num_prefix_tokens)
     free = n.dynamic_img_size or not hasattr(n.rope, "feat_shape")
     rope = n.rope.get_embed(shape=(side, side)) if free else n.rope.get_embed()
-    return block(x, rope=rope[i] if n.rope_mixed else rope)
+    return n.block(x, rope=rope[i] if n.rope_mixed else rope)
 
 
 def _pooled(*names: str) -> Callable:
@@ -2309,68 +2237,59 @@ CUTS = {
 }
 
 
-def _opened(modules) -> list[nn.Module]:
+def _opened(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules in order, those in plain containers one by one."""
     out = []
     for m in modules:
-        plain = type(m) in (nn.Sequential, nn.ModuleList) or type(m).__name__ == "RegStage"
+        plain = type(m).__name__ in ("Sequential", "ModuleList", "RegStage", "Transformer")
         out += _opened(m.children()) if plain else [m]
     return out
 
 
-def _split_chain(net: nn.Sequential) -> tuple[list[nn.Module], nn.Module, nn.Module]:
-    """nn.Sequential that ends in a Linear: a child with weights opens a stage, those without join
-    the stage before; pooling and flattening before the Linear belong to the classifier."""
-    *body, fc = net
-    last: list[nn.Module] = []
-    while body and not list(body[-1].parameters()):
-        last.insert(0, body.pop())
-    groups: list[list[nn.Module]] = []
-    for m in body:
-        if groups and not list(m.parameters()):
-            groups[-1].append(m)
-        else:
-            groups.append([m])
-    return [g[0] if len(g) == 1 else nn.Sequential(*g) for g in groups], nn.Sequential(*last), fc
-
-
 def _split_by_row(net: nn.Module, holders: str, after: Callable, before: Callable = _in_turn,
-                  *late: str) -> tuple[list[nn.Module], nn.Module, nn.Module]:
+                  *late: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """`split_net` of a row of CUTS."""
     names, holders = list(net._modules), holders.split()
     first, last = names.index(holders[0]), names.index(holders[-1])
     fc = net.get_classifier() if hasattr(net, "get_classifier") else getattr(net, "fc", None)
-    fc_path = next((k for k, m in net.named_modules() if m is fc), "")
     early = [*names[:first], *(k for k in (*net._parameters, *net._buffers) if k not in late)]
-    for k in names[last + 1:]:               # all but the classifier, which may lie a level deeper
-        if fc_path.startswith(f"{k}."):
-            late += tuple(f"{k}.{c}" for c in net._modules[k]._modules if f"{k}.{c}" != fc_path)
-        elif k != fc_path:
-            late += (k,)
-    blocks = _opened(net.get_submodule("transformer.resblocks" if k == "transformer" else k)
-                     for k in holders)
+    blocks = _opened(net._modules[k] for k in holders)
     if getattr(net, "rope", None) is not None:           # every block is called with the rope
-        blocks = [Part(net, (f"blocks.{i}", "rope"), functools.partial(_eva_block, i))
-                  for i in range(len(net.blocks))]
-    return [Part(net, early, before), *blocks], Part(net, late, after), fc or nn.Identity()
+        for i, block in enumerate(blocks):
+            blocks[i] = Part(net, ["rope"], functools.partial(_eva_block, i))
+            blocks[i].part.block = block
+    features = Part(net, [*late, *names[last + 1:]], after, but=fc)
+    return [Part(net, early, before), *blocks], [features, fc or nn.Identity()]
 
 
-def split_net(net: nn.Module) -> tuple[list[nn.Module], nn.Module, nn.Module]:
-    """(stages, features, fc), where net(x) is fc(features(the stages one after another)).
+def split_net(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """(stages, tail) of net's own modules: net(x) is all of them one after another; the tail is
+    norm, pooling, projection and, last, the classifier, where it has one.
 
-    All are net's own modules; for an encoder fc passes the embeddings on.  Raises: UserError."""
-    kind = f"{type(net).__module__.partition('.')[0]}.{type(net).__name__}"
-    if isinstance(net, Tower):
-        body, features, projection = split_net(net.visual)
-        return body, nn.Sequential(features, projection), net.fc
-    if kind == "open_clip.TimmModel":
-        body, features, projection = split_net(net.trunk)
-        return body, nn.Sequential(features, projection, net.head), nn.Identity()
-    if type(net) is nn.Sequential and len(net):
-        return _split_chain(net)
-    if kind not in CUTS:
-        raise UserError(f"a {kind} cannot be cut into stages: known are {', '.join(CUTS)}; or pass "
-                        "an nn.Sequential of your own that ends in a Linear")
-    return _split_by_row(net, *CUTS[kind])
+    nn.Sequential: a child with weights opens a stage, those without join the stage before; a tower
+    that comes first is split itself.  Raises: UserError."""
+    def kind(m: nn.Module) -> str:
+        return f"{type(m).__module__.partition('.')[0]}.{type(m).__name__}"
+
+    if kind(net) in CUTS:
+        return _split_by_row(net, *CUTS[kind(net)])
+    if kind(net) == "open_clip.TimmModel":
+        net = nn.Sequential(net.trunk, net.head)
+    if type(net) is not nn.Sequential or not len(net):
+        raise UserError(f"a {kind(net)} cannot be cut into stages: known are {', '.join(CUTS)}; or "
+                        "pass an nn.Sequential of your own that ends in a Linear")
+    *body, fc = net
+    tail, groups = [fc], []
+    if body and kind(body[0]) in (*CUTS, "open_clip.TimmModel"):
+        groups, tail = split_net(body[0])
+        return groups, [*tail, *net[1:]]
+    while body and not list(body[-1].parameters()):
+        tail.insert(0, body.pop())
+    for m in body:
+        if not groups or list(m.parameters()):
+            groups.append(nn.Sequential())
+        groups[-1].append(m)
+    return groups, tail
 
 
 def stages(net: nn.Module) -> nn.Sequential:
@@ -2379,12 +2298,12 @@ def stages(net: nn.Module) -> nn.Sequential:
     The stages hold net's own modules, not copies.  Raises: UserError for what cannot be cut."""
     if isinstance(net, Net):
         first, *rest = stages(net.net)
-        return nn.Sequential(Part(net, ("mean", "std"), lambda n, x: n.prepare(x)), first, *rest)
-    body, features, fc = split_net(net)
+        return nn.Sequential(Part(net, ("mean", "std"), Net.prepare), first, *rest)
+    body, (*features, fc) = split_net(net)
     if not body or not hasattr(fc, "out_features"):
         raise UserError(f"a {type(net).__module__}.{type(net).__name__} without a final Linear "
                         "layer cannot be cut: build it with classes=N")
-    return nn.Sequential(*body, Classifier(features, fc))
+    return nn.Sequential(*body, Classifier(nn.Sequential(*features), fc))
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -2402,7 +2321,8 @@ def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
     if at < 1:
         raise UserError(f"tune = {tune}: {name} has {len(parts) - 1} stages, of which the first "
                         "stays frozen")
-    if isinstance(net, Net) and type(net.net) is not nn.Sequential:   # a chain is itself in order
+    own_chain = not isinstance(net, Net) or type(net.net) is nn.Sequential and not net.card.name
+    if not own_chain:                                     # which is in order, and of any size
         p, side = next(net.parameters()), net.card.size_px or net.card.view.size_px
         x = torch.rand(1, 3, side, side, generator=rng("cut")).to(p.device)
         if not torch.allclose(parts.eval()(x), net.eval()(x), rtol=1e-3, atol=1e-5):
@@ -2442,7 +2362,8 @@ def prompted(net: Net, n: int = 10, deep: bool = True) -> Net:
     for i, block in enumerate(blocks):
         put, off = (n if deep or end else 0 for end in (i == 0, i == len(blocks) - 1))
         blocks[i] = Prompted(block, width, put, off)
-    net.card = dataclasses.replace(net.card, prompted={"n": n, "deep": deep})
+    made = net.card.made | {"prompted": {"n": n, "deep": deep}}
+    net.card = dataclasses.replace(net.card, made=made)
     return net
 
 
@@ -2470,13 +2391,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (nn.GroupNorm(groups, n, 1e-6) for n in (n_in, n_out))
         self.conv1, self.conv2 = (nn.Conv2d(n, n_out, 3, 1, 1) for n in (n_in, n_out))
-        if n_in != n_out:
-            self.nin_shortcut = nn.Conv2d(n_in, n_out, 1)
+        self.nin_shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class SpatialAttention(nn.Module):
@@ -2495,49 +2414,47 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(h)
 
 
+def _resampled(n: int, down: bool) -> nn.Sequential:
+    """Half the side by a convolution, or twice the side and a convolution."""
+    first = nn.ZeroPad2d((0, 1, 0, 1)) if down else nn.Upsample(scale_factor=2.0)
+    conv = nn.Conv2d(n, n, 3, 2) if down else nn.Conv2d(n, n, 3, 1, 1)
+    return nn.Sequential(OrderedDict(first=first, conv=conv))
+
+
 class Coder(nn.Module):
     """Encoder of a VQGAN, images (B,3,S,S) in [-1, 1] -> (B, z_channels, s, s), or its decoder."""
 
     def __init__(self, c: dict, down: bool):
         super().__init__()
-        n, widths, groups = len(c["ch_mult"]), [c["ch"] * m for m in c["ch_mult"]], c["groups"]
-        width, levels = c["ch"] if down else widths[-1], {}
+        widths, groups = [c["ch"] * m for m in c["ch_mult"]], c["groups"]
+        width, order = c["ch"] if down else widths[-1], list(range(len(widths)))
+        order, levels, steps = order if down else order[::-1], {}, []
         self.conv_in = nn.Conv2d(3 if down else c["z_channels"], width, 3, 1, 1)
-        for i in range(n) if down else reversed(range(n)):
-            blocks, attention = nn.ModuleList(), nn.ModuleList()
+        for i in order:
+            level = levels[i] = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
             for _ in range(c["num_res_blocks"] + (not down)):
-                blocks.append(ResBlock(width, widths[i], groups))
+                steps.append(ResBlock(width, widths[i], groups))
+                level["block"].append(steps[-1])
                 width = widths[i]
                 if c["resolution"] >> i in c["attn_resolutions"]:
-                    attention.append(SpatialAttention(width, groups))
-            levels[i] = nn.ModuleDict({"block": blocks, "attn": attention})
-            if down and i < n - 1:
-                levels[i]["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, 2)})
-            elif not down and i > 0:
-                levels[i]["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, 1, 1)})
-        self.add_module("down" if down else "up", nn.ModuleList(levels[i] for i in range(n)))
-        self.order = list(levels)
-        self.mid = nn.ModuleDict({"block_1": ResBlock(widths[-1], widths[-1], groups),
-                                  "attn_1": SpatialAttention(widths[-1], groups),
-                                  "block_2": ResBlock(widths[-1], widths[-1], groups)})
+                    steps.append(SpatialAttention(width, groups))
+                    level["attn"].append(steps[-1])
+            if i != order[-1]:
+                steps.append(_resampled(width, down))
+                level["downsample" if down else "upsample"] = steps[-1]
+        self.add_module("down" if down else "up", nn.ModuleList(levels[i] for i in sorted(levels)))
+        top = widths[-1]
+        self.mid = nn.Sequential(OrderedDict(
+            block_1=ResBlock(top, top, groups), attn_1=SpatialAttention(top, groups),
+            block_2=ResBlock(top, top, groups)))
         self.norm_out = nn.GroupNorm(groups, width, 1e-6)
         self.conv_out = nn.Conv2d(width, c["z_channels"] if down else 3, 3, 1, 1)
+        self.steps = [*steps, self.mid] if down else [self.mid, *steps]     # as forward takes them
 
     def forward(self, x: Tensor) -> Tensor:
-        down, x = hasattr(self, "down"), self.conv_in(x)
-        if not down:
-            x = _in_turn(self.mid, x)
-        for i in self.order:
-            level = (self.down if down else self.up)[i]
-            for k, block in enumerate(level["block"]):
-                x = block(x)
-                x = level["attn"][k](x) if len(level["attn"]) else x
-            if "downsample" in level:
-                x = level["downsample"]["conv"](F.pad(x, (0, 1, 0, 1)))
-            if "upsample" in level:
-                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0))
-        if down:
-            x = _in_turn(self.mid, x)
+        x = self.conv_in(x)
+        for step in self.steps:
+            x = step(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -2549,7 +2466,7 @@ class VQGAN(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.card = Card("vqgan", vqgan=config)
+        self.card = Card("vqgan", made={"vqgan": config})
         self.factor = 2 ** (len(config["ch_mult"]) - 1)
         self.encoder, self.decoder = Coder(config, True), Coder(config, False)
         z, e, n = config["z_channels"], config["embed_dim"], config["n_embed"]
@@ -2577,24 +2494,17 @@ class VQGAN(nn.Module):
                     for some in flat.split(2 ** 14)]    # all but |z|^2, which is the same for all
         return torch.cat(near).view(len(z), *z.shape[2:])
 
-    def decode(self, q: Tensor) -> Tensor:
-        """Images of codes (B,E,s,s), not clamped to [0, 1] yet."""
-        return self.decoder(self.post_quant_conv(q)).float() / 2 + 0.5
-
-    def lookup(self, index: Tensor) -> Tensor:
-        """Codes (B,E,s,s) of their numbers (B,s,s)."""
-        return self.quantize["embedding"](index).permute(0, 3, 1, 2)
-
     def forward(self, x: Tensor, free: float | None = None):
         """The images as the codes show them; in training, with a share `free` of places that are
-        not quantised, (images, z, codes)."""
+        not quantised, (images, not clamped, z, codes)."""
         z = self.encode(x)
-        q = self.lookup(self.nearest(z))
-        through = z + (q - z).detach()                      # the gradient goes straight through
-        if free is None:
-            return self.decode(through).clamp(0, 1)
-        kept = torch.rand(len(z), 1, *z.shape[2:], device=z.device) < free
-        return self.decode(torch.where(kept, z, through)), z, q
+        q = self.quantize["embedding"](self.nearest(z)).permute(0, 3, 1, 2)      # (B,E,s,s)
+        seen = z + (q - z).detach()                         # the gradient goes straight through
+        if free is not None:
+            kept = torch.rand(len(z), 1, *z.shape[2:], device=z.device) < free
+            seen = torch.where(kept, z, seen)
+        seen = self.decoder(self.post_quant_conv(seen)).float() / 2 + 0.5
+        return seen.clamp(0, 1) if free is None else (seen, z, q)
 
 
 def vqgan(config: str | dict, weights: Path | str | None = None) -> VQGAN:
@@ -2603,23 +2513,19 @@ def vqgan(config: str | dict, weights: Path | str | None = None) -> VQGAN:
     weights: a local file, loaded strictly: .safetensors or a state dict, also in "state_dict";
     the discriminator and perceptual loss ("loss.*") are left out.  Without one they are random.
     Raises: UserError."""
-    if isinstance(config, str) and config.endswith((".yaml", ".yml")):
-        model = read_yaml(Path(config)).get("model")
-        config = model.get("params", {}) if isinstance(model, dict) else {}
-    config = dict(choose(VQGANS, config, "vqgan.name") if isinstance(config, str) else config)
-    config = {"groups": 32} | config | config.pop("ddconfig", {})
+    if isinstance(config, str):
+        config = read_yaml(Path(config)) if config.endswith((".yaml", ".yml")) else choose(
+            VQGANS, config, "vqgan.name")
+    config = {"groups": 32} | config
+    for nest in ("model", "params", "ddconfig"):
+        config |= config[nest] if isinstance(config.get(nest), dict) else {}
     lacks = [k for k in VQGANS["tiny_f2_256"] if k not in config]
     if lacks or config.get("double_z"):
         raise UserError(f"vqgan: the configuration lacks {', '.join(lacks)}" if lacks else
                         "vqgan: double_z is a VAE's, not a VQGAN's")
     net = VQGAN({k: config[k] for k in VQGANS["tiny_f2_256"]})
     if weights:
-        try:
-            state = read_state(weights)
-        except UserError as e:
-            raise UserError(f"{e}: torch.save(torch.load({str(weights)!r}, weights_only=False)"
-                            "['state_dict'], 'vqgan.pt') makes one of a Lightning file") from None
-        state = {k: v for k, v in state.items() if not k.startswith("loss.")}
+        state = {k: v for k, v in read_weights(weights)[0].items() if not k.startswith("loss.")}
         load_strictly(net, state, f"{weights} does not fit the VQGAN")
     return net
 
@@ -2632,57 +2538,47 @@ def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[
     names: a file; "" = OpenAI's where the classes are synsets, else the set's own, _ and - as
     spaces.  templates: a file; "" = OpenAI's 80 for ImageNet, else a photo of a {}."""
     import open_clip
-    known = dict(zip(synsets(), open_clip.IMAGENET_CLASSNAMES))
-    classes = tuple(known.get(c, re.sub("[_-]+", " ", c)) for c in images.outputs)
-    lines = tuple(read_lines(templates, "model.templates")) if templates else (
-        tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES)
-        if images.outputs == synsets() else ("a photo of a {}.",))
-    given = tuple(read_lines(names, "data.names")) if names else ()
-    if len(given) == len(classes):                        # else they are of another set's classes
-        classes = given
-    bad = [t for t in lines if t.count("{}") != 1]
-    if bad or not lines:
-        raise UserError(f"model.templates: expected lines with one {{}} for the class, got {bad}")
-    return classes, lines
+    known, lines = dict(zip(synsets(), open_clip.IMAGENET_CLASSNAMES)), ["a photo of a {}."]
+    classes = [known.get(c, re.sub("[_-]+", " ", c)) for c in images.outputs]
+    if names and len(given := read_lines(names, "data.names")) == len(classes):
+        classes = given                                   # else they are of another set's classes
+    if templates:
+        lines = read_lines(templates, "model.templates")
+    elif images.outputs == synsets():
+        lines = [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    if not lines or any(t.count("{}") != 1 for t in lines):
+        raise UserError(f"model.templates: expected lines with one {{}} for the class, got {lines}")
+    return tuple(classes), tuple(lines)
 
 
-def text_weights(card: Card, prompts: tuple, cache: Path | None = None) -> Tensor:
-    """Class embeddings (C,D) of norm 1 by open_clip's build_zero_shot_classifier: the mean over
-    the templates of normalised prompt embeddings, normalised again.
-
-    cache: folder that keeps them, so that a text tower runs once.  Raises: UserError."""
-    import open_clip
-    if card.clip not in ("", "random") and not Path(card.clip).is_file():
-        raise UserError(f"{card.name}: its text tower is not in {card.clip}, so new classes cannot "
-                        "be named: put back the file that it was made from")
-    source = file_sha(card.clip) if card.clip not in ("", "random") else card.clip
-    file = cache and cache / f"text-{fold(card.name, source, prompts):016x}.safetensors"
-    if file and file.is_file():
-        return read_state(file)["weight"]
-    model, device = card.name.partition(":")[2], pick_device()
-    clip = clip_model(model, card.clip or None, card.size_px).to(device)
-    tokenizer = from_hub(f"the tokenizer of {card.name}",
-                         lambda: open_clip.get_tokenizer(model.partition("/")[0]))
-    templates = [functools.partial(t.replace, "{}") for t in prompts[1]]
-    weight = open_clip.build_zero_shot_classifier(clip, tokenizer, prompts[0], templates,
-                                                  device=device).T.float().cpu().contiguous()
-    if file and world()[0] == 0 and source != "random":
-        write_atomically(file, safetensors_bytes({"weight": weight}))
-    return weight
-
-
-def zero_shot(model: nn.Module, prompts: tuple, cache: Path | None = None) -> nn.Module:
+def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
     """The same network or Student for the classes of (names, templates): all weights are shared,
-    the class embeddings are new.  Raises: UserError without the text tower's file."""
-    if model.card.prompts == prompts:
+    the class embeddings are new, by open_clip's build_zero_shot_classifier: the mean over the
+    templates of normalised prompt embeddings.  Raises: UserError without the text tower's file."""
+    import open_clip
+    card, device = model.card, pick_device()
+    if card.prompts == prompts:
         return model
-    weight = text_weights(model.card, prompts, cache)
+    texts = model.__dict__.setdefault("texts", {})        # a text tower is slow, and sets are alike
+    if prompts not in texts:
+        if card.clip not in ("", "random") and not Path(card.clip).is_file():
+            raise UserError(f"{card.name}: its text tower is not in {card.clip}, so new classes "
+                            "cannot be named: put back the file that it was made from")
+        with from_hub(f"the text tower of {card.name}"):
+            name = card.name.partition(":")[2]
+            clip = clip_model(name, card.clip or None, card.size_px).to(device)
+            tokenizer = open_clip.get_tokenizer(name.partition("/")[0])
+        templates = [functools.partial(t.replace, "{}") for t in prompts[1]]
+        texts[prompts] = open_clip.build_zero_shot_classifier(
+            clip, tokenizer, prompts[0], templates, device=device).T.float().cpu().contiguous()
+    weight = texts[prompts]
     out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     if isinstance(out, Net) and not isinstance(out.net.fc, TextHead):
-        out.net.fc = TextHead(weight, *out.net.scale)
+        out.net.fc = TextHead(weight, *out.scale)
     for head in (m for m in out.modules() if isinstance(m, TextHead)):
         head.weight = F.normalize(weight, dim=-1).to(head.weight.device)
-    out.card = dataclasses.replace(model.card, n_classes=len(weight), prompts=prompts, classes=())
+        head.out_features = len(weight)
+    out.card = dataclasses.replace(card, n_classes=len(weight), prompts=prompts, classes=())
     return out
 
 
@@ -2878,8 +2774,9 @@ class Student(nn.Module):
         self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
         self.original = freeze(tail)
         self.dropout, self.early = dropout, dropout_in == "tail" and tune > 0
-        self.card = dataclasses.replace(net.card, n_classes=tail[-1].fc.out_features, student=dict(
-            tune=tune, head=head, dropout=dropout, dropout_in=dropout_in))
+        made = dict(tune=tune, head=head, dropout=dropout, dropout_in=dropout_in)
+        self.card = dataclasses.replace(net.card, n_classes=tail[-1].fc.out_features,
+                                        made=net.card.made | {"student": made})
 
     def train(self, mode: bool = True):
         self.training = mode
@@ -2978,8 +2875,8 @@ class Team(nn.Module):
 
     def __init__(self, net: nn.Module, teacher: Net, tune: int | None = None):
         super().__init__()
-        self.card = dataclasses.replace(net.card, team={
-            "tune": tune, "teacher": dataclasses.asdict(teacher.card)})
+        made = {"tune": tune, "teacher": dataclasses.asdict(teacher.card)}
+        self.card = dataclasses.replace(net.card, made=net.card.made | {"team": made})
         self.net, self.teacher, self.tails = net, teacher, nn.ModuleList()
         if tune is not None:
             self.net, tail = cut(net, tune)
@@ -3096,13 +2993,11 @@ def save(path: Path | str, module: nn.Module, **more) -> None:
     write_atomically(Path(path), safetensors_bytes(state, meta))
 
 
-def bare(card: Card, state: dict[str, Tensor]) -> Net:
+def bare(card: Card) -> Net:
     """The network of a card before its tensors are loaded."""
-    if not card.prompts:
-        return named(card.name, card.n_classes, "random", card.size_px)
-    net = named(card.name, None, "random", card.size_px)
-    width = next(v.shape[1] for k, v in state.items() if k.endswith("fc.weight"))
-    net.net.fc = TextHead(torch.ones(card.n_classes, width))
+    net = named(card.name, card.n_classes, "random", card.size_px)
+    if card.prompts:
+        net.net.fc = TextHead(net.net.fc.weight.detach())
     return net
 
 
@@ -3115,27 +3010,27 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
     if not path.is_file():
         raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
                         "run's folder that holds model.safetensors")
-    card, state = read_card(path), read_state(path)
+    state, card = read_weights(path)
     if card is None or not card.name and net is None:
         raise UserError(f"{path} was not made by erpm.py from a network of its names: "
                         f"build(NAME, weights={str(path)!r}), or load({str(path)!r}, net=MODULE)")
-    beside = path.parent / Path(card.clip).name
-    if beside.is_file() and not Path(card.clip).is_file():               # the run was moved
+    made, beside = card.made, path.parent / Path(card.clip).name
+    if beside.is_file():                                  # also where the run was moved
         card = dataclasses.replace(card, clip=str(beside))
     if card.clip == "both towers":
         net = zero_shot(named(card.name, None, str(path), card.size_px), card.prompts)
         net.card = dataclasses.replace(card, clip=str(path))
         return freeze(net)
-    if card.vqgan:
-        net = VQGAN(card.vqgan)
-    net = bare(card, state) if net is None else net if hasattr(net, "card") else Net(net)
-    if card.prompted:
-        prompted(net, **card.prompted)
-    module = Student(net, **card.student) if card.student else net
-    if card.team:
-        beside = card_of(card.team["teacher"])
-        module = Team(module, bare(beside, state), card.team["tune"])
-        module.teacher.card = beside
+    if net is None:
+        net = VQGAN(made["vqgan"]) if "vqgan" in made else bare(card)
+    net = net if hasattr(net, "card") else Net(net)
+    if "prompted" in made:
+        prompted(net, **made["prompted"])
+    module = Student(net, **made["student"]) if "student" in made else net
+    if "team" in made:
+        other = card_of(made["team"]["teacher"])
+        module = Team(module, bare(other), made["team"]["tune"])
+        module.teacher.card = other
     load_strictly(module, state, f"{path} does not fit {card.name or 'the module'}")
     module.card = card
     return freeze(module)
@@ -3793,9 +3688,10 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
     probe on frozen features, one of those fitted so far or a new one.  Raises: UserError."""
     card, how, row = model.card, cfg.eval.head, SETS.get(images.base)
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
-    if how == "auto" and card.has_text:
+    a_clip = card.prompts or card.name.startswith("open_clip:") and not card.n_classes
+    if how == "auto" and a_clip:
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
-        return label if own else f"{label}, zero-shot", zero_shot(model, prompts, cfg.dir / "text")
+        return label if own else f"{label}, zero-shot", zero_shot(model, prompts)
     if how == "own" or how == "auto" and own:
         if card.n_classes != len(images.outputs):
             raise UserError(f"{label} has {card.n_classes} classes and {name} needs "
@@ -4395,7 +4291,7 @@ def write_config(cfg: Config) -> None:
 def training_images(cfg: Config) -> ImageSet:
     """The training images, in the student's own view, for which it is built without memory."""
     m, size = cfg.model, cfg.data.size_px
-    card = read_card(m.student_weights) if m.student_weights else None
+    card = read_weights(m.student_weights)[1] if m.student_weights else None
     with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
         card = card or named(m.student, None, "random", size).card
     return open_set(cfg.data.name, cfg.data, "train", card.view)
@@ -4442,12 +4338,13 @@ def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, input
     used |= {f"{name}.{k}" for k in (*uses.split(), *(f.name for f in dataclasses.fields(kind)))}
     key = {k: v for k, v in flat(cfg).items() if k in used} | inputs
     if any_rank(path.is_file()):                     # all look before one writes
-        changed = differences(getattr(read_card(path), "key", {}), key)
+        net = load(path)
+        changed = differences(net.card.key, key)
         if changed:
             raise UserError(f"{path} was made with other settings ({changed}): take another "
                             "run=NAME, or delete it to make it again")
         say(f"{name}: {path} is there, kept")
-        return load(path)
+        return net
     write_config(cfg)
 
     def train(module: nn.Module, step: Callable, some: ImageSet) -> dict:
@@ -4512,7 +4409,7 @@ def train_clip(cfg: Config, images: ImageSet, train: Callable) -> tuple[nn.Modul
 def untrained(net: Net, images: ImageSet) -> bool:
     """Whether the classifier is not one for the classes of the set.  Equal numbers mean nothing:
     cifar10's classes are not fashion-mnist's."""
-    return net.card.fresh or bool(net.card.known) and set(net.card.known) != set(images.outputs)
+    return net.card.fresh or bool(net.card.classes) and set(net.card.classes) != set(images.outputs)
 
 
 def student_net(cfg: Config, images: ImageSet, file: str = "student",
@@ -4528,12 +4425,12 @@ def student_net(cfg: Config, images: ImageSet, file: str = "student",
 
     def make(train: Callable) -> tuple[nn.Module, dict]:
         torch.manual_seed(fold(cfg.seed, "init student"))
-        if m.head == "text" and not weights and not has_tag(m.student):
+        if m.head == "text" and not weights and "/" not in m.student:
             return train_clip(cfg, images, train)
         net = named(m.student, None if m.head == "text" else len(images.classes), weights or None,
                     size)
         if m.head == "text":
-            net = zero_shot(net, prompts, cfg.dir / "text")
+            net = zero_shot(net, prompts)
         if cfg.distill.method in ("erpm", "apt", "team") and not label:
             cut(net, cfg.distill.tune)        # what cannot be tuned says so before any training
             net.requires_grad_(True)
@@ -4577,8 +4474,8 @@ def trained_vqgan(cfg: Config, images: ImageSet) -> VQGAN:
         net = vqgan(v.name)
         return net, train(net, vqgan_step, images.subset(v.n_images))
 
-    net = vqgan(v.name)
-    return stage(cfg, "vqgan", "vqgan", "vqgan", images, {"config": str(net.card.vqgan)}, make)
+    config = str(vqgan(v.name).card.made["vqgan"])
+    return stage(cfg, "vqgan", "vqgan", "vqgan", images, {"config": config}, make)
 
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
@@ -4895,13 +4792,11 @@ def network_of_token(token: str) -> dict[str, nn.Module]:
     """{label: network} of [LABEL@]NAME[=WEIGHTS_FILE].  Raises: UserError."""
     front, _, path = token.partition("=")
     label, name = re.fullmatch(r"(?:([^:@]+)@)?(.*)", front).groups()
-    if not path and not name.startswith("run:") and not has_tag(name):
+    net = build(name, weights=path or None)
+    if net.card.fresh and not name.startswith("run:"):
         raise UserError(f"--model {name} has no weights: add a pretrained tag "
                         "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
                         "made (run:runs/x)")
-    net = build(name, weights=path or None)
-    if not net.card.home and net.card.known == synsets():                # a public network's
-        net.card = dataclasses.replace(net.card, home="imagenet", classes=synsets())
     return {label or token: freeze(net).to(pick_device())}
 
 

@@ -1056,16 +1056,15 @@ def test_soft_labels_are_the_shares_of_the_pixels(spec):
 
 # ==== models ====
 
-TINY_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 TINY_VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16}
-TINY_RN = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
 TINY_CLIPS = {                                      # configurations in open_clip's own file format
     "tiny": {"vision_cfg": TINY_VIT, "quick_gelu": True},
     "tiny-avg": {"vision_cfg": {**TINY_VIT, "pool_type": "avg", "final_ln_after_pool": True,
                                 "no_ln_pre": True, "ls_init_value": 0.1}},
     "tiny-pool": {"vision_cfg": {**TINY_VIT, "attentional_pool": True, "attn_pooler_heads": 2,
                                  "output_tokens": True}, "custom_text": True},
-    "tiny-rn": {"vision_cfg": TINY_RN},
+    "tiny-rn": {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8,
+                               "patch_size": None}},
     "tiny-timm": {"vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map",
                                  "timm_proj": "none", "image_size": 160}, "embed_dim": 64,
                   "custom_text": True, "init_logit_bias": -10},
@@ -1079,106 +1078,50 @@ def tiny_clips(tmp_path_factory):
     """Registers the tiny configurations with open_clip under their names."""
     import open_clip
     folder = tmp_path_factory.mktemp("clips")
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     for name, cfg in TINY_CLIPS.items():
-        (folder / f"{name}.json").write_text(json.dumps(
-            {"embed_dim": 16, "text_cfg": TINY_TEXT, **cfg}))
+        (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 16, "text_cfg": text, **cfg}))
     open_clip.add_model_config(folder)
 
 
-def by_timm(name, **kw):
-    def make():
-        import timm
-        return timm.create_model(name, num_classes=7, **kw)
-    return make
+SMALL = {                                                          # of timm, made smaller
+    "deit3_small_patch16_224": dict(depth=2, embed_dim=48),               # token outside pos_embed
+    "eva02_tiny_patch14_224": dict(depth=2), "vit_small_patch16_rope_mixed_224": dict(depth=2),
+    "vit_small_patch16_dinov3": dict(depth=2, embed_dim=48, num_heads=2),
+    "swin_tiny_patch4_window7_224": dict(embed_dim=8, depths=(1, 2, 1), num_heads=(1, 1, 2)),
+    "swinv2_tiny_window8_256": dict(embed_dim=8, depths=(1, 2, 1), num_heads=(1, 1, 2),
+                                    img_size=224, window_size=7)}
+NETWORKS = [*SMALL, *(f"open_clip:{n}" for n in TINY_CLIPS), *"""
+timm:test_vit timm:test_resnet timm:test_convnext timm:test_efficientnet timm:regnety_002
+timm:mobilenetv3_small_050 timm:mobilenetv4_conv_small_035 timm:mixer_s32_224 torchvision:resnet18
+cifar:resnet8-s2""".split(), *"""
+timm:vit_base_patch16_224.mae timm:vit_medium_patch16_reg4_gap_256 timm:deit3_small_patch16_224
+timm:vit_base_patch14_dinov2.lvd142m timm:vit_large_patch14_clip_336.openai timm:convnextv2_tiny
+timm:vit_small_patch16_dinov3.lvd1689m timm:eva02_base_patch14_224 timm:resnetrs50 timm:resnet101
+timm:swin_base_patch4_window7_224 timm:swinv2_tiny_window8_256 timm:regnety_032 timm:mixer_b16_224
+timm:efficientnet_b4 timm:tf_efficientnetv2_s timm:mobilenetv3_large_100 torchvision:resnet152
+open_clip:ViT-L-14-336-quickgelu/openai open_clip:RN101-quickgelu/openai open_clip:convnext_base
+open_clip:ViT-B-16-SigLIP/webli open_clip:EVA02-B-16 open_clip:coca_ViT-B-32""".split() * SLOW]
 
 
-def mixer(**kw):
-    def make():
-        import timm
-        return timm.models.MlpMixer(num_classes=7, **kw).eval()
-    return make
-
-
-def by_torchvision(*layers, block="BasicBlock", **kw):
-    models = erpm.torchvision.models.resnet
-    return lambda: models.ResNet(getattr(models, block), layers, num_classes=7, **kw)
-
-
-FAST = {                                   # two small networks or more for each row of CUTS
-    **{f"open_clip:{n}": f"open_clip:{n}" for n in (*TINY_CLIPS, "erpm-tiny")},
-    **{n: n for n in (
-        "timm:test_vit", "timm:test_vit2", "timm:test_vit3", "timm:test_resnet",
-        "timm:test_convnext", "timm:test_convnext3", "timm:test_efficientnet",
-        "timm:mobilenetv2_050", "timm:mobilenetv3_small_050", "timm:mobilenetv4_conv_small_035",
-        "timm:regnetx_002", "timm:regnety_002", "torchvision:resnet18", "cifar:resnet8-s2")},
-    "vit, token outside pos_embed": by_timm("deit3_small_patch16_224", depth=2, embed_dim=48),
-    "vit, registers": by_timm("vit_small_patch14_reg4_dinov2", depth=2, embed_dim=48, img_size=28),
-    "eva, rope": by_timm("eva02_tiny_patch14_224", depth=2),
-    "eva, rope of a free grid": by_timm("vit_small_patch16_dinov3", depth=2, embed_dim=48,
-                                        num_heads=2),
-    "eva, a rope for each block": by_timm("vit_small_patch16_rope_mixed_224", depth=2),
-    "resnet, squeezed": by_timm("seresnext26d_32x4d", layers=(1, 1, 1, 1), cardinality=2,
-                                base_width=8),
-    "swin": by_timm("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 2, 1, 1),
-                    num_heads=(1, 1, 2, 2)),
-    "swin, two stages": by_timm("swin_tiny_patch4_window7_224", embed_dim=8, depths=(2, 1, 1),
-                                num_heads=(1, 1, 2)),
-    "swin v2": by_timm("swinv2_tiny_window8_256", embed_dim=12, depths=(1, 2, 1, 1),
-                       num_heads=(1, 1, 2, 2), img_size=224, window_size=7),
-    "swin v2, cr": by_timm("swinv2_tiny_window8_256", embed_dim=8, depths=(1, 1, 1),
-                           num_heads=(1, 1, 2), img_size=224, window_size=14),
-    "convnext, norm first": by_timm("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 8, 8, 8),
-                                    head_norm_first=True),
-    "mixer": mixer(num_blocks=3, embed_dim=16), "mixer, wide": mixer(num_blocks=4, embed_dim=24),
-    "torchvision resnet": by_torchvision(1, 2, 1, 1),
-    "torchvision resnext": by_torchvision(1, 1, 1, 1, block="Bottleneck", groups=2,
-                                          width_per_group=8),
-}
-NAMES = """
-timm:vit_tiny_patch16_224 timm:vit_small_patch16_224 timm:vit_small_patch32_224
-timm:vit_base_patch16_224 timm:vit_base_patch32_224 timm:vit_large_patch16_224
-timm:vit_base_patch16_224.mae timm:deit3_small_patch16_224 timm:vit_medium_patch16_reg4_gap_256
-timm:vit_small_patch14_dinov2.lvd142m timm:vit_base_patch14_dinov2.lvd142m
-timm:vit_base_patch14_reg4_dinov2.lvd142m timm:vit_base_patch16_siglip_224.webli
-timm:vit_base_patch16_clip_224.openai timm:vit_large_patch14_clip_336.openai
-timm:vit_small_patch16_dinov3.lvd1689m timm:vit_small_patch16_rope_mixed_224
-timm:eva02_tiny_patch14_224 timm:eva02_base_patch14_224 timm:eva_large_patch14_196
-timm:swin_tiny_patch4_window7_224 timm:swin_base_patch4_window7_224 timm:swinv2_tiny_window8_256
-timm:convnext_tiny timm:convnext_base timm:convnextv2_tiny timm:resnet18 timm:resnet34
-timm:resnet50 timm:resnet101 timm:resnet152 timm:resnext50_32x4d timm:resnext101_32x8d
-timm:resnetrs50 timm:regnety_032 timm:efficientnet_b0 timm:efficientnet_b4
-timm:tf_efficientnet_lite0 timm:tf_efficientnetv2_s timm:mobilenetv2_100
-timm:mobilenetv3_large_100 timm:mobilenetv3_small_100 timm:mixer_b16_224
-torchvision:resnet34 torchvision:resnet50/IMAGENET1K_V1 torchvision:resnet101 torchvision:resnet152
-torchvision:resnext50_32x4d torchvision:wide_resnet50_2 open_clip:ViT-B-32
-open_clip:ViT-B-32-quickgelu/openai open_clip:ViT-B-16-quickgelu open_clip:ViT-L-14-quickgelu
-open_clip:ViT-L-14-336-quickgelu/openai open_clip:RN50-quickgelu/openai
-open_clip:RN101-quickgelu/openai open_clip:ViT-B-16-SigLIP/webli open_clip:convnext_base
-open_clip:EVA02-B-16 open_clip:coca_ViT-B-32
-open_clip:swin_base_patch4_window7_224""".split() if SLOW else []
-
-
-def network(spec, rough=False):
-    """The network of a name or a maker; rough: with random numbers where a fresh one has zeros and
-    ones, for a scale of 0 would hide a block."""
+def network(label, rough=False):
+    """(network, images for it).  rough: with random numbers where a fresh one has zeros and ones,
+    for a scale of 0 would hide a block."""
+    import timm
     torch.manual_seed(0)
-    net = erpm.build(spec, 7, "random") if isinstance(spec, str) else spec().eval()
+    net = timm.create_model(label, num_classes=7, **SMALL[label]) if label in SMALL else (
+        erpm.build(label, 7, "random"))
     with torch.no_grad():
         for p in net.parameters() if rough else ():
             if p.ndim < 2 or not p.any():
                 p.normal_(0.5, 0.3)
-    return net
+    return net.eval(), images(2, 224 if label in SMALL else net.card.size_px or 64)
 
 
-def side(net):
-    return (net.card.size_px or 64) if isinstance(net, erpm.Net) else 28 if getattr(
-        getattr(net, "patch_embed", None), "img_size", None) == (28, 28) else 224
-
-
-@pytest.mark.parametrize("spec", [*FAST.values(), *NAMES], ids=[*FAST, *NAMES])
-def test_stages_equal_the_network_exactly(spec):
-    net = network(spec, rough=True)
-    x, parts = images(2, side(net)) / 255, erpm.stages(net)
+@pytest.mark.parametrize("label", NETWORKS)
+def test_stages_equal_the_network_exactly(label):
+    net, x = network(label, rough=True)
+    x, parts = x / 255, erpm.stages(net)
     with torch.no_grad():
         z = net(x)
         assert torch.equal(parts(x), z)
@@ -1189,29 +1132,22 @@ def test_stages_equal_the_network_exactly(spec):
     assert len(keys[0]) == len(keys[1])
 
 
-@pytest.mark.parametrize("label", ["timm:test_vit", "timm:test_efficientnet", "timm:test_convnext",
-                                   "timm:mobilenetv3_small_050", "open_clip:tiny",
-                                   "open_clip:tiny-rn", "open_clip:tiny-timm", "swin", "mixer",
-                                   "eva, rope", "torchvision:resnet18"])
+@pytest.mark.parametrize("label", ["timm:test_vit", "timm:test_efficientnet", "open_clip:tiny-rn",
+                                   "open_clip:tiny-timm", "swin_tiny_patch4_window7_224",
+                                   "eva02_tiny_patch14_224"])
 def test_a_student_trains_predicts_and_is_loaded_again_on_every_family(label, tmp_path):
-    net = network(FAST[label])
-    student, x = erpm.Student(net, 2, 1, 0.3), images(2, side(net))
-    kept = {k: v.clone() for k, v in student.state_dict().items()
-            if not k.startswith("tuned.") or "running" in k or "num_b" in k}
-    before = {k: v.clone() for k, v in student.tuned.heads["clean"][0].state_dict().items()}
-    optimizer = torch.optim.SGD(student.tuned.parameters(), 0.01)
-    for _ in range(2):
-        z = student.train()(x)
-        sum(F.cross_entropy(h, torch.tensor([0, 6])) for h in z).backward()
-        optimizer.step()
-    assert all(torch.equal(v, student.state_dict()[k]) for k, v in kept.items())
-    after = student.tuned.heads["clean"][0].state_dict()
+    net, x = network(label)
+    student = erpm.Student(net, 2, 1, 0.3)
+    kept = {k: v.clone() for k, v in student.state_dict().items() if not k.startswith("tuned.")}
+    loss = sum(F.cross_entropy(z, torch.tensor([0, 6])) for z in student.train()(x))
+    loss.backward()
     assert all(p.grad is not None for p in student.tuned.parameters())
-    assert any(not torch.equal(v, after[k]) for k, v in before.items())
+    torch.optim.SGD(student.tuned.parameters(), 0.01).step()
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in kept.items())
     p = student.eval().predict(x, passes=3)
     assert p.probs.shape == (2, 7) and p.probs.isfinite().all() and (p.sigma > 0).any()
     erpm.save(tmp_path / "model.safetensors", student)
-    other = None if isinstance(net, erpm.Net) else network(FAST[label])
+    other = None if isinstance(net, erpm.Net) else network(label)[0]
     again = erpm.load(tmp_path, net=other).predict(x, passes=3)
     assert torch.allclose(again.probs, p.probs, atol=1e-5)     # other memory, other kernels
     assert torch.allclose(again.sigma, p.sigma, atol=1e-5)
@@ -1220,23 +1156,29 @@ def test_a_student_trains_predicts_and_is_loaded_again_on_every_family(label, tm
 def test_stages_of_a_chain_equal_it_and_keep_its_modules():
     net, x = tiny_net(), torch.rand(3, 3, 32, 32)
     parts = erpm.stages(net)
-    assert len(parts) == 4 and parts[1] is net[1] and parts[-1].fc is net[-1]
+    assert len(parts) == 4 and parts[1][0] is net[1] and parts[-1].fc is net[-1]
     assert torch.equal(parts(x), net(x))
     loose = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
                           nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
     assert len(erpm.stages(loose)) == 4 and torch.equal(erpm.stages(loose)(x), loose(x))
 
 
+def test_stages_that_give_something_else_are_refused(monkeypatch):
+    holders, after, *rest = erpm.CUTS["timm.ResNet"]
+    monkeypatch.setitem(erpm.CUTS, "timm.ResNet", (holders, lambda n, x: after(n, x) + 1, *rest))
+    with refuses("the stages of timm:test_resnet do not give what it gives"):
+        erpm.Student(erpm.build("timm:test_resnet", 3), 1, 1)
+
+
 @pytest.mark.parametrize("net, says, settings", [
     (nn.Conv2d(3, 3, 1), "cannot be cut into stages: known are timm.VisionTransformer,", {}),
     (nn.Sequential(nn.Conv2d(3, 3, 1), nn.Softmax(1)), "without a final Linear layer", {}),
-    (nn.Sequential(), "cannot be cut", {}), (nn.Sequential(nn.Linear(3, 2)), "cannot be cut", {}),
+    (nn.Sequential(nn.Linear(3, 2)), "cannot be cut", {}),
     ("torchvision:shufflenet_v2_x0_5", "or pass an nn.Sequential of your own that ends", {}),
     ("timm:test_vit", "without a final Linear layer cannot be cut: build it with classes=N", {}),
     (tiny_net(), "tune = 9: the network has ", {"tune": 9}),
     (tiny_net(), "head = 2: expected 0 to tune = 1", {"head": 2}),
-    (tiny_net(), "dropout = 1.0: expected", {"dropout": 1.0}),
-    (tiny_net(), "dropout = -0.1", {"dropout": -0.1})])
+    (tiny_net(), "dropout = 1.0: expected", {"dropout": 1.0})])
 def test_what_cannot_be_cut_says_so(net, says, settings):
     net = erpm.build(net, 0) if isinstance(net, str) else net
     with refuses(says):
@@ -1245,10 +1187,8 @@ def test_what_cannot_be_cut_says_so(net, says, settings):
 
 @pytest.mark.parametrize("name, says", [
     ("resnet50", "expected FAMILY:NAME"), ("timmm:resnet50", "did you mean 'timm'?"),
-    ("timm:resnet5", "unknown network of timm 'resnet5'; did you mean"),
     ("timm:resnet50.foo", "unknown network of timm 'resnet50.foo'"),
-    ("cifar:resnet21", "expected cifar:resnetD"), ("cifar:resnet8-w0", "expected cifar:resnetD"),
-    ("cifar:resnet-8", "expected cifar:resnetD"), ("run:nowhere", "no trained model nowhere"),
+    ("cifar:resnet21", "expected cifar:resnetD"), ("run:nowhere", "no trained model nowhere"),
     ("torchvision:resnet5", "unknown network of torchvision 'resnet5'; did you mean"),
     ("torchvision:resnet50/V1", "unknown weights of torchvision:resnet50 'V1'"),
     ("open_clip:ViT-B-33", "unknown network of open_clip 'ViT-B-33'; did you mean 'ViT-B-32'"),
@@ -1258,83 +1198,87 @@ def test_what_cannot_be_cut_says_so(net, says, settings):
 def test_an_unknown_network_is_one_clear_line(name, says):
     with refuses(says):
         erpm.build(name)
-    assert erpm.build(net := tiny_net()) is net
 
 
 def test_a_tag_says_classes_normalisation_size_and_view():
-    assert [erpm.has_tag(n) for n in ("timm:resnet50.tv_in1k", "torchvision:resnet50/DEFAULT",
-                                      "open_clip:RN50/openai")] == [True] * 3
-    assert [erpm.has_tag(n) for n in ("timm:resnet50", "torchvision:resnet50", "open_clip:RN50",
-                                      "cifar:resnet8", "run:a/b.c")] == [False] * 5
     card = erpm.build("torchvision:mobilenet_v2/IMAGENET1K_V2", 5, "random").card
     assert (card.n_classes, card.size_px, card.view) == (5, 224, erpm.View(224, 224 / 232))
-    assert card.view.resized == [232] and not erpm.build("torchvision:mobilenet_v2").card.size_px
     card = erpm.build("timm:vit_base_patch14_dinov2.lvd142m", 5, "random", size_px=28).card
     assert (card.size_px, card.view) == (28, erpm.View(28, 1.0, "bicubic"))
     net = erpm.build("open_clip:tiny")
-    assert net.card == erpm.Card("open_clip:tiny", 0, 32, erpm.View(32, 1.0, "bicubic"))
+    view = erpm.View(32, 1.0, "bicubic")
+    assert net.card == erpm.Card("open_clip:tiny", size_px=32, view=view, fresh=True)
     assert torch.allclose(net.mean.flatten(), torch.tensor([0.4815, 0.4578, 0.4082]), atol=1e-4)
     assert not net.training and net(images(2, 32)).shape == (2, 16)
 
 
-@pytest.mark.parametrize("name, own", [("timm:test_vit", 160), ("timm:resnet18", 0),
-                                       ("cifar:resnet8", 0), ("torchvision:resnet18", 0),
-                                       ("open_clip:tiny-rn", 64), ("open_clip:tiny-timm", 160)])
+@pytest.mark.parametrize("tag", ["", "/webli"])
+def test_a_clip_without_its_weights_normalises_as_with_them(tag, monkeypatch):
+    import open_clip
+    small = open_clip.get_model_config("tiny")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16-SigLIP", small)
+    net = erpm.build(f"open_clip:ViT-B-16-SigLIP{tag}", None, "random")     # as `load` builds it
+    assert net.mean.flatten().tolist() == [0.5] * 3 and net.card.view.squash
+
+
+@pytest.mark.parametrize("name, own", [("timm:test_vit", 160), ("cifar:resnet8", 0),
+                                       ("torchvision:resnet18", 0), ("open_clip:tiny-timm", 160)])
 def test_size_px_is_the_size_at_which_a_network_runs(name, own):
-    seen, x = [], images(2, 40)
+    seen = []
     assert erpm.build(name, 3).card.size_px == own
     net = erpm.build(name, 3, size_px=96)
     net.net.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[-1]))
-    assert net(x).shape == (2, 3) and seen == [96]
+    assert net(images(2, 40)).shape == (2, 3) and seen == [96]
     assert (net.card.size_px, net.card.view.size_px) == (96, 96)
     erpm.Student(net, 1, 1)                                # is cut and checked at that size
 
 
-def test_weights_come_from_any_plain_file_and_nothing_else(tmp_path):
-    name, x, file = "torchvision:mobilenet_v3_small", images(1, 64), tmp_path / "w.pth"
+@pytest.mark.parametrize("form", [
+    lambda s: s, lambda s: {"model": s, "optimizer": {"lr": 0.1}},
+    lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 3},
+    lambda s: {f"net.{k}": v for k, v in s.items()}])
+def test_weights_come_from_any_plain_file(form, tmp_path):
+    name, x, file = "torchvision:mobilenet_v3_small", images(1, 64), str(tmp_path / "w.pth")
     net = erpm.build(name, 7)
     state = {k: v for k, v in net.net.state_dict().items() if "num_batches" not in k}
-    again = lambda: erpm.build(name, 7, str(file)).net(net.prepare(x))              # noqa: E731
-    for tree_ in (state, {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
-                  {"model": state, "optimizer": {"lr": 0.1}}, net.state_dict()):
-        torch.save(tree_, file)
-        assert torch.equal(again(), net(x))
-    torch.save(state, file, _use_new_zipfile_serialization=False)
-    assert torch.equal(again(), net(x))
-    for tree_, says in (({"args": Path("x"), "model": state}, "nothing is unpickled here"),
-                        ({"epoch": 3}, "holds no state dict but epoch"),
-                        ({**state, "more": x}, "does not fit"),
-                        ({k: v for k, v in state.items() if k != "features.0.0.weight"},
-                         "features.0.0.weight")):
-        torch.save(tree_, file)
-        with refuses(says):
-            again()
-    for content in (b"not weights", b""):
+    torch.save(form(state), file)                          # older versions of torch did not count
+    assert torch.equal(erpm.build(name, 7, file).net(net.prepare(x)), net(x))
+
+
+@pytest.mark.parametrize("form, says", [
+    (lambda s: {"args": Path("x"), "model": s}, "nothing is unpickled here"),
+    (lambda s: {"epoch": 3}, "holds no state dict but epoch"),
+    (lambda s: s | {"more": torch.ones(1)}, "does not fit cifar:resnet8"),
+    (lambda s: {k: v for k, v in s.items() if k != "1.conv1.weight"}, "1.conv1.weight"),
+    (lambda s: b"not weights", "is no file of plain tensors"),
+    (lambda s: b"", "is no file of plain tensors"), (lambda s: None, "no weights file")])
+def test_a_file_of_anything_else_is_refused(form, says, tmp_path):
+    content, file = form(erpm.build("cifar:resnet8", 7).net.state_dict()), tmp_path / "w.pth"
+    if isinstance(content, bytes):
         file.write_bytes(content)
-        with refuses("is no file of plain tensors"):
-            again()
-    with refuses("no weights file none.pth"):
-        erpm.build(name, 7, "none.pth")
+    elif content:
+        torch.save(content, file)
+    with refuses(says):
+        erpm.build("cifar:resnet8", 7, str(file))
 
 
-@pytest.mark.parametrize("name", ["cifar:resnet8-s2", "timm:test_vit", "torchvision:resnet18",
-                                  "timm:test_convnext", "timm:test_efficientnet"])
-def test_a_file_brings_its_classifier_or_gets_a_new_one(name, tmp_path):
-    file, net = str(tmp_path / "w.safetensors"), network(name)
-    erpm.save(file, net)
+@pytest.mark.parametrize("name", ["cifar:resnet8-s2", "timm:test_vit"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_file_brings_its_classifier_or_gets_a_new_one(name, ours, tmp_path):
+    net, file = network(name)[0], str(tmp_path / "w.safetensors")
     x = images(2, net.card.view.size_px)
-    plain = tmp_path / "w.pth"
-    torch.save(net.net.state_dict(), plain)
-    for f in (file, str(plain)):
-        for classes in (7, None):                       # NAME=FILE: the file's own number
-            same = erpm.build(name, classes, f)
-            assert same.card.n_classes == 7 and not same.card.fresh
-            assert torch.allclose(same(x), net(x), atol=1e-5)
-        other = erpm.build(name, 3, f)
-        assert other.card.fresh and other.card.n_classes == 3 and other(x).shape == (2, 3)
-        a, b = (erpm.stages(n) for n in (other, net))
-        assert torch.equal(a[-1].features(a[:-1](x)), b[-1].features(b[:-1](x)))
-    assert erpm.build(name, 7).card.fresh
+    if ours:
+        erpm.save(file, net)
+    else:
+        Path(file).write_bytes(erpm.safetensors_bytes(net.net.state_dict()))
+    for classes in (7, None):                           # NAME=FILE: the file's own number
+        same = erpm.build(name, classes, file)
+        assert same.card.n_classes == 7 and not same.card.fresh
+        assert torch.allclose(same(x), net(x), atol=1e-5)
+    other = erpm.build(name, 3, file)
+    assert other.card.fresh and other.card.n_classes == 3 and other(x).shape == (2, 3)
+    a, b = (erpm.stages(n) for n in (other, net))
+    assert torch.equal(a[-1].features(a[:-1](x)), b[-1].features(b[:-1](x)))
 
 
 def test_the_weights_of_an_encoder_alone_leave_a_new_classifier(tmp_path):
@@ -1344,32 +1288,27 @@ def test_the_weights_of_an_encoder_alone_leave_a_new_classifier(tmp_path):
     net = erpm.build("timm:test_vit", 3, file)
     assert net.card.fresh
     assert torch.equal(erpm.stages(net)[-1].features(erpm.stages(net)[:-1](x)), encoder(x))
-    alone = erpm.build("timm:test_vit", None, file)
-    assert alone.card.n_classes == 0 and torch.equal(alone(x), encoder(x))
+    for alone in (erpm.build("timm:test_vit", n, file) for n in (None, 0)):
+        assert alone.card.n_classes == 0 and torch.equal(alone(x), encoder(x))
     torch.save(net.net.state_dict(), file)
     with refuses("encoder.pth does not fit timm:test_vit"):
         erpm.build("timm:test_vit", 0, file)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_a_whole_clip_gives_its_visual_tower_strictly(kind, tmp_path):
-    clip, file, x = erpm.clip_model("tiny"), str(tmp_path / f"clip.{kind}"), images(2, 32)
-    if kind == "safetensors":
-        Path(file).write_bytes(erpm.safetensors_bytes(clip.state_dict()))
-    else:
-        torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, file)
+def test_a_whole_clip_gives_its_visual_tower_strictly(tmp_path):
+    clip, file, x = erpm.clip_model("tiny"), str(tmp_path / "clip.pt"), images(2, 32)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, file)
     net = erpm.build("open_clip:tiny", 5, file)
     assert torch.equal(net.net.visual(net.prepare(x)), clip.encode_image(net.prepare(x)))
-    whole = erpm.clip_model("tiny", file)
-    assert equal(whole, clip) and not whole.training and net.card.fresh
+    assert equal(erpm.clip_model("tiny", file), clip) and net.card.fresh
     with refuses("open_clip:tiny-avg"):
         erpm.build("open_clip:tiny-avg", 5, file)
 
 
 def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypatch):
     theirs = erpm.torchvision.models.mobilenet_v3_small()
-    hub = erpm.torchvision.models.WeightsEnum
-    monkeypatch.setattr(hub, "get_state_dict", lambda *a, **kw: dict(theirs.state_dict()))
+    monkeypatch.setattr(erpm.torchvision.models.WeightsEnum, "get_state_dict",
+                        lambda *a, **kw: dict(theirs.state_dict()))
     name = "torchvision:mobilenet_v3_small/IMAGENET1K_V1"
     one, five = erpm.build(name), erpm.build(name, 5)
     state = {k: v for k, v in five.net.state_dict().items() if not k.startswith("classifier.3.")}
@@ -1377,14 +1316,13 @@ def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypa
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in state.items())
     assert (one.card.n_classes, five.card.n_classes) == (1000, 5)
 
+
+def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
     def offline(*a, **kw):
         raise OSError("no\nroute")
-    monkeypatch.setattr(hub, "get_state_dict", offline)
     monkeypatch.setattr("timm.create_model", offline)
-    monkeypatch.setattr("open_clip.create_model", offline)
-    for name in (name, "open_clip:ViT-B-32-quickgelu/openai", "timm:resnet18.tv_in1k"):
-        with refuses(f"{name} could not be had (OSError: no): without a network give its weights"):
-            erpm.build(name)
+    with refuses("timm:resnet18.tv_in1k could not be had (OSError: no route): without a network"):
+        erpm.build("timm:resnet18.tv_in1k")
 
 
 # ==== method ====
@@ -1906,80 +1844,76 @@ def test_a_network_sees_images_at_its_own_size_by_whatever_name_it_comes(here):
 
 # ---- zero-shot ----
 
-def text_head(c=4, d=64, seed=0, bias=0.0):
-    return erpm.TextHead(torch.randn(c, d, generator=erpm.rng("text", seed)), math.log(8.0), bias)
-
-
-def test_a_text_head_is_the_scaled_cosine_and_trains_nothing():
-    head, h = text_head(bias=-2.0), torch.randn(3, 64)
-    want = [[8 * float(F.cosine_similarity(a, w, 0)) - 2 for w in head.weight] for a in h]
-    assert torch.allclose(head(h), torch.tensor(want), atol=1e-5)
-    assert not list(head.parameters()) and head.out_features == 4
-
-
 def test_the_three_heads_tune_a_projection_each_and_share_the_text():
-    net = erpm.Tower(tiny_net(64), text_head(), (0.0, None)).eval()
-    s, x = erpm.Student(net, 2, 1, 0.02, dropout_in="head").eval(), images(6)
+    text = erpm.TextHead(torch.randn(4, 64, generator=erpm.rng("text")), math.log(8.0))
+    net, x = nn.Sequential(*tiny_net(64), text).eval(), images(6)
+    s = erpm.Student(net, 3, 1, 0.02, dropout_in="head").eval()
     assert all(torch.equal(z, net(x / 255)) for z in s(x))
-    classifiers = [s.tuned.heads[h][-1] for h in erpm.HEADS]
-    assert all(torch.equal(c.fc.weight, net.fc.weight) for c in classifiers)
-    assert len({id(p) for c in classifiers for p in c.features.parameters()}) == 6
+    assert all(torch.equal(s.tuned.heads[h][-1].fc.weight, text.weight) for h in erpm.HEADS)
+    assert len({id(p) for h in erpm.HEADS for p in s.tuned.heads[h].parameters()}) == 6
     f, ids = s.features(x), torch.tensor([[2, 2], [0, 3]])       # closed form of a text head
     for some in (None, ids):
         (m, sigma, z), (m0, sigma0, z0) = s.moments(f, 20000, some), s.moments(f, 0, some)
-        assert torch.allclose(sigma, sigma0, rtol=0.05) and torch.allclose(m, m0, atol=5e-3)
+        assert torch.allclose(sigma, sigma0, rtol=0.05) and torch.allclose(m, m0, atol=1e-2)
         assert torch.allclose(z, z0, atol=0.05) and sigma.min() > 0
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny-rn", "tiny-timm", "erpm-tiny"])
-def test_zero_shot_logits_equal_open_clips_own_path_and_new_classes_share_all(kind, tmp_path):
+def test_zero_shot_logits_equal_open_clips_own_path(kind, tmp_path):
     import open_clip
     torch.manual_seed(0)
-    file, clip = str(tmp_path / "clip.pt"), erpm.clip_model(kind)
+    file, clip, x = str(tmp_path / "clip.pt"), erpm.clip_model(kind), images(3, 40)
     torch.save(clip.state_dict(), file)
     names, templates = ("star", "half disc", "{ring}"), open_clip.OPENAI_IMAGENET_TEMPLATES[:5]
     weight = open_clip.build_zero_shot_classifier(clip, open_clip.get_tokenizer(kind), names,
                                                   templates)
     net = erpm.build(f"open_clip:{kind}", names, file, templates=[t("{}") for t in templates])
-    x = images(3, 40)
     with torch.no_grad():
         want = clip.logit_scale.exp() * clip.encode_image(net.prepare(x), normalize=True) @ weight
         want = want if clip.logit_bias is None else want + clip.logit_bias
         assert torch.allclose(net(x), want, rtol=0, atol=2e-6) and want.std() > 1e-3
         s = erpm.Student(net, 1, 1).eval()              # other memory: kernels may round otherwise
         assert torch.allclose(s(x).clean, net(x), rtol=0, atol=2e-6)
-        for m in (net, s):
-            other = erpm.zero_shot(m, (("ring", "star"), net.card.prompts[1]))
-            assert {id(p) for p in other.parameters()} == {id(p) for p in m.parameters()}
-            z, z0 = (n(x) if n is other and m is net or n is net else n(x).robust
-                     for n in (other, m))
-            assert z.shape == (3, 2) and torch.allclose(z[:, 1], z0[:, 0], atol=2e-6)
-            assert m.card.n_classes == 3 and other.card.n_classes == 2
 
 
-def test_prompts_come_from_imagenet_the_folder_names_or_a_file(tmp_path):
+@torch.no_grad()
+def test_new_classes_share_all_weights_and_need_the_text_tower_once(tmp_path):
+    file, x = tmp_path / "clip.pt", images(3, 32)
+    torch.save(erpm.clip_model("tiny").state_dict(), file)
+    net = erpm.build("open_clip:tiny", ("star", "ring"), str(file))
+    for m in (net, s := erpm.Student(net, 1, 1).eval()):
+        other = erpm.zero_shot(m, (("ring", "sun", "star"), net.card.prompts[1]))
+        assert {id(p) for p in other.parameters()} == {id(p) for p in m.parameters()}
+        z0, z = (n(x) if m is net else n(x).clean for n in (m, other))
+        assert z.shape == (3, 3) and torch.allclose(z[:, [2, 0]], z0, atol=2e-6)
+        assert m.card.n_classes == 2 and other.card.n_classes == 3
+    file.unlink()
+    assert equal(erpm.zero_shot(s, other.card.prompts), other)
+    with refuses("put back the file that it was made from"):
+        erpm.zero_shot(s, (("sun",), ("a {}.",)))
+
+
+def test_prompts_come_from_imagenet_the_folder_names_or_a_file(here):
     import open_clip
     fish = ("n01443537", "n01440764")
-    part = erpm.ImageSet("x", [0], fish, images=images(1), outputs=erpm.synsets())
-    names, templates = erpm.prompts_of(part)
-    assert list(names) == list(open_clip.IMAGENET_CLASSNAMES) and len(templates) == 80
-    assert templates[3] == open_clip.OPENAI_IMAGENET_TEMPLATES[3]("{}")
+    names, templates = erpm.prompts_of(erpm.ImageSet("x", [0], fish, outputs=erpm.synsets()))
+    assert list(names) == list(open_clip.IMAGENET_CLASSNAMES)
+    assert templates == tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES)
     assert erpm.prompts_of(erpm.ImageSet("x", [0], fish))[0] == ("goldfish", "tench")
     own = erpm.ImageSet("z", [0, 1], ["polar_bear", "half-disc"], images=images(2))
     assert erpm.prompts_of(own) == (("polar bear", "half disc"), ("a photo of a {}.",))
-    (tmp_path / "names.txt").write_text("thing 1\nthing_2\n")
-    (tmp_path / "templates.txt").write_text("one {}\n\ntwo {}\n")
-    got = erpm.prompts_of(own, str(tmp_path / "templates.txt"), str(tmp_path / "names.txt"))
-    assert got == (("thing 1", "thing_2"), ("one {}", "two {}"))
+    Path("n").write_text("thing 1\nthing_2\n")
+    Path("t").write_text("one {}\n\ntwo {}\n")
+    assert erpm.prompts_of(own, "t", "n") == (("thing 1", "thing_2"), ("one {}", "two {}"))
     for text in ("no place\n", "", "{} and {}\n"):
-        (tmp_path / "templates.txt").write_text(text)
+        Path("t").write_text(text)
         with refuses("model.templates: expected lines with one {}"):
-            erpm.prompts_of(own, str(tmp_path / "templates.txt"))
+            erpm.prompts_of(own, "t")
 
 
 CLIP = """model.head=text model.student=open_clip:erpm-tiny model.teacher=cifar:resnet8-s2
-distill.tune=1 distill.head=1 data.n_train=300 data.n_test=40 pretrain.batch=50 robustify.batch=50
-distill.batch=50 pretrain.epochs=1 robustify.epochs=1 distill.epochs=1 eval.batch=40 eval.passes=2
+distill.tune=1 distill.head=1 data.n_train=100 data.n_test=20 pretrain.batch=50 robustify.batch=50
+distill.batch=50 pretrain.epochs=1 robustify.epochs=1 distill.epochs=1 eval.batch=20 eval.passes=2
 pretrain.n_images=0 robustify.n_images=0 distill.n_images=0 eval.n_cell=10 eval.sets=shapes,shapes-r
 runtime.amp=none compare.rows=""".split()
 
@@ -1988,27 +1922,23 @@ runtime.amp=none compare.rows=""".split()
 def clip_run(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("clip")
     with contextlib.chdir(cwd):
-        return cwd, runs("demo", "run=z", *CLIP)
+        runs("demo", "run=z", *CLIP)
+    return cwd
 
 
 def test_a_text_demo_scores_original_and_student_zero_shot(clip_run, monkeypatch):
-    cwd, out = clip_run
-    rows = {(r["label"], r["set"]): r for r in result_rows(cwd / "runs/z")}
+    monkeypatch.chdir(clip_run)
+    rows = {(r["label"], r["set"]): r for r in result_rows("runs/z")}
     assert set(rows) == {(label, s) for s in ("shapes", "shapes-r") for label in (
         "original", "teacher", "ERPM", "original + teacher", "ERPM + teacher")}
-    monkeypatch.chdir(cwd)
-    before = (cwd / "runs/z/results.jsonl").read_bytes()
-    runs("eval", "--run", "runs/z")
-    assert (cwd / "runs/z/results.jsonl").read_bytes() == before
     s = erpm.load("runs/z")
     assert s.card.prompts[0] == tuple(erpm.SHAPES)
-    found = erpm.evaluate(s, erpm.open_set("shapes", erpm.Data(n_test=40)), amp="none", passes=2,
-                          batch=40)
+    found = erpm.evaluate(s, erpm.open_set("shapes", erpm.Data(n_test=20)), amp="none", passes=2)
     assert found["rules"] == rows["ERPM", "shapes"]["rules"]
 
 
 def test_the_frozen_towers_are_equal_bit_for_bit_after_training(clip_run, monkeypatch):
-    monkeypatch.chdir(clip_run[0])
+    monkeypatch.chdir(clip_run)
     first, s, x = erpm.load("runs/z/student.safetensors"), erpm.load("runs/z"), images(4)
     before, _ = erpm.cut(first, 1)
     assert len(before.state_dict()) > 20 and equal(s.backbone, before)
@@ -2017,42 +1947,26 @@ def test_the_frozen_towers_are_equal_bit_for_bit_after_training(clip_run, monkey
     assert not torch.equal(s(x).clean, first(x))             # and the tuned part has moved
 
 
-def test_a_student_names_new_classes_with_its_own_text_tower(clip_run, here, capsys):
-    run = shutil.copytree(clip_run[0] / "runs/z", here / "moved")  # a run's folder may be moved
+def test_a_student_names_new_classes_with_its_own_text_tower(clip_run, here):
+    import open_clip
+    run = shutil.copytree(clip_run / "runs/z", here / "moved")     # a run's folder may be moved
     make_tree(here / "pets", ("red_ring", "blue-arrow"), n=2, splits=("",))
     runs("eval", "--model", "S@run:moved", "--set", "pets@folder:pets", "data.size_px=32")
     assert [r["label"] for r in result_rows("runs/models")] == ["S, zero-shot"]
     towers = erpm.clip_model("erpm-tiny", str(run / "student.safetensors"))
-    prompts = (("red ring", "blue arrow"), ("a photo of a {}.",))
-    there = erpm.zero_shot(erpm.load(run), prompts)
-    import open_clip
+    there = erpm.zero_shot(erpm.load(run), (("red ring", "blue arrow"), ("a photo of a {}.",)))
     texts = open_clip.get_tokenizer("erpm-tiny")(["a photo of a red ring.",
                                                   "a photo of a blue arrow."])
     want = towers.encode_text(texts, normalize=True)
     assert torch.allclose(there.original[-1].fc.weight, want, atol=1e-6)
 
 
-def test_a_text_tower_runs_once_and_without_its_file_new_classes_are_refused(clip_run, tmp_path,
-                                                                             monkeypatch):
-    monkeypatch.chdir(clip_run[0])
-    shutil.copytree("runs/z", tmp_path / "runs/z")
-    monkeypatch.chdir(tmp_path)
-    s, prompts = erpm.load("runs/z"), (("red ring", "arrow"), ("a {}.",))
-    one = erpm.zero_shot(s, prompts, tmp_path / "text")
-    with monkeypatch.context() as m:
-        m.setattr(erpm, "clip_model", lambda *a: pytest.fail("the text tower ran again"))
-        assert equal(erpm.zero_shot(s, prompts, tmp_path / "text"), one)
-    Path("runs/z/student.safetensors").unlink()
-    with refuses("put back the file that it was made from"):
-        erpm.zero_shot(erpm.load("runs/z"), (("star", "sun"), ("a {}.",)))
-
-
 def test_other_prompts_and_only_they_make_new_rows(clip_run, here):
     (here / "t.txt").write_text("a drawing of the {}\n")
     (here / "n.txt").write_text("\n".join(f"thing {k}" for k in range(10)))
-    model = f"open_clip:erpm-tiny={clip_run[0] / 'runs/z/student.safetensors'}"
+    model = f"open_clip:erpm-tiny={clip_run / 'runs/z/student.safetensors'}"
     for sets, words, n in (("shapes,shapes-r", [], 2), ("shapes-r,shapes", [], 2),
-                           ("shapes", ["model.templates=t.txt"], 3), ("shapes", [], 3),
+                           ("shapes", ["model.templates=t.txt"], 3),
                            ("shapes", ["data.names=n.txt"], 4)):
         runs("eval", "--model", model, "--set", sets, "data.n_test=10", *words)
         rows = result_rows("runs/models")
@@ -2060,11 +1974,10 @@ def test_other_prompts_and_only_they_make_new_rows(clip_run, here):
         assert {r["label"] for r in rows} == {model}
 
 
-@pytest.mark.parametrize("command_", ["pretrain", "distill"])
-def test_other_prompts_are_another_training(clip_run, here, capsys, command_):
-    shutil.copytree(clip_run[0] / "runs", here / "runs")
+def test_other_prompts_are_another_training(clip_run, here, capsys):
+    shutil.copytree(clip_run / "runs", here / "runs")
     (here / "t.txt").write_text("a drawing of the {}\n")
-    line = fails(capsys, command_, "run=z", *CLIP, "--recipe", "demo", "model.templates=t.txt")
+    line = fails(capsys, "distill", "run=z", *CLIP, "--recipe", "demo", "model.templates=t.txt")
     assert "made with other settings" in line
 
 
@@ -2540,7 +2453,7 @@ def test_a_process_with_a_held_loader_ends(tmp_path):
 
 @pytest.mark.parametrize("words, says", [
     (["eval", "--set", "imagenet-rr"], "unknown set 'imagenet-rr'; did you mean 'imagenet-r'?"),
-    (["eval", "--set", "shapes", "--model", "timm:resnet500"], "has no weights: add a pretrained"),
+    (["eval", "--set", "shapes", "--model", "cifar:resnet8"], "has no weights: add a pretrained"),
     (["eval", "--set", "shapes", "--model", "timm:resnet18.foo"], "unknown network of timm"),
     (["eval", "--set", "shapes", "--model", "run:none"], "no trained model none"),
     (["eval", "--set", "shapes", "--model", "cifar:resnet8=none.pth"], "no weights file none.pth"),
@@ -2860,12 +2773,11 @@ def drawn_vqgan(config=SMALL_VQGAN):
     ("vqgan_openimages_f8_16384", 299, 67_717_295, "ef9aaff6bb472ca2"),
     ("vqgan_imagenet_f16_1024", 343, 72_141_699, "a1929d2a7d6298c6")])
 def test_published_vqgans_fit_by_name_and_shape(name, tensors, parameters, names):
-    import hashlib
     with torch.device("meta"):
         state = erpm.vqgan(name).state_dict()
     assert (len(state), sum(v.numel() for v in state.values())) == (tensors, parameters)
     shapes = json.dumps(sorted((k, tuple(v.shape)) for k, v in state.items()))
-    assert hashlib.sha256(shapes.encode()).hexdigest()[:16] == names   # of taming-transformers
+    assert erpm.sha(shapes) == names                       # of taming-transformers
 
 
 def test_the_vqgan_gives_what_taming_transformers_gives():
@@ -2892,7 +2804,7 @@ def test_vqgan_weights_load_strictly_from_a_nest_and_without_the_loss(tmp_path):
     with refuses("does not fit the VQGAN"):
         erpm.vqgan(SMALL_VQGAN, path)
     torch.save({"state_dict": net.state_dict(), "callbacks": slice(3)}, path)
-    with refuses("['state_dict'], 'vqgan.pt')"):
+    with refuses("weights_only=False)['state_dict'], 'plain.pt')"):        # what to do about it
         erpm.vqgan(SMALL_VQGAN, path)
 
 
