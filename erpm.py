@@ -4843,9 +4843,8 @@ def validate(cfg: Config, *nets: nn.Module) -> None:
         say(f"{net.card.label}: {clean:.1f} % of {len(images)} test images right, "
             f"{shifted[-1]:.1f} % under corruption")
     if shifted[-1] < shifted[0]:
-        say("warning: the teacher is worse than the student under corruption, {1:.1f} against "
-            "{0:.1f} %: it has little to teach; train it longer, start it from better weights "
-            "(model.teacher_weights) or take another".format(*shifted))
+        say("warning: the teacher is worse than the student under corruption: it has little to "
+            "teach; train it longer, or start it from better weights (model.teacher_weights)")
 
 
 # ---- what is computed once: frozen views, samples of [B] -----------------------------------------
@@ -4858,7 +4857,7 @@ HARDENED = ("robustify.augment", "robustify.severity", "robustify.pictures")    
 def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, make: Callable,
          views: int = 1) -> None:
     """Calls make(keys, batch) for the batches of keys (view, position) that are not there yet, this
-    process's share of them; returns when all are there.  Raises: Interrupted."""
+    process for its share of them.  Raises: Interrupted."""
     n, (rank, size) = len(images), world()
     jobs = [[(v, k) for k in range(at, min(at + batch, n))]
             for v in range(views) for at in range(0, n, batch)][rank::size]
@@ -4874,9 +4873,8 @@ def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, 
 
 @dataclass(eq=False)
 class Rows(ImageSet):
-    """A set with what was kept of d.views views of its images in their place, a row (D,) each:
-    epoch e shows view e mod d.views.  chunks: {(view, k): tensors of d.batch images from k on};
-    cost: seconds and GFLOPs that they took."""
+    """Rows (D,) of d.views views in the place of images; epoch e shows view e mod d.views.
+    chunks: {(view, k): tensors of d.batch images from k on}; cost: their seconds and GFLOPs."""
     d: Distill = Distill()
     chunks: dict[tuple[int, int], list[Tensor]] = dataclasses.field(default_factory=dict)
     cost: tuple[float, float] = (0, 0)
@@ -4893,9 +4891,7 @@ class Rows(ImageSet):
 def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
         -> tuple[ImageSet, Callable]:
     """(images, see) as they are, or with distill.views files of what `see` gives for so many views
-    of every image, made once by all processes together, and what reads them.
-
-    frozen: the networks that it depends on.  Raises: UserError on a damaged file; Interrupted."""
+    of every image, made once by all processes, and what reads them.  frozen: the networks in it."""
     d, device, since = cfg.distill, pick_device(), time.perf_counter()
     if not d.views:
         return images, see
@@ -4934,9 +4930,7 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
     """The images with their samples of [B] beside them, files CLASS/INDEX.png; what is missing is
-    made, shared by all processes.
-
-    Raises: UserError where the folder has other ones; Interrupted."""
+    made by all processes.  Raises: UserError where the folder has other ones."""
     r, top, device = cfg.robustify, cfg.dir / cfg.robustify.samples, pick_device()
     key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
                        "n": len(images.y), "teacher": weights_sha(teacher),
@@ -5139,14 +5133,12 @@ METHODS = {
 def network(cfg: Config, images: ImageSet, role: str, words: Sequence[str] = (), file: str = "",
             label: str = "") -> nn.Module:
     """The network of a row of METHODS, runs/NAME/FILE.safetensors: kept if it is there, else made,
-    after what it is made from, and saved.
-
-    words: of a row of compare; those that it depends on stand in the file's name.
+    after what it is made from.  words: of a row of compare; the file's name has those that count.
     Raises: UserError when the file was made with other settings."""
     known, section, make, takes, uses = choose(METHODS, role, "distill.method")
-    if role == "teacher" and cfg.robustify.method in ("kd", "dad"):
-        takes = "guide" if cfg.robustify.teacher else "student"
-        takes += " vqgan" * (cfg.robustify.method == "dad")
+    if role == "teacher":
+        guide = "guide" if cfg.robustify.teacher else "student"
+        takes = {"kd": guide, "dad": f"{guide} vqgan"}.get(cfg.robustify.method, "")
     nets, key = {}, {"made": role, "view": str(images.view)}
     for r in takes.split():
         if r == "teacher":                # what cannot be tuned says so before one is made
@@ -5330,14 +5322,14 @@ def run_report(cfg: Config, args) -> None:
 
 def run_compare(cfg: Config, args) -> None:
     """The recipe's own run and those of compare.rows, for every seed, then eval and report."""
-    since, folders = time.perf_counter(), []
+    folders = []
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
         own = changed(cfg, {"seed": seed, "run": run})
         for label, words in cfg.compare.plan[1].items():
             row, file = changed(own, words_of(words, label)), slug(label.lower())
             role, file = row.distill.method, file if words else "model"
-            if role == "none":
+            if role == "none":                           # the teacher alone
                 role, file = "teacher", ""
             network(row, training_images(row), role, words, file, label)
         write_config(own)                                # not that of its last row
@@ -5345,7 +5337,6 @@ def run_compare(cfg: Config, args) -> None:
         folders.append(str(own.dir))
     args.run = ",".join(folders)
     run_report(cfg, args)
-    say(f"{args.command}: {time.perf_counter() - since:.0f} s in all")
 
 
 def run_sets(cfg: Config, args) -> None:
