@@ -4992,8 +4992,8 @@ def train_clip(cfg, images, train, prompts):
 
 
 def make_student(cfg, images, train):
-    """The large network: as it comes where it has text or a classifier for the classes, else trained
-    on clean data."""
+    """The large network: as it comes where it has text or a classifier for the classes, else
+    trained on clean data."""
     m, t, text = cfg.model, cfg.pretrain, cfg.model.head == "text"
     if text and not m.student.startswith("open_clip:"):
         raise UserError(f"model.head=text: {m.student} has no text tower; take open_clip:NAME")
@@ -5059,7 +5059,7 @@ def tune_erpm(cfg, images, train, net, teacher):
 
 
 def tune_team(cfg, images, train, net, teacher):
-    """Ours: a second tail, with BatchNorm statistics of its own, learns x~ alone; the rest stays."""
+    """Ours: a second tail, its BatchNorm with own statistics, learns x~ alone; the rest stays."""
     both = Team(net, teacher, cfg.distill.tune)
     see = frozen_views(both.net.backbone, cfg.robustify, clean=False)
     images, see = cached(cfg, images, see, both.net.backbone)
