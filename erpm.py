@@ -56,7 +56,6 @@ import operator
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -347,8 +346,8 @@ class Train:
 @dataclass(frozen=True)
 class Pretrain(Train):
     """How the student learns clean data, where its name has no pretrained weights for them."""
-    tune: int = opt(-1, "last stages that are trained, the classifier always; -1 = all, "
-                        "0 = linear probe (L-BFGS on features that are computed once)", -1, 1000)
+    tune: int = opt(-1, "-1 = the whole network is trained, 0 = its classifier alone, a linear "
+                        "probe (L-BFGS on features that are computed once)", -1, 0)
 
 
 @dataclass(frozen=True)
@@ -2982,15 +2981,20 @@ def dad_loss(z: Tensor, zt: Tensor, y: Tensor, t: float = 4.0, smoothing: float 
 
 # ---- files of trained networks -------------------------------------------------------------------
 
+def write_tensors(path: Path, state: dict[str, Tensor], card: Card) -> None:
+    """Writes tensors as .safetensors, with a Card and a hash of both, which read_weights checks."""
+    meta = {"erpm": json.dumps(dataclasses.asdict(card))}
+    meta["sha"] = tensors_sha(dict(sorted(state.items())), meta["erpm"])
+    write_atomically(path, safetensors_bytes(state, meta))
+
+
 def save(path: Path | str, module: nn.Module, **more) -> None:
     """Writes a Net's or a Student's state as .safetensors, with its Card, from which `load` builds
     it.  more: fields of the Card to set."""
     module = module if hasattr(module, "card") else Net(module)
     module.card = dataclasses.replace(module.card, **more)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-    meta = {"erpm": json.dumps(dataclasses.asdict(module.card))}
-    meta["sha"] = tensors_sha(dict(sorted(state.items())), meta["erpm"])
-    write_atomically(Path(path), safetensors_bytes(state, meta))
+    write_tensors(Path(path), state, module.card)
 
 
 def bare(card: Card) -> Net:
@@ -4301,110 +4305,145 @@ CHECKS = [None, *((c, 3) for c in ("gaussian_noise", "defocus_blur", "fog", "con
                                    "jpeg_compression"))]
 
 
-def validate(label: str, net: nn.Module, cfg: Config) -> float:
-    """Accuracy under five corruptions, told after every stage with that on clean test images (of up
-    to 500); used for nothing but a warning.  NaN without test images."""
-    try:
-        images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
-    except UserError as e:
-        say(f"{label}: no validation ({e})")
-        return math.nan
-    found = []
-    for cell in CHECKS:
-        row = evaluate_all({"": net.to(pick_device())}, images, cell, passes=cfg.eval.passes,
-                           amp=cfg.runtime.amp, batch=cfg.eval.batch, workers=cfg.data.workers)[""]
-        found.append((row["rules"][cfg.eval.rule] if "rules" in row else row)["correct"] / row["n"])
-    clean, shifted = found[0], float(np.mean(found[1:]))
-    say(f"{label}: {100 * clean:.1f} % of {len(images)} test images right, {100 * shifted:.1f} % "
-        "under corruption")
-    return shifted
+def validate(cfg: Config, *nets: nn.Module) -> None:
+    """Tells the accuracy of networks on clean test images (up to 500), and under five corruptions;
+    of a student and its teacher with a warning where the teacher is worse."""
+    shifted = []
+    for net in nets:
+        try:
+            images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
+        except UserError as e:
+            return say(f"{net.card.label}: no validation ({e})")
+        rows = [evaluate(net, images, cell, passes=cfg.eval.passes, amp=cfg.runtime.amp,
+                         batch=cfg.eval.batch, workers=cfg.data.workers) for cell in CHECKS]
+        clean, *others = (100 * row.get("rules", {cfg.eval.rule: row})[cfg.eval.rule]["correct"]
+                          / row["n"] for row in rows)
+        shifted.append(np.mean(others))
+        say(f"{net.card.label}: {clean:.1f} % of {len(images)} test images right, "
+            f"{shifted[-1]:.1f} % under corruption")
+    if shifted[-1] < shifted[0]:
+        say("warning: the teacher is worse than the student under corruption: it has little to "
+            "teach; train it longer, or start it from better weights (model.teacher_weights)")
 
 
-DRAWN = ("name", "size_px", "fit", "crop", "flip", "n_train")       # of data: what an x depends on
-HARDENED = ("augment", "severity", "pictures")                     # of robustify: and its x~
+# ---- what is computed once: frozen views, samples of [B] -----------------------------------------
+
+DRAWN = ("seed", "data.name", "data.size_px", "data.fit", "data.crop", "data.flip",
+         "data.n_train")                             # what an x depends on
+HARDENED = ("robustify.augment", "robustify.severity", "robustify.pictures")       # and its x~
 
 
-def stage(cfg: Config, name: str, file: str, label: str, images: ImageSet, inputs: dict,
-          make: Callable, uses: str = "") -> nn.Module:
-    """The network of runs/NAME/FILE.safetensors: kept if it is there, else made and saved.
+def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, make: Callable,
+         views: int = 1) -> None:
+    """Calls make(keys, batch) for the batches of keys (view, position) that are not there yet, this
+    process for its share of them.  Raises: Interrupted."""
+    n, (rank, size) = len(images), world()
+    jobs = [[(v, k) for k in range(at, min(at + batch, n))]
+            for v in range(views) for at in range(0, n, batch)][rank::size]
+    jobs = [keys for keys in jobs if not there(keys)]
+    with Progress(sum(map(len, jobs)), what) as bar, Signals() as signals:
+        for keys, some in zip(jobs, loader(images, cfg.data.workers, batch_sampler=jobs)):
+            make(keys, some)
+            bar.update(len(keys))
+            if signals.hit:
+                raise Interrupted(f"{what} stopped; the same command goes on from here")
+    any_rank(False)
 
-    name: pretrain, robustify or distill.  make(train) -> (network, {"images", "seconds"}), where
-    train is fit with this stage's settings.  inputs: what the result depends on beside the settings
-    of data, seed and stage; uses: of the stage's settings those beyond Train's, "" = all.
-    Raises: UserError when the file was made with other settings."""
-    path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
-    used = {f"data.{k}" for k in DRAWN} | {"seed"}
-    kind = Train if uses else PARTS[name]
-    used |= {f"{name}.{k}" for k in (*uses.split(), *(f.name for f in dataclasses.fields(kind)))}
-    key = {k: v for k, v in flat(cfg).items() if k in used} | inputs
-    if any_rank(path.is_file()):                     # all look before one writes
-        net = load(path)
-        changed = differences(net.card.key, key)
-        if changed:
-            raise UserError(f"{path} was made with other settings ({changed}): take another "
-                            "run=NAME, or delete it to make it again")
-        say(f"{name}: {path} is there, kept")
-        return net
-    write_config(cfg)
 
-    def train(module: nn.Module, step: Callable, some: ImageSet) -> dict:
-        some = some.training(fold(cfg.seed, name), cfg.data.crop, cfg.data.flip)
-        stats = fit(module, step, some, getattr(cfg, name), cfg.runtime, name=name, seed=cfg.seed,
-                    checkpoint=checkpoint, key=key, workers=cfg.data.workers)
-        cost = getattr(some, "cost", {"seconds": 0, "gflops": 0})        # of its cache
-        return stats | {"seconds": round(stats["seconds"] + cost["seconds"], 2),
-                        "gflops": stats["gflops"] + cost["gflops"] / stats["images"]}
+@dataclass(eq=False)
+class Rows(ImageSet):
+    """Rows (D,) of d.views views in the place of images; epoch e shows view e mod d.views.
+    chunks: {(view, k): tensors of d.batch images from k on}; cost: their seconds and GFLOPs."""
+    d: Distill = Distill()
+    chunks: dict[tuple[int, int], list[Tensor]] = dataclasses.field(default_factory=dict)
+    cost: tuple[float, float] = (0, 0)
 
-    net, stats = make(train)
+    def __getitems__(self, keys: Sequence[tuple[int, int]]):
+        rows, index = [], self.index[[k for _, k in keys]]
+        for epoch, k in keys:
+            at = k % self.d.batch
+            chunk = self.chunks[epoch % self.d.views, k - at]
+            rows.append(torch.cat([v[at].float().flatten() for v in chunk]))
+        return torch.stack(rows), torch.from_numpy(self.y[index]), torch.from_numpy(index)
+
+
+def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
+        -> tuple[ImageSet, Callable]:
+    """(images, see) as they are, or with distill.views files of what `see` gives for so many views
+    of every image, made once by all processes, and what reads them.  frozen: the networks in it."""
+    d, device, since = cfg.distill, pick_device(), time.perf_counter()
+    if not d.views:
+        return images, see
+    images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
+    key = [d.method, d.tune, d.batch, len(images), str(amp_type(cfg.runtime.amp, device)),
+           [flat(cfg)[k] for k in (*DRAWN, *HARDENED)],
+           [(weights_sha(net), getattr(net, "card", Card()).prompts) for net in frozen]]
+    top, chunks, costs, flops = cfg.dir / f"views-{fold(key):016x}", {}, [], 0
+    files = {(v, k): top / f"{v}-{k}.safetensors"
+             for v in range(d.views) for k in range(0, len(images), d.batch)}
+
+    def make(keys: list, batch: tuple) -> None:
+        nonlocal since, flops
+        counter = FlopCounterMode(display=False)
+        with autocast(cfg.runtime.amp, device), contextlib.nullcontext() if flops else counter:
+            found = see(Batch(batch[0].to(device), batch[1], rng("view", cfg.seed, keys)))
+        flops = flops or counter.get_total_flops() / len(keys)               # counted once
+        seconds, since = time.perf_counter() - since, time.perf_counter()
+        cost = torch.tensor([seconds / world()[1], flops * len(keys) / 1e9], dtype=torch.float64)
+        state = {str(i): v.cpu().clone() for i, v in enumerate((*found, cost))}
+        write_tensors(files[keys[0]], state, Card())
+
+    fill("views", images, cfg, d.batch, lambda keys: files[keys[0]].is_file(), make, d.views)
+    for at, file in files.items():
+        *chunks[at], cost = (v for _, v in sorted(read_weights(file)[0].items()))
+        costs.append(cost)
+    shapes = [v.shape[1:] for v in chunks[0, 0]]
+
+    def read(batch: Batch) -> list[Tensor]:
+        rows = batch.x.split([math.prod(some) for some in shapes], 1)
+        return [v.unflatten(1, some) for v, some in zip(rows, shapes)]
+    kept = {"images": None, "d": d, "chunks": chunks, "cost": sum(costs).tolist()}
+    return Rows(**vars(images) | kept), read
+
+
+def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
+    """The images with their samples of [B] beside them, files CLASS/INDEX.png; what is missing is
+    made by all processes.  Raises: UserError where the folder has other ones."""
+    r, top, device = cfg.robustify, cfg.dir / cfg.robustify.samples, pick_device()
+    key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
+                       "n": len(images.y), "teacher": weights_sha(teacher),
+                       "prompts": fold(teacher.card.prompts), "vqgan": weights_sha(vqgan)}
+    file = top / "samples.json"
+    other = differences(json.loads(file.read_text()) if file.is_file() else key, key)
+    if other:
+        raise UserError(f"robustify.samples: {top} holds samples of other settings ({other}): "
+                        "take another folder")
     if world()[0] == 0:
-        save(path, net, size_px=net.card.size_px or images.view.size_px, view=images.view,
-             classes=images.outputs, home=images.base, label=label, key=key, train=stats,
-             fresh=False)
-        for old in (checkpoint, checkpoint.with_suffix(".ckpt1")):
-            old.unlink(missing_ok=True)
-    any_rank(False)                                  # all wait for the file
-    if any_rank(bool(Signals.hit)):
-        raise Interrupted(f"{name} is done; the same command goes on from here")
-    net = load(path)
-    say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
-        f"{path}: as it comes")
-    if not isinstance(net, VQGAN):
-        net.robustness = validate(label, net, cfg)
-    return net
+        write_atomically(file, json.dumps(key))
+    paths = [top / slug(images.classes[k]) / f"{i:08d}.png" for i, k in enumerate(images.y)]
+
+    def make(keys: list, batch: tuple) -> None:
+        x, y, index = batch[0].to(device), batch[1].to(device), batch[2].tolist()
+        draws = [rng("dad", cfg.seed, i) for i in index]
+        with autocast(cfg.runtime.amp, device):
+            made = dad_samples(x, y, teacher, vqgan, draws, **attack(r))
+        for i, picture in zip(index, _bytes(255 * made).cpu()):
+            picture = v2.functional.to_pil_image(picture)
+            write_atomically(paths[i], lambda f: picture.save(f, "png"))
+
+    fill("samples", images, cfg, max(1, r.batch // world()[1]),
+         lambda keys: all(paths[images.index[k]].is_file() for _, k in keys), make)
+    beside = dataclasses.replace(images, images=None, paths=paths, border_px=0,
+                                 view=View(images.view.size_px, 1.0))
+    if images.images is not None:                    # in memory, to be cut as the images are
+        x, _, index = beside.__getitems__([(0, k) for k in range(len(beside))])
+        held = torch.zeros(len(paths), *x.shape[1:], dtype=torch.uint8)
+        held[index] = x
+        beside = dataclasses.replace(beside, images=held, paths=())
+    return dataclasses.replace(images, beside=beside)
 
 
-# ---- the student and the teacher -----------------------------------------------------------------
-
-def tail_of(net: Net, tune: int, norms: str = "frozen") -> tuple[Tuned, nn.Module]:
-    """(the last stages and the classifier to be trained, the frozen rest); 0: the Linear alone."""
-    backbone, tail = cut(net.to(pick_device()), tune)
-    part = Tuned(tail.requires_grad_(True))
-    part.norms = norms
-    tail[-1].features.requires_grad_(tune > 0)
-    return part, backbone
-
-
-def train_clip(cfg: Config, images: ImageSet, train: Callable) -> tuple[nn.Module, dict]:
-    """Trains both towers of an open_clip network by cross-entropy over the prompts of all
-    classes."""
-    import open_clip
-    name, device = cfg.model.student, pick_device()
-    clip = clip_model(name.partition(":")[2], "random", cfg.data.size_px)
-    net = named(name, None, "random", cfg.data.size_px).to(device)       # it knows mean and std
-    names, templates = prompts_of(images, cfg.model.templates, cfg.data.names)
-    texts = open_clip.get_tokenizer(name.partition(":")[2])(
-        [templates[0].replace("{}", c) for c in names]).to(device)
-
-    def step(model, batch):
-        h, t, scale = model(net.prepare(batch.x), texts)[:3]
-        return F.cross_entropy((scale * h @ t.T).float(), batch.y,
-                               label_smoothing=cfg.pretrain.smoothing), {}
-
-    stats = train(clip, step, images.subset(cfg.pretrain.n_images))
-    clip.card = dataclasses.replace(net.card, clip="both towers", n_classes=len(names),
-                                    prompts=(names, templates))
-    return clip, stats
-
+# ---- the networks of a run: make(cfg, images, train, *nets) -> (network, what it cost) -----------
 
 def untrained(net: Net, images: ImageSet) -> bool:
     """Whether the classifier is not one for the classes of the set.  Equal numbers mean nothing:
@@ -4412,289 +4451,133 @@ def untrained(net: Net, images: ImageSet) -> bool:
     return net.card.fresh or bool(net.card.classes) and set(net.card.classes) != set(images.outputs)
 
 
-def student_net(cfg: Config, images: ImageSet, file: str = "student",
-                label: str = "") -> nn.Module:
-    """The network to be tuned -> student.safetensors: as its tag or file gives it where these have
-    a classifier for the classes, or text, and else trained on clean data first."""
-    m, t, size, weights = cfg.model, cfg.pretrain, cfg.data.size_px, cfg.model.student_weights
-    prompts = prompts_of(images, m.templates, cfg.data.names) if m.head == "text" else ()
-    inputs = {"model": m.student, "weights": weights and file_sha(weights),
-              "head": m.head, "prompts": fold(prompts)}
-    if m.head == "text" and not m.student.startswith("open_clip:"):
+def train_clip(cfg, images, train, prompts):
+    """Both towers of an open_clip network, by cross-entropy over the prompts of all classes."""
+    import open_clip
+    name, size, (names, templates) = cfg.model.student, cfg.data.size_px, prompts
+    clip = clip_model(name.partition(":")[2], "random", size)
+    net = named(name, None, "random", size).to(pick_device())            # it knows mean and std
+    texts = open_clip.get_tokenizer(name.partition(":")[2])(
+        [templates[0].replace("{}", c) for c in names]).to(pick_device())
+
+    def step(model, batch):
+        h, t, scale = model(net.prepare(batch.x), texts)[:3]
+        return F.cross_entropy((scale * h @ t.T).float(), batch.y,
+                               label_smoothing=cfg.pretrain.smoothing), {}
+
+    clip.card = dataclasses.replace(net.card, clip="both towers", n_classes=len(names),
+                                    prompts=prompts)
+    return clip, train(clip, step, images)
+
+
+def make_student(cfg, images, train):
+    """The large network: as it comes where it has text or a classifier for the classes, else
+    trained on clean data."""
+    m, t, text = cfg.model, cfg.pretrain, cfg.model.head == "text"
+    if text and not m.student.startswith("open_clip:"):
         raise UserError(f"model.head=text: {m.student} has no text tower; take open_clip:NAME")
-
-    def make(train: Callable) -> tuple[nn.Module, dict]:
-        torch.manual_seed(fold(cfg.seed, "init student"))
-        if m.head == "text" and not weights and "/" not in m.student:
-            return train_clip(cfg, images, train)
-        net = named(m.student, None if m.head == "text" else len(images.classes), weights or None,
-                    size)
-        if m.head == "text":
-            net = zero_shot(net, prompts)
-        if cfg.distill.method in ("erpm", "apt", "team") and not label:
-            cut(net, cfg.distill.tune)        # what cannot be tuned says so before any training
-            net.requires_grad_(True)
-        some, since = images.subset(t.n_images), time.perf_counter()
-        if m.head == "text" or not untrained(net, images):
-            return net, {}
-        say(f"{weights or m.student} has no classifier for these {len(images.classes)} classes: it "
-            "is trained first")
-        if t.tune < 0:
-            return net, train(net, plain_step(t), some)
-        if t.tune > 0:
-            part, backbone = tail_of(net, t.tune)
-            return net, train(part, tail_step(t, frozen_views(backbone)), some)
-        fc = fit_probe(frozen_features(net.to(pick_device())), some, cfg)
-        stages(net)[-1].fc.load_state_dict(fc.state_dict())
-        return net, {"images": len(some), "seconds": round(time.perf_counter() - since, 2)}
-
-    label = label or file.replace("student", "original")
-    return stage(cfg, "pretrain", file, label, images, inputs, make)
-
-
-def guide_net(cfg: Config, images: ImageSet) -> nn.Module:
-    """[B]'s teacher of the small network, made as a student is -> guide-NAME.safetensors."""
-    name, weights = cfg.robustify.teacher, cfg.robustify.teacher_weights
-    if not name:
-        return student_net(cfg, images)
-    head = "text" if name.startswith("open_clip:") else "linear"
-    own = changed(cfg, {"model.student": name, "model.student_weights": weights,
-                        "model.head": head})
-    return student_net(own, images, f"guide-{slug(name)}", name)
-
-
-def trained_vqgan(cfg: Config, images: ImageSet) -> VQGAN:
-    """The VQGAN of [B]: a file's, else trained on the images -> vqgan.safetensors."""
-    v = cfg.vqgan
-    if v.weights:
-        return freeze(vqgan(v.name, v.weights))
-
-    def make(train: Callable) -> tuple[nn.Module, dict]:
-        torch.manual_seed(fold(cfg.seed, "init vqgan"))
-        net = vqgan(v.name)
-        return net, train(net, vqgan_step, images.subset(v.n_images))
-
-    config = str(vqgan(v.name).card.made["vqgan"])
-    return stage(cfg, "vqgan", "vqgan", "vqgan", images, {"config": config}, make)
-
-
-def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
-    """The images with their samples of [B] beside them, files CLASS/INDEX.png; what is missing is
-    made, shared by all processes.
-
-    Raises: UserError where the folder has other ones; Interrupted."""
-    r, top, (rank, size) = cfg.robustify, cfg.dir / cfg.robustify.samples, world()
-    key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
-                       "n": len(images.y), "teacher": weights_sha(teacher),
-                       "prompts": fold(teacher.card.prompts), "vqgan": weights_sha(vqgan)}
-    file = top / "samples.json"
-    changed = differences(json.loads(file.read_text()) if file.is_file() else key, key)
-    if changed:
-        raise UserError(f"robustify.samples: {top} holds samples of other settings ({changed}): "
-                        "take another folder")
-    if rank == 0:
-        write_atomically(file, json.dumps(key))
-    paths = [str(top / slug(images.classes[k]) / f"{i:08d}.png") for i, k in enumerate(images.y)]
-    missing = [k for k in range(rank, len(images), size)
-               if not os.path.isfile(paths[images.index[k]])]
-    with Progress(len(missing), "samples") as bar, Signals() as signals:
-        n = max(1, r.batch // size)
-        for at in range(0, len(missing), n):
-            some = missing[at:at + n]
-            x, y, index = images.__getitems__([(0, k) for k in some])
-            draws = [rng("dad", cfg.seed, i) for i in index.tolist()]
-            with autocast(cfg.runtime.amp, pick_device()):
-                made = dad_samples(x.to(pick_device()), y.to(pick_device()), teacher, vqgan, draws,
-                                   **attack(r))
-            for i, picture in zip(index.tolist(), _bytes(255 * made).cpu()):
-                picture = v2.functional.to_pil_image(picture)
-                write_atomically(Path(paths[i]), lambda f: picture.save(f, "png"))
-            bar.update(len(some))
-            if signals.hit:
-                raise Interrupted("samples stopped; the same command goes on from here")
-    any_rank(False)                                  # all wait for the files
-    beside = dataclasses.replace(images, images=None, paths=paths, border_px=0,
-                                 view=View(images.view.size_px, 1.0))
-    if images.images is not None:                    # small ones are held in memory as well
-        held = torch.zeros(len(paths), 3, *[images.view.size_px] * 2, dtype=torch.uint8)
-        for i in images.index:
-            held[i] = v2.functional.pil_to_tensor(read_picture(paths[i]))
-        beside = dataclasses.replace(beside, images=held, paths=())
-    return dataclasses.replace(images, beside=beside)
-
-
-def robust_teacher(cfg: Config, images: ImageSet, file: str = "teacher",
-                   label: str = "") -> nn.Module:
-    """The small robust network -> teacher.safetensors; robustify.method=none: as it comes."""
-    m, r, guide, quantiser = cfg.model, cfg.robustify, None, None
-    inputs = {"model": m.teacher, "view": str(images.view),
-              "weights": m.teacher_weights and file_sha(m.teacher_weights)}
-    if r.method in ("kd", "dad"):
-        guide = guide_net(cfg, images).to(pick_device())
-        inputs |= {"guide": weights_sha(guide), "prompts": fold(guide.card.prompts)}
-    if r.method == "dad":
-        quantiser = trained_vqgan(cfg, images).to(pick_device())
-        inputs["vqgan"] = weights_sha(quantiser)
-
-    def make(train: Callable) -> tuple[nn.Module, dict]:
-        torch.manual_seed(fold(cfg.seed, "init teacher"))
-        net = named(m.teacher, len(images.classes), m.teacher_weights or None, cfg.data.size_px)
-        some = images.subset(r.n_images)
-        if quantiser and r.samples:
-            some = stored_samples(cfg, some, guide, quantiser)
-        if guide:
-            return net, train(net, dad_step(r, guide, quantiser, len(images.classes)), some)
-        if r.method != "none":
-            step = plain_step(r, r, n_classes=len(images.classes), clean=r.clean)
-            return net, train(net, step, some)
-        if untrained(net, images):
-            raise UserError(f"robustify.method=none: {m.teacher_weights or m.teacher} has no "
-                            f"trained classifier for these {len(images.classes)} classes")
+    prompts = prompts_of(images, m.templates, cfg.data.names) if text else ()
+    torch.manual_seed(fold(cfg.seed, "init student"))
+    if text and not m.student_weights and "/" not in m.student:
+        return train_clip(cfg, images, train, prompts)
+    net = named(m.student, None if text else len(images.classes), m.student_weights or None,
+                cfg.data.size_px).to(pick_device())
+    if text:
+        return zero_shot(net, prompts), {}
+    if not untrained(net, images):
         return net, {}
-
-    return stage(cfg, "robustify", file, label or file, images, inputs, make)
-
-
-# ---- the cache of frozen views -------------------------------------------------------------------
-
-class Rows(torch.utils.data.Dataset):
-    """Rows (V,n,D) of V views in the place of images: epoch e shows view e mod V.
-
-    cost: {seconds, gflops} of filling them."""
-
-    def __init__(self, rows: Tensor, images: ImageSet, cost: dict):
-        self.rows, self.images, self.cost = rows, images, cost
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def training(self, *_) -> Rows:
-        return self
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]):
-        epochs, positions = torch.tensor(keys).T
-        index = self.images.index[positions.numpy()]
-        x = self.rows[epochs % len(self.rows), positions, :-1]
-        return x, torch.from_numpy(self.images.y[index]), torch.from_numpy(index)
+    say(f"{m.student_weights or m.student} has no classifier for these {len(images.classes)} "
+        "classes: it is trained first")
+    if t.tune < 0:
+        return net, train(net, plain_step(t), images)
+    since, fc = time.perf_counter(), fit_probe(frozen_features(net), images, cfg)
+    stages(net)[-1].fc.load_state_dict(fc.state_dict())
+    return net, {"images": len(images), "seconds": round(time.perf_counter() - since, 2)}
 
 
-def fill(rows: Tensor, images: ImageSet, cfg: Config, rows_of: Callable) -> dict:
-    """Writes the rows (V,n,D) that are not there yet, this process's share of them; a row ends with
-    1 when it is written.  Returns {seconds, gflops}: what all cost.  Raises: Interrupted."""
-    n, (rank, size), d = len(images), world(), cfg.distill
-    todo = [[(v, k) for k in range(at, min(at + d.batch, n))]
-            for v in range(d.views) for at in range(0, n, d.batch)][rank::size]
-    todo = [keys for keys in todo if rows[keys[-1][0], keys[-1][1], -1] != 1]
-    since, counter, left = time.perf_counter(), FlopCounterMode(display=False), sum(map(len, todo))
-    with Progress(left, "views") as bar, Signals() as signals:
-        for keys, batch in zip(todo, loader(images, cfg.data.workers, batch_sampler=todo)):
-            with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
-                found = rows_of(keys, batch)
-            parts = [v.float().flatten(1).cpu() for v in found]
-            new = torch.cat([*parts, torch.ones(len(keys), 1)], 1).to(rows.dtype)
-            if not new.isfinite().all():
-                raise UserError("distill.views: a feature is too large for half precision: take "
-                                "runtime.amp=none, or distill.views=0")
-            rows[keys[0][0], keys[0][1]:keys[-1][1] + 1] = new
-            bar.update(len(keys))
-            if signals.hit:
-                raise Interrupted("views stopped; the same command goes on from here")
-    flops = counter.get_total_flops() / len(todo[0]) if todo else 0
-    return {"seconds": (time.perf_counter() - since) * d.views * n / max(1, left * size),
-            "gflops": flops * d.views * n / 1e9}
+def make_guide(cfg, images, train):
+    """[B]'s teacher of the small network, made as a student is."""
+    r = cfg.robustify
+    head = "text" if r.teacher.startswith("open_clip:") else "linear"
+    own = {"student": r.teacher, "student_weights": r.teacher_weights, "head": head}
+    return make_student(changed(cfg, {f"model.{k}": v for k, v in own.items()}), images, train)
 
 
-def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
-        -> tuple[torch.utils.data.Dataset, Callable]:
-    """(images, see) as they are, or with distill.views a file of what `see` gives for so many views
-    of every image, filled once by all processes together, and what reads it.
-
-    frozen: the networks that it depends on.  Half precision where networks run in it.
-    Raises: UserError when the disk is too small or the file is damaged; Interrupted."""
-    d, device = cfg.distill, pick_device()
-    if not d.views:
-        return images, see
-    images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
-
-    def rows_of(keys: list, batch: tuple) -> list[Tensor]:
-        with autocast(cfg.runtime.amp, device):
-            return see(Batch(batch[0].to(device), batch[1], rng("view", cfg.seed, keys)))
-
-    shapes = [v.shape[1:] for v in rows_of([], images.__getitems__([(0, 0)]))]
-    widths = [math.prod(v) for v in shapes]
-    dtype = torch.float16 if amp_type(cfg.runtime.amp, device) else torch.float32
-    shape = (d.views, len(images), sum(widths) + 1)
-    used = ("seed", *(f"data.{k}" for k in DRAWN), *(f"robustify.{k}" for k in HARDENED))
-    key = [str(dtype), shape, d.method, d.tune, d.batch, [flat(cfg)[k] for k in used],
-           [(weights_sha(net), getattr(net, "card", Card()).prompts) for net in frozen]]
-    path, need = cfg.dir / f"views-{fold(key):016x}.bin", math.prod(shape) * dtype.itemsize
-    seal = path.with_suffix(".sha")                  # hash and cost of the file, when it is filled
-    say(f"{path}: {d.views} views of {len(images):,} images, {need / 1e9:.2f} GB")
-    if world()[0] == 0:
-        if not path.is_file():
-            seal.unlink(missing_ok=True)
-            if need > shutil.disk_usage(cfg.dir).free:
-                raise UserError(f"distill.views: {path} takes {need / 1e9:.1f} GB, more than is "
-                                "free there")
-        torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
-        if seal.is_file() and json.loads(seal.read_text())["sha"] != file_sha(path):
-            raise UserError(f"{path} is damaged: delete it and {seal.name} to make it again")
-    any_rank(False)                                  # all wait for the file
-    rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-    cost = fill(rows, images, cfg, rows_of)
-    any_rank(False)                                  # all wait for all rows
-    if world()[0] == 0 and not seal.is_file():
-        write_atomically(seal, json.dumps({"sha": file_sha(path), **cost}))
-    any_rank(False)
-
-    def read(batch: Batch) -> list[Tensor]:
-        return [v.unflatten(1, some) for v, some in zip(batch.x.float().split(widths, 1), shapes)]
-    return Rows(rows, images, json.loads(seal.read_text())), read
+def make_vqgan(cfg, images, train):
+    """The VQGAN of [B]: a file's, else trained on the images."""
+    torch.manual_seed(fold(cfg.seed, "init vqgan"))
+    net = vqgan(cfg.vqgan.name, cfg.vqgan.weights or None)
+    return net, {} if cfg.vqgan.weights else train(net, vqgan_step, images)
 
 
-# ---- the methods: (net, other, cfg, images, train) -> (network, {"images", "seconds"}) -----------
+def make_teacher(cfg, images, train, guide=None, codes=None):
+    """The small robust network; robustify.method=none: as it comes."""
+    m, r, n = cfg.model, cfg.robustify, len(images.classes)
+    torch.manual_seed(fold(cfg.seed, "init teacher"))
+    net = named(m.teacher, n, m.teacher_weights or None, cfg.data.size_px)
+    if r.method == "none" and untrained(net, images):
+        raise UserError(f"robustify.method=none: {m.teacher_weights or m.teacher} has no trained "
+                        f"classifier for these {n} classes")
+    if r.method == "none":
+        return net, {}
+    if codes and r.samples:
+        images = stored_samples(cfg, images, guide, codes)
+    step = (dad_step(r, guide, codes, n) if guide else
+            plain_step(r, r, n_classes=n, clean=r.clean))
+    return net, train(net, step, images)
 
-def tune_erpm(net, teacher, cfg, images, train):
+
+def tune_erpm(cfg, images, train, net, teacher):
     """[A]: three heads, distilled from the original network and the robust teacher."""
-    d, device = cfg.distill, pick_device()
-    student = Student(net, d.tune, d.head, d.dropout, dropout_in=d.dropout_in).to(device)
-    student.tuned.norms, teacher = d.norms, freeze(teacher).to(device)
+    d = cfg.distill
+    student = Student(net, d.tune, d.head, d.dropout, dropout_in=d.dropout_in)
+    student.tuned.norms = d.norms
     see = frozen_views(student.backbone, cfg.robustify, True, student.original, teacher)
     images, see = cached(cfg, images, see, net, teacher)
     return student, train(student.tuned, erpm_step(d, see), images)
 
 
-def tune_apt(net, _, cfg, images, train, tune: int | None = None):
+def tune_team(cfg, images, train, net, teacher):
+    """Ours: a second tail, its BatchNorm with own statistics, learns x~ alone; the rest stays."""
+    both = Team(net, teacher, cfg.distill.tune)
+    see = frozen_views(both.net, cfg.robustify, clean=False)
+    images, see = cached(cfg, images, see, both.net)
+    return both, train(both.tails[1], tail_step(cfg.distill, see), images)
+
+
+def tune_apt(cfg, images, train, net, tune=None):
     """The same part, one head, no teacher, on clean and augmented images; tune = 0: LP."""
-    d = cfg.distill
-    part, backbone = tail_of(net, d.tune if tune is None else tune, d.norms)
+    d, tune = cfg.distill, cfg.distill.tune if tune is None else tune
+    backbone, tail = cut(net, tune)
     images, see = cached(cfg, images, frozen_views(backbone, cfg.robustify), backbone)
+    part = Tuned(*tail.requires_grad_(True))
+    part.norms = d.norms
+    tail[-1].features.requires_grad_(tune > 0)
     return net, train(part, tail_step(d, see), images)
 
 
-def tune_ft(net, _, cfg, images, train):
+def tune_ft(cfg, images, train, net):
     """The whole network, end to end, on clean and augmented images."""
     net.requires_grad_(True)
     aug = dataclasses.replace(cfg.robustify, jsd=0.0)     # as the others: cross-entropy on x and x~
     return net, train(net, plain_step(cfg.distill, aug), images)
 
 
-def tune_lp_ft(lp, _, cfg, images, train):
+def tune_lp_ft(cfg, images, train, lp):
     """FT that starts from LP; the costs of both count."""
-    first = lp.card.train
-    net, then = tune_ft(lp, _, cfg, images, train)
-    flops = sum(s["images"] * s["gflops"] for s in (first, then))
+    first, (net, then) = lp.card.train, tune_ft(cfg, images, train, lp)
     both = {k: first[k] + then[k] for k in ("images", "seconds")}
+    flops = sum(s["images"] * s["gflops"] for s in (first, then))
     return net, both | {"gflops": flops / both["images"]}
 
 
-def tune_wise(tuned, original, cfg, images, train):
+def tune_wise(cfg, images, train, tuned, original):
     """Weights between the original's and the fine-tuned network's: nothing is trained again."""
     tuned.load_state_dict(interpolate(original, tuned, cfg.distill.wise))
     return tuned, tuned.card.train
 
 
-def tune_vpt(net, _, cfg, images, train):
+def tune_vpt(cfg, images, train, net):
     """Prompt tokens of a ViT and the classifier."""
     prompted(net, cfg.distill.prompts, cfg.distill.deep)
     for name, p in net.named_parameters():
@@ -4704,68 +4587,84 @@ def tune_vpt(net, _, cfg, images, train):
     return net, train(Tuned(net), plain_step(cfg.distill, aug), images)
 
 
-def tune_team(net, teacher, cfg, images, train):
-    """Ours: a second tail learns x~ alone, for the original and the teacher keep what they know;
-    its BatchNorm takes statistics of its own."""
-    device = pick_device()
-    both = Team(net, freeze(teacher), cfg.distill.tune).to(device)
-    see = frozen_views(both.net, cfg.robustify, clean=False)
-    images, see = cached(cfg, images, see, both.net)
-    return both, train(both.tails[1], tail_step(cfg.distill, see), images)
-
-
-class Method(NamedTuple):
-    """A row of METHODS.  start, beside: the networks that it takes, student and teacher or what
-    another method makes; uses: settings of distill beyond those of Train that it depends on."""
-    label: str
-    tune: Callable
-    start: str = "student"
-    beside: str = ""
-    uses: str = ""
-
-
+# name: (label, section of its settings, how it is made, what it is made from, and beside DRAWN the
+# settings, or beginnings of them, that it depends on: without a dot, of its section)
+TUNED = " ".join((*HARDENED, *vars(Train())))
 METHODS = {
-    "erpm": Method("ERPM", tune_erpm, "student", "teacher",
-                   "tune head norms dropout dropout_in alpha temperature views"),
-    "team": Method("Team", tune_team, "student", "teacher", "tune views"),
-    "apt": Method("APT", tune_apt, uses="tune norms views"),
-    "lp": Method("LP", functools.partial(tune_apt, tune=0), uses="views"),
-    "ft": Method("FT", tune_ft),
-    "lp-ft": Method("LP-FT", tune_lp_ft, "lp"),
-    "wise": Method("WiSE", tune_wise, "ft", "student", "wise"),
-    "vpt": Method("VPT", tune_vpt, uses="prompts deep"),
+    "student": ("original", "pretrain", make_student, "",
+                "model.student model.head model.templates pretrain."),
+    "guide": ("guide", "pretrain", make_guide, "", "robustify.teacher model.templates pretrain."),
+    "vqgan": ("vqgan", "vqgan", make_vqgan, "", "vqgan."),
+    "teacher": ("teacher", "robustify", make_teacher, "", "model.teacher robustify."),
+    "erpm": ("ERPM", "distill", tune_erpm, "student teacher",
+             f"{TUNED} tune head norms dropout alpha temperature views"),
+    "team": ("Team", "distill", tune_team, "student teacher", f"{TUNED} tune views"),
+    "apt": ("APT", "distill", tune_apt, "student", f"{TUNED} tune norms views"),
+    "lp": ("LP", "distill", functools.partial(tune_apt, tune=0), "student", f"{TUNED} views"),
+    "ft": ("FT", "distill", tune_ft, "student", TUNED),
+    "lp-ft": ("LP-FT", "distill", tune_lp_ft, "lp", TUNED),
+    "wise": ("WiSE", "distill", tune_wise, "ft student", f"{TUNED} wise"),
+    "vpt": ("VPT", "distill", tune_vpt, "student", f"{TUNED} prompts deep"),
 }
 
 
-def tuned_model(cfg: Config, images: ImageSet, file: str = "model", label: str = "",
-                names: dict[str, str] = {}) -> nn.Module:
-    """The large network, tuned -> FILE.safetensors; what it is made from is made first.
+def network(cfg: Config, images: ImageSet, role: str, words: Sequence[str] = (), file: str = "",
+            label: str = "") -> nn.Module:
+    """The network of a row of METHODS, runs/NAME/FILE.safetensors: kept if it is there, else made,
+    after what it is made from.  words: of a row of compare; the file's name has those that count.
+    Raises: UserError when the file was made with other settings."""
+    known, section, make, takes, uses = choose(METHODS, role, "distill.method")
+    if role == "teacher":
+        guide = "guide" if cfg.robustify.teacher else "student"
+        takes = {"kd": guide, "dad": f"{guide} vqgan"}.get(cfg.robustify.method, "")
+    nets, key = {}, {"made": role, "view": str(images.view)}
+    for r in takes.split():
+        if r == "teacher":                # what cannot be tuned says so before one is made
+            cut(nets["student"], cfg.distill.tune)
+        net = nets[r] = network(cfg, images, r, words)
+        key = net.card.key | key | {r: [weights_sha(net), fold(net.card.prompts)]}
+    counts = (*DRAWN, *(u if "." in u else f"{section}.{u}" for u in uses.split()))
+    key |= {k: file_sha(v) if isinstance(v, str) and os.path.isfile(v) else v
+            for k, v in flat(cfg).items() if k.startswith(counts)}
+    own = [w.partition(".")[2] for w in words if w.partition("=")[0] in key]
+    file, label = file or slug("-".join([role, *own])), label or slug("-".join([known, *own]))
+    path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
+    if any_rank(path.is_file()):                     # all look before one writes
+        net = load(path).to(pick_device())
+        other = differences(net.card.key, key)
+        if other:
+            raise UserError(f"{path} was made with other settings ({other}): take another "
+                            "run=NAME, or delete it to make it again")
+        say(f"{section}: {path} is there, kept")
+        return net
+    write_config(cfg)
+    if "teacher" in nets:
+        validate(cfg, *nets.values())
 
-    names: files of these, {role: file}, where not the role's name."""
-    method, d = choose(METHODS, cfg.distill.method, "distill.method"), cfg.distill
+    def train(module: nn.Module, step: Callable, some: ImageSet) -> dict:
+        some = some.training(fold(cfg.seed, section), cfg.data.crop, cfg.data.flip)
+        stats = fit(module, step, some, getattr(cfg, section), cfg.runtime, name=section,
+                    seed=cfg.seed, checkpoint=checkpoint, key=key, workers=cfg.data.workers)
+        seconds, gflops = some.cost if isinstance(some, Rows) else (0, 0)
+        return stats | {"seconds": round(stats["seconds"] + seconds, 2),
+                        "gflops": stats["gflops"] + gflops / stats["images"]}
 
-    def made(role: str) -> nn.Module | None:
-        if role in ("student", "teacher"):
-            make = student_net if role == "student" else robust_teacher
-            return make(cfg, images, names.get(role, role))
-        file = names.get(role, role)
-        return role and tuned_model(changed(cfg, {"distill.method": role}), images, file,
-                                    "" if file == role else file, names)
-
-    net, other = made(method.start), made(method.beside)
-    inputs = {k: getattr(cfg.robustify, k) for k in HARDENED}
-    inputs |= {"start": weights_sha(net), "beside": weights_sha(other) if other else "",
-               "prompts": fold(net.card.prompts)}
-    if method.beside == "teacher":
-        ours, theirs = (n.robustness if hasattr(n, "robustness") else validate(n.card.label, n, cfg)
-                        for n in (net, other))
-        if theirs < ours:
-            say(f"warning: the teacher is worse than the student under corruption, "
-                f"{100 * theirs:.1f} against {100 * ours:.1f} %: it has little to teach; train it "
-                "longer, start it from better weights (model.teacher_weights) or take another")
-    return stage(cfg, "distill", file, label or method.label, images, inputs,
-                 lambda train: method.tune(net, other, cfg, images.subset(d.n_images), train),
-                 f"method {method.uses}")
+    some = images.subset(getattr(cfg, section).n_images)
+    net, stats = make(cfg, some, train, *nets.values())
+    if world()[0] == 0:
+        save(path, net, size_px=net.card.size_px or images.view.size_px, view=images.view,
+             classes=images.outputs, home=images.base, label=label, key=key, train=stats,
+             fresh=False)
+        for old in cfg.dir.glob(f"{file}.ckpt*"):
+            old.unlink()
+    if any_rank(bool(Signals.hit)):                  # all wait for the file
+        raise Interrupted(f"{section} is done; the same command goes on from here")
+    say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
+        f"{path}: as it comes")
+    net = load(path).to(pick_device())
+    if role != "vqgan":
+        validate(cfg, net)
+    return net
 
 
 # ---- eval ----------------------------------------------------------------------------------------
@@ -4911,29 +4810,21 @@ def run_report(cfg: Config, args) -> None:
 
 def run_compare(cfg: Config, args) -> None:
     """The recipe's own run and those of compare.rows, for every seed, then eval and report."""
-    since, folders = time.perf_counter(), []
+    folders = []
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
         own = changed(cfg, {"seed": seed, "run": run})
         for label, words in cfg.compare.plan[1].items():
-            row, names = changed(own, words_of(words, label)), {}
-            for role in ("student", "teacher", *METHODS):     # a row with another one has its own
-                sections = {"student": ("data.", "model.student", "pretrain."),
-                            "teacher": ("data.", "model.teacher", "robustify.", "vqgan.")}.get(
-                    role, ("data.", "model.", "pretrain.", "robustify.", "vqgan."))
-                other = [w.partition(".")[2] for w in words if w.startswith(sections)]
-                names[role] = slug("-".join([role, *other]))
-            images = training_images(row)
-            if row.distill.method == "none":
-                robust_teacher(row, images, names["teacher"], label)
-            else:
-                tuned_model(row, images, slug(label.lower()) if words else "model", label, names)
+            row, file = changed(own, words_of(words, label)), slug(label.lower())
+            role, file = row.distill.method, file if words else "model"
+            if role == "none":                           # the teacher alone
+                role, file = "teacher", ""
+            network(row, training_images(row), role, words, file, label)
         write_config(own)                                # not that of its last row
         run_eval(own, args)
         folders.append(str(own.dir))
     args.run = ",".join(folders)
     run_report(cfg, args)
-    say(f"{args.command}: {time.perf_counter() - since:.0f} s in all")
 
 
 def run_sets(cfg: Config, args) -> None:
@@ -5012,11 +4903,12 @@ def run_corrupt(cfg: Config, args) -> None:
 
 COMMANDS: dict[str, tuple[Callable, str]] = {
     "demo": (run_compare, "pretrain, robustify, distill, baselines, eval and report in one go"),
-    "pretrain": (lambda cfg, args: student_net(cfg, training_images(cfg)),
+    "pretrain": (lambda cfg, args: network(cfg, training_images(cfg), "student"),
                  "train a network on clean data"),
-    "robustify": (lambda cfg, args: robust_teacher(cfg, training_images(cfg)),
+    "robustify": (lambda cfg, args: network(cfg, training_images(cfg), "teacher"),
                   "make the small teacher robust"),
-    "distill": (lambda cfg, args: tuned_model(cfg, training_images(cfg)),
+    "distill": (lambda cfg, args: network(cfg, training_images(cfg), cfg.distill.method, (),
+                                          "model"),
                 "tune the large network with three heads"),
     "eval": (run_eval, "score a run or a network on sets"),
     "compare": (run_compare, "every run of a table, methods, settings and seeds, and its report"),
