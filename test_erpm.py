@@ -41,7 +41,7 @@ distill.epochs=2 eval.batch=32 eval.passes=3 eval.n_cell=20 runtime.log_every=2 
 runtime.save_every=3""".split()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
 
@@ -79,15 +79,20 @@ def refuses(says):
     return pytest.raises(erpm.UserError, match=re.escape(says) + r"[^\n]*\Z")
 
 
-def fork_all(n, work):
-    """Calls work(rank) in n processes; they start much faster than torchrun's."""
+def forked(work, *args):
+    """A process that exits with what work returns; it starts much faster than a new Python."""
     fork = torch.multiprocessing.get_context("fork")
-    workers = [fork.Process(target=work, args=(rank,), daemon=True) for rank in range(n)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join(200)
-    assert [w.exitcode for w in workers] == [0] * n
+    job = fork.Process(target=lambda: os._exit(work(*args) or 0))
+    job.start()
+    return job
+
+
+def fork_all(n, work):
+    """Calls work(rank) in n processes."""
+    jobs = [forked(work, rank) for rank in range(n)]
+    for job in jobs:
+        job.join(200)
+    assert [job.exitcode for job in jobs] == [0] * n
 
 
 def in_processes(n, cwd, *words):
@@ -100,7 +105,7 @@ def in_processes(n, cwd, *words):
         os.chdir(cwd)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
                        "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os._exit(erpm.main([str(w) for w in words]))
+        return erpm.main([str(w) for w in words])
     fork_all(n, work)
 
 
@@ -239,10 +244,14 @@ def test_the_python_of_the_readme_runs(here):
 def test_seeds_are_functions_of_the_key():
     assert erpm.fold(1, "a") == erpm.fold(1, "a") != erpm.fold(1, "b")
     assert torch.equal(*(torch.rand(3, generator=erpm.rng("k", 1)) for _ in range(2)))
-    u = erpm.uniforms(5000, 4, "y")
-    assert (0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.01
-            and abs(u.std() - 12 ** -0.5) < 0.01)
-    assert np.array_equal(erpm.uniforms(9, 3, "x")[:4], erpm.uniforms(4, 3, "x"))
+
+
+def test_one_hash_serves_text_bytes_files_and_tensors(tmp_path):
+    (tmp_path / "a").write_text("x")
+    a, b = torch.zeros(2), torch.tensor([0, 1e-45])
+    assert erpm.sha("x", "y") == erpm.sha(b"x", b"y") and len(erpm.sha()) == 16
+    assert erpm.sha({"a": a, "b": b}) == erpm.sha({"b": b.clone(), "a": a})
+    assert len({erpm.sha(*v) for v in ("x", [tmp_path / "a"], [a], [b], [{"a": a}])}) == 5
 
 
 def test_precedence_is_default_recipe_words():
@@ -250,8 +259,8 @@ def test_precedence_is_default_recipe_words():
     assert (cfg.distill.lr, cfg.seed, cfg.run) == (0.5, 3, "demo-s3")
     names = [erpm.resolve(words, recipe).run for words, recipe in (
         (["data.name=cifar10"], "demo"), ([], ""), (["data.name=folder:a/b c"], ""),
-        (["run=x", "seed=2"], "demo"))]
-    assert names == ["demo-cifar10", "shapes", "folder-a-b-c", "x"]
+        (["run=x", "seed=2"], "demo"), (["recipe=demo-clip"], "demo"), (["eval.models=a"], ""))]
+    assert names == ["demo-cifar10", "shapes", "folder-a-b-c", "x", "demo-clip", "models"]
 
 
 def test_without_a_recipe_the_defaults_that_help_prints_are_what_runs(here, capsys):
@@ -264,13 +273,6 @@ def test_without_a_recipe_the_defaults_that_help_prints_are_what_runs(here, caps
     words = [f"{k}={v.strip()}" for k, v in printed.items()]
     assert dataclasses.replace(erpm.resolve(words), run=cfg.run) == cfg and cfg.recipe == ""
     assert erpm.configure(erpm.parse(["demo"])).recipe == "demo"
-    assert erpm.configure(erpm.parse(["sets"])).recipe == ""
-
-
-def tree(key, value):
-    """The key's mapping, as YAML would give it."""
-    section, dot, leaf = key.rpartition(".")
-    return {section: {leaf: value}} if dot else {key: value}
 
 
 @pytest.mark.parametrize("key", [k for k, f in erpm.FIELDS.items() if f.type in ("int", "float")])
@@ -279,34 +281,24 @@ def test_every_number_has_a_range_and_nothing_outside_it_passes(key):
     least, most = field.metadata["valid"]
     kind = {"int": int, "float": float}[field.type]
     for good in (field.default, least, most):
-        for given in (good, str(kind(good))):
-            assert erpm.settings(tree(key, given), "here") == {key: good}
+        assert erpm.typed(str(kind(good)), key, "x") == erpm.typed(good, key, "x") == good
     step = 1 if field.type == "int" else max(1e-9, abs(most) * 1e-6)
-    for bad in (least - step, most + step, "nan", "inf", "-inf", math.inf, math.nan, "1e309",
-                -1e300, "x", "", None, True, [1], {}):
-        with refuses(f"here: {key}: expected "):
-            erpm.settings(tree(key, bad), "here")
+    for bad in (least - step, most + step, "nan", "inf", math.inf, math.nan, -1e300, "x", "", None,
+                True, [1], {}):
+        with refuses(f"here: {key}: expected {field.type} of "):
+            erpm.typed(bad, key, "here")
 
 
 @pytest.mark.parametrize("words, says", [
     (["distill.lrr=1"], "'distill.lrr'; did you mean 'distill.lr'?"),
-    (["distill.lr=fast"], "command line: distill.lr: expected float, got 'fast'"),
-    (["distill=3"], "distill is a section, got '3'"),
-    (["seed=1.5"], "seed: expected int, got '1.5'"),
-    (["distill.smoothing=2"], "distill.smoothing: expected 0 to 0.9, got 2"),
-    (["distill.ema=1e308"], "distill.ema: expected 0 to 0.999999, got 1e308"),
-    (["robustify.severity=inf"], "robustify.severity: expected 0.1 to 10, got inf"),
-    (["pretrain.lr=1e300"], "pretrain.lr: expected"), (["distill.clip=-1"], "distill.clip: exp"),
-    (["distill.weight_decay=-100"], "distill.weight_decay: expected 0 to 10, got -100"),
-    (["distill.alpha=nan"], "distill.alpha: expected 0 to 1, got nan"),
-    (["distill.batch=0"], "distill.batch: expected 1 to"),
-    (["eval.batch=-1"], "eval.batch: expected 1 to"),
+    (["distill.lr=fast"], "command line: distill.lr: expected float of 1e-09 to 100, got 'fast'"),
+    (["distill=3"], "unknown setting in command line: 'distill'"),
+    (["seed=1.5"], "seed: expected int of 0 to"), (["nonsense"], "'nonsense'"),
     (["data.crop=yes"], "data.crop: expected bool, got 'yes'"),
     (["distill.head=9"], "distill.head: expected 0 to distill.tune = 5, got 9"),
     (["distill.method=ermp"], "unknown distill.method 'ermp'; did you mean 'erpm'?"),
-    (["data.fit=squish"], "did you mean 'squash'?"), (["data.size_px=16"], "expected 0 or 32 to"),
-    (["distill.accum=7"], "distill.accum: 64 images are not 7 equal micro-batches"),
-    (["nonsense"], "'nonsense' is not of the form key=value"),
+    (["data.size_px=16"], "expected 0 or 32 to 512, got 16"),
+    (["distill.accum=7"], "distill.batch: 64 images cannot be shared equally"),
 ])
 def test_a_bad_word_is_one_clear_line(words, says):
     with refuses(says):
@@ -314,21 +306,16 @@ def test_a_bad_word_is_one_clear_line(words, says):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("demo: {seed: 1}\ndemo: {seed: 2}", "the key 'demo' stands twice"),
-    ("demo: {data: {crop: true, crop: false}}", "the key 'crop' stands twice"),
-    ("demo: {run: no}", "demo: run: expected str, got False (quote it"),
+    ("demo: {seed: 1}\ndemo: {seed: 2}", "'demo' stands twice"),
+    ("demo: {data: {crop: true, crop: false}}", "'crop' stands twice"),
+    ("demo: {run: no}", "demo: run: expected str (quote it"),
     ("demo: {seeds: 1}", "'seeds'; did you mean 'seed'?"),
-    ("demo: {distill: {lr: 1e-3, batch: 2.5}}", "distill.batch: expected int, got 2.5"),
-    ("demo: {distill: {lr: .nan}}", "distill.lr: expected"),
-    ("demo: {distill: {lr: [1, 2]}}", "distill.lr: expected float, got [1, 2]"),
-    ("demo: {distill: 3}", "distill is a section, got 3"), ("demo: {data: }", "data is a section"),
+    ("demo: {distill: {lr: 1e-3, batch: 2.5}}", "distill.batch: expected int of 1 to"),
+    ("demo: {distill: {lr: .nan}}", "distill.lr: expected"), ("demo: {data: }", "'data'"),
     ("demo: [1, 2]", "demo: expected a mapping of settings, got [1, 2]"),
-    ("[demo]", "expected a mapping at the top, got list"), ("", "expected a mapping at the top"),
-    ("demo: [", "not valid YAML"), ("demo: " + "[" * 9000, "not valid YAML"),
-    ("demo: {? [1] : 2}", "not valid YAML"), ("demo: \0", "not valid YAML"),
-    ("demo: &a {seed: *a}", "seed: expected int, got"),
-    ("demo: &a {data: *a}", "'data.data'"), ("demo: &a [*a]", "expected a mapping of settings"),
-    ("other: {}", "unknown recipe"),
+    ("", "expected a mapping at the top"), ("demo: [", "not valid YAML"),
+    ("demo: " + "[" * 9000, "not valid YAML"), ("demo: {? [1] : 2}", "not valid YAML"),
+    ("demo: &a {data: *a}", "'data.data'"), ("other: {}", "unknown recipe"),
 ])
 def test_yaml_traps_are_errors_of_one_line(tmp_path, text, says):
     (tmp_path / "c.yaml").write_text(text)
@@ -349,31 +336,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         assert [p.read_text() for p in path.parent.iterdir()] == [old] * bool(old)
 
 
-PLACES = {"a file": "run=x", "below a file": "out=runs/x", "read-only": "out=/proc/none",
-          "too long": f"run={'x' * 300}"}
-
-
-@pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("name", ["pretrain", "eval", "report", "bench"])
-def test_a_run_that_cannot_be_written_or_read_is_one_line_and_code_2(where, name, here, capsys):
+@pytest.mark.parametrize("place", ["run=x", "out=runs/x", "out=/proc/none", f"run={'x' * 300}"])
+@pytest.mark.parametrize("words", [["pretrain", *TINY], ["eval", "--set", "shapes"], ["bench"]])
+def test_a_run_that_cannot_be_written_or_read_is_one_line_and_code_2(place, words, here, capsys):
     (here / "runs").mkdir()
     (here / "runs/x").write_text("a file")
-    more = {"pretrain": [*TINY, "pretrain.epochs=0.1"], "bench": ["none"],
-            "eval": ["--set", "shapes"]}.get(name, [])
-    assert len(fails(capsys, name, *more, PLACES[where])) < 1000
+    assert len(fails(capsys, *words, place)) < 1000
 
 
 @pytest.mark.parametrize("file, content", [
     ("config.yaml", b"\xff\xfe"), ("config.yaml", b"- 1"), ("results.jsonl", b"\xff\xfe\n{}\n"),
-    ("results.jsonl", b"{}\n"), ("results.jsonl", b"{\n{}\n"),
-    ("results.jsonl", None), ("config.yaml", None), ("model.safetensors", b"junk"),
-    ("model.safetensors", None)])
+    ("results.jsonl", b"{}\n"), ("results.jsonl", None), ("model.safetensors", b"junk")])
 def test_a_damaged_file_of_a_run_is_one_line_and_code_2(file, content, here, capsys):
     run = here / "runs/x"
     saved(run / "model.safetensors", erpm.build("cifar:resnet8-s2", 10), label="net")
     (run / "config.yaml").write_text("data: {n_test: 20}")
     if content is None:
-        (run / file).unlink(missing_ok=True)
         (run / file).mkdir()
     else:
         (run / file).write_bytes(content)
@@ -2612,14 +2590,16 @@ def test_the_picture_grid_is_as_wide_as_the_longest_class_name():
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LEFT = {"student.safetensors", "teacher.safetensors", "model.safetensors", "apt.safetensors",
         "lp.safetensors", "log.jsonl", "config.yaml", "results.jsonl", "report.md", "pictures.png"}
+DEMO = [*TINY, "data.n_train=300", "data.n_test=30", "eval.n_cell=10", "distill.epochs=1"]
+SHORT = [*TINY, "data.n_train=100", "data.n_test=20", "distill.epochs=0.5"]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("demo")
-    done = command("demo", *TINY, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd, done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        return cwd, runs("demo", *DEMO)
 
 
 @pytest.fixture
@@ -2637,88 +2617,68 @@ def test_demo_leaves_everything_it_promises(run_of_demo):
     assert len(rows) == 10 * 77 and {r["set"] for r in rows} == {"shapes", "shapes-c", "shapes-r"}
     assert {r["label"] for r in rows} == {*made, *teams}
     for label in made:                                           # validated after every stage
-        told = re.findall(rf"^{label}: ([\d.]+) % of 60 .*test images right, [\d.]+ % under",
-                          out, re.M)
+        told = re.findall(rf"^{label}: ([\d.]+) % of 30 .*test images right, .* under", out, re.M)
         clean = next(r for r in rows if (r["label"], r["set"]) == (label, "shapes"))
         clean = clean["rules"][clean["rule"]] if "rules" in clean else clean
-        assert set(told) == {f"{100 * clean['correct'] / 60:.1f}"}
-    assert erpm.resolve(run=run) == erpm.configure(erpm.parse(["demo", *TINY]))
+        assert set(told) == {f"{100 * clean['correct'] / 30:.1f}"}
+    assert erpm.resolve(run=run) == erpm.configure(erpm.parse(["demo", *DEMO]))
 
 
 def test_a_second_demo_computes_nothing_again(run_of_demo, monkeypatch):
-    run, _ = run_of_demo
-    before = (run / "results.jsonl").read_bytes()
-    monkeypatch.setattr(erpm, "fit", None)
-    monkeypatch.setattr(erpm, "evaluate_all", lambda *a, **kw: pytest.fail("scored again"))
+    before = (run_of_demo[0] / "results.jsonl").read_bytes()
+    for name in ("fit", "evaluate_all", "figures", "pictures_of"):
+        monkeypatch.setattr(erpm, name, lambda *a, **kw: {})
     monkeypatch.setattr(erpm, "validate", lambda *a, **kw: 0.5)
-    out = runs("demo", *TINY)
-    assert out.count("is there, kept") >= 5 and (run / "results.jsonl").read_bytes() == before
+    assert runs("demo", *DEMO).count("is there, kept") >= 5
+    assert (run_of_demo[0] / "results.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("stage, old", [("pretrain", 0.003), ("robustify", 0.003),
                                         ("distill", 0.002)])
 def test_changed_settings_do_not_overwrite_a_run(run_of_demo, stage, old, capsys):
     before = {p.name: p.read_bytes() for p in run_of_demo[0].iterdir()}
-    line = fails(capsys, stage, "--recipe", "demo", *TINY, f"{stage}.lr=0.5")
+    line = fails(capsys, stage, "--recipe", "demo", *DEMO, f"{stage}.lr=0.5")
     assert f"made with other settings ({stage}.lr: {old} -> 0.5)" in line
     assert before == {p.name: p.read_bytes() for p in run_of_demo[0].iterdir()}
 
 
-def test_saturated_networks_with_live_dropout_are_scored(here):
-    s = erpm.Student(erpm.build("cifar:resnet8-s2", 10), 1, 1, 0.1).eval()
-    for head in erpm.HEADS:
-        s.tuned.heads[head][-1].fc.weight.data.mul_(1e5)
-    assert erpm.evaluate(s, (images(2), [0, 9]), amp="none")["rules"]["product"]["n" * 0 or "nll"]
-
-
 @pytest.mark.parametrize("tune, same", [(0, 4), (2, 2), (-1, 0)])
 def test_pretrain_trains_the_last_stages_alone_and_with_tune_0_a_linear_probe(here, tune, same):
-    net = saved(here / "w.safetensors", erpm.build("cifar:resnet8-s2", 7))
-    runs("pretrain", "run=x", *TINY, "pretrain.epochs=0.2", f"pretrain.tune={tune}",
-         "model.student_weights=w.safetensors")
+    net = saved(here / "w.safetensors", erpm.build("cifar:resnet8-s2", 10), "cifar10",
+                classes=tuple("0123456789"))         # as many classes, but not those of the set
+    out = runs("pretrain", "run=x", *SHORT, "pretrain.epochs=0.5", f"pretrain.tune={tune}",
+               "model.student_weights=w.safetensors")
     made = erpm.load("runs/x/student.safetensors")
+    assert "has no classifier for these 10 classes" in out
     assert [equal(a, b) for a, b in zip(net.net[:4], made.net)] == [True] * same + [
         False] * (4 - same)
     if tune == 0:
-        s = erpm.open_set("shapes", erpm.Data(n_train=600), "train")
+        s = erpm.open_set("shapes", erpm.Data(n_train=100), "train")
         with torch.no_grad():
-            x = erpm.frozen_features(net)(s.images)
-        weight, _, _ = erpm.linear_probe(x, torch.from_numpy(s.y), 10)
-        assert torch.allclose(weight, made.net[-1].weight, atol=1e-5)
+            x, y = erpm.frozen_features(net)(s.images[s.index]), torch.from_numpy(s.y[s.index])
+        assert torch.allclose(erpm.linear_probe(x, y, 10)[0], made.net[-1].weight, atol=1e-5)
 
 
 def test_local_weights_start_both_networks_and_none_takes_the_teacher_as_it_is(here, capsys):
     for name, classes in (("ten", 10), ("seven", 7)):
         erpm.save(here / f"{name}.safetensors", erpm.build("cifar:resnet8-s2", classes))
-    words = [*TINY, "distill.epochs=0.1", "pretrain.epochs=0.1", "robustify.epochs=0.1"]
-    out = runs("distill", "run=a", *words, "model.student_weights=ten.safetensors",
-               "model.teacher_weights=ten.safetensors", "robustify.method=none")
-    ten, s = erpm.load("ten.safetensors"), erpm.load("runs/a")
-    assert "has no classifier" not in out and equal(erpm.load("runs/a/teacher.safetensors"), ten)
+    words = [*SHORT, "model.student_weights=ten.safetensors"]
+    out = runs("distill", *words, "model.teacher_weights=ten.safetensors", "robustify.method=none")
+    ten, s = erpm.load("ten.safetensors"), erpm.load("runs/shapes")
+    teacher = erpm.load("runs/shapes/teacher.safetensors")
+    assert "has no classifier" not in out and equal(teacher, ten)
     assert torch.equal(s.original(s.features(images(3))), ten(images(3)))
-    out = runs("distill", "run=b", *words, "model.student_weights=seven.safetensors",
-               "model.teacher_weights=ten.safetensors", "robustify.lr=1e-9")
-    assert "has no classifier for these 10 classes" in out
-    teacher = erpm.load("runs/b/teacher.safetensors").state_dict()
-    assert all(torch.allclose(v, teacher[k], atol=1e-5) for k, v in ten.state_dict().items()
-               if "running" not in k and "num_b" not in k)
-    for name in ("seven.safetensors", ""):
-        assert "has no trained classifier for these 10 classes" in fails(
-            capsys, "robustify", "run=c", *TINY, "robustify.method=none",
-            f"model.teacher_weights={name}")
-
-
-def test_as_many_other_classes_are_not_taken_for_those_of_the_set(here):
-    saved(here / "w.safetensors", erpm.build("cifar:resnet8-s2", 10), "cifar10",
-          classes=tuple("0123456789"))
-    out = runs("pretrain", *TINY, "pretrain.epochs=0.1", "model.student_weights=w.safetensors")
-    assert "has no classifier for these 10 classes" in out
+    runs("robustify", "run=b", *words, "model.teacher_weights=ten.safetensors", "robustify.lr=1e-9")
+    made = erpm.load("runs/b/teacher.safetensors").state_dict()
+    assert all(torch.allclose(v, made[k], atol=1e-5) for k, v in ten.named_parameters())
+    assert "has no trained classifier for these 10 classes" in fails(
+        capsys, "robustify", "run=c", *words, "robustify.method=none",
+        "model.teacher_weights=seven.safetensors")
 
 
 def test_weights_are_hashed_again_when_a_tensor_was_written_to():
     net = erpm.build("cifar:resnet8-s2", 4)
     first = erpm.weights_sha(net)
-    assert erpm.weights_sha(net) == first
     torch.optim.SGD(net.parameters(), 0.1).step(lambda: net(images(2)).sum().backward())
     second = erpm.weights_sha(net)
     net.load_state_dict(erpm.build("cifar:resnet8-s2", 4).state_dict())
@@ -2734,22 +2694,20 @@ def test_a_foreign_file_answers_with_its_own_head_where_its_user_says_so(here):
         assert [r["label"] for r in result_rows(f"{head}/models")] == [label]
 
 
-def test_a_teacher_that_is_worse_than_the_student_is_told(here, monkeypatch):
-    monkeypatch.setattr(erpm, "CHECKS", [("contrast", 1)])
+def test_a_teacher_that_is_worse_than_the_student_is_told(run_of_demo, monkeypatch):
+    (run_of_demo[0] / "model.safetensors").unlink()
     truth = iter([0.8, 0.3])
     monkeypatch.setattr(erpm, "validate", lambda *a: next(truth, 0.5))
-    out = runs("distill", "run=a", *TINY, "pretrain.epochs=0.1", "robustify.epochs=0.1",
-               "distill.epochs=0.1")
+    monkeypatch.setattr(erpm, "fit", lambda *a, **kw: {"images": 1, "seconds": 1, "gflops": 1})
     assert "warning: the teacher is worse than the student under corruption, 30.0 against 80.0" \
-        in out
+        in runs("distill", "--recipe", "demo", *DEMO)
 
 
 @pytest.mark.parametrize("method", ["apt", "lp", "ft"])
 def test_baselines_train_their_part_alone(run_of_demo, method):
     run = run_of_demo[0]
-    for f in ("model.safetensors", "results.jsonl"):
-        (run / f).unlink()
-    runs("distill", "--recipe", "demo", *TINY, f"distill.method={method}", "distill.epochs=0.2")
+    (run / "model.safetensors").unlink()
+    runs("distill", "--recipe", "demo", *DEMO, f"distill.method={method}", "distill.epochs=0.2")
     net, before = erpm.load(run), erpm.load(run / "student.safetensors")
     moved_ = [not equal(a, b) for a, b in zip(net.net, before.net)]
     first = {"apt": 2, "lp": 6, "ft": 0}[method]
@@ -2757,34 +2715,34 @@ def test_baselines_train_their_part_alone(run_of_demo, method):
     assert net.card.label == method.upper() and net.card.train["images"] > 0
 
 
-def test_lp_ft_wise_and_team_start_from_what_they_name(run_of_demo):
+def tuned(run, *words):
+    (run / "model.safetensors").unlink(missing_ok=True)
+    runs("distill", "--recipe", "demo", *DEMO, "distill.epochs=0.2", *words)
+    return erpm.load(run)
+
+
+def test_lp_ft_starts_from_lp_and_wise_ends_at_the_original_and_at_ft(run_of_demo):
     run = run_of_demo[0]
-    words = ["--recipe", "demo", *TINY, "distill.epochs=0.2"]
-    for f in ("lp", "model", "team"):
-        (run / f"{f}.safetensors").unlink()
-    runs("distill", *words, "distill.method=lp-ft")
-    lp, lp_ft = erpm.load(run / "lp.safetensors"), erpm.load(run)
+    (run / "lp.safetensors").unlink()
+    lp_ft = tuned(run, "distill.method=lp-ft")
+    lp = erpm.load(run / "lp.safetensors")
     assert lp_ft.card.label == "LP-FT" and not equal(lp.net[0], lp_ft.net[0])
-    for alpha, same in ((0, "student"), (1, "ft")):                    # the end points, exactly
-        (run / "model.safetensors").unlink()
-        runs("distill", *words, "distill.method=wise", f"distill.wise={alpha}")
-        end = erpm.load(run / f"{same}.safetensors")
-        assert equal(erpm.load(run), end)
-    (run / "model.safetensors").unlink()
-    runs("distill", *words, "distill.method=team")
-    both, parts = erpm.load(run), {f: erpm.load(run / f"{f}.safetensors")
-                                   for f in ("student", "teacher")}
-    assert equal(both.teacher, parts["teacher"]) and isinstance(both, erpm.Team)
-    x = images(4)
-    clean, robust = both.net(x)
-    assert torch.equal(clean, parts["student"](x)) and not torch.equal(clean, robust)
-    said = erpm.team(clean.softmax(1), [robust.softmax(1), parts["teacher"](x).softmax(1)])
-    assert torch.equal(both(x), said.clamp_min(erpm.TINY).log())
-
-
-def test_interpolation_of_other_tensors_is_refused():
+    for alpha, same in ((0, "student"), (1, "ft")):                    # exactly
+        wise = tuned(run, "distill.method=wise", f"distill.wise={alpha}")
+        assert equal(wise, erpm.load(run / f"{same}.safetensors"))
     with refuses("cannot interpolate"):
         erpm.interpolate(tiny_net(5), tiny_net(6), 0.5)
+
+
+def test_a_team_is_the_original_a_tail_of_its_own_and_the_teacher(run_of_demo):
+    run, x = run_of_demo[0], images(4)
+    both = tuned(run, "distill.method=team")
+    original, teacher = (erpm.load(run / f"{f}.safetensors") for f in ("student", "teacher"))
+    clean, robust = both.net(x)
+    assert isinstance(both, erpm.Team) and equal(both.teacher, teacher)
+    assert torch.equal(clean, original(x)) and not torch.equal(clean, robust)
+    said = erpm.team(clean.softmax(1), [robust.softmax(1), teacher(x).softmax(1)])
+    assert torch.equal(both(x), said.clamp_min(erpm.TINY).log())
 
 
 def test_the_clean_member_of_a_team_is_heard_unless_the_others_contradict_it():
@@ -2802,11 +2760,10 @@ def test_the_clean_member_of_a_team_is_heard_unless_the_others_contradict_it():
 @pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "open_clip:erpm-vit"])
 @pytest.mark.parametrize("deep", [True, False])
 def test_prompts_are_seen_and_none_of_them_are_the_network(name, deep, monkeypatch):
-    if "erpm" in name:
-        monkeypatch.setattr(erpm, "TINY_CLIP", erpm.TINY_CLIP | {"vision_cfg": {
-            "image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}})
-        import open_clip
-        open_clip.factory._MODEL_CONFIGS["erpm-vit"] = erpm.TINY_CLIP
+    import open_clip
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "erpm-vit", erpm.TINY_CLIP | {
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8,
+                       "head_width": 32}})
     net, x = erpm.build(name, 5, "random", size_px=32), images(2).float() / 255
     none, some = (erpm.prompted(erpm.build(name, 5, "random", size_px=32), n, deep)
                   for n in (0, 3))
@@ -2817,107 +2774,98 @@ def test_prompts_are_seen_and_none_of_them_are_the_network(name, deep, monkeypat
     with torch.no_grad():
         assert torch.equal(none(x), net(x)) and not torch.allclose(some(x), net(x), atol=1e-5)
         assert torch.equal(erpm.stages(some)(x), some(x))
-    assert sum(m.prompt.shape[0] > 0 for m in some.modules() if isinstance(m, erpm.Prompted)) == (
-        len([m for m in some.modules() if isinstance(m, erpm.Prompted)]) if deep else 1)
+    blocks = [m for m in some.modules() if isinstance(m, erpm.Prompted)]
+    assert sum(len(m.prompt) > 0 for m in blocks) == (len(blocks) if deep else 1)
 
 
 def test_vpt_trains_prompts_and_classifier_alone_and_only_of_a_vit(here, capsys):
-    vit = ["model.student=timm:vit_tiny_patch16_224", "data.size_px=32", "data.n_train=60",
-           "distill.method=vpt", "distill.prompts=2"]
-    runs("distill", "run=v", *TINY, *vit)
+    vit = ["model.student=timm:vit_tiny_patch16_224", "data.size_px=32", "distill.prompts=2"]
+    runs("distill", "run=v", *SHORT, *vit, "distill.method=vpt", "pretrain.epochs=0.5")
     made, before = erpm.load("runs/v"), erpm.load("runs/v/student.safetensors")
     theirs = {k.replace(".block.", "."): v for k, v in made.state_dict().items()}
     assert {k for k, v in before.state_dict().items() if not torch.equal(v, theirs[k])} == {
         "net.head.weight", "net.head.bias"}
     assert made.card.label == "VPT" and sum(k.endswith("prompt") for k in theirs) == 12
-    assert "has no tokens" in fails(capsys, "distill", "run=w", *TINY, "distill.method=vpt")
+    assert "has no tokens" in fails(capsys, "distill", "run=w", *SHORT, "distill.method=vpt")
 
 
 def test_gflops_are_those_of_the_shapes():
-    net = erpm.build("cifar:resnet8-s2", 10)
-    convs = []
+    net, convs = erpm.build("cifar:resnet8-s2", 10), []
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             m.register_forward_hook(lambda m, _, y: convs.append(
                 2 * m.weight.numel() * (y[0, 0].numel() if y.ndim > 2 else 1)))
     net(images(1))
-    want = sum(convs) / 1e9
-    assert erpm.gflops(net, 32) == pytest.approx(want, abs=1e-6)
-    s, x = erpm.Student(net, 2, 1, 0.1), erpm.gflops(net, 32)
+    want, x = sum(convs) / 1e9, erpm.gflops(net, 32)
+    assert x == pytest.approx(want, abs=1e-6)
     tails = [erpm.gflops(erpm.Student(net, 2, n, 0.1), 32) for n in (0, 1, 2)]
-    assert x < tails[0] < tails[1] < tails[2] < erpm.gflops(s, 32, 10) + tails[2]
+    passes = erpm.gflops(erpm.Student(net, 2, 1, 0.1), 32, 10)
+    assert x < tails[0] < tails[1] < tails[2] < passes + tails[2]
     both = erpm.gflops(erpm.Team(net, erpm.build("cifar:resnet8-s2", 10)), 32)
     assert both == pytest.approx(2 * x, rel=1e-5)
 
 
-def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here):
+def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here, monkeypatch):
     rows = "# Methods; as known\nLP: distill.method=lp\nERPM:\n# Teachers\nERPM:\n" \
            "Other: robustify.augment=augmix"
-    words = ["compare", "run=c", *TINY, "distill.epochs=0.2", "eval.sets=shapes",
-             f"compare.rows={rows}", "compare.seeds=2"]
+    monkeypatch.setattr(erpm, "CHECKS", [None, ("contrast", 1)])
+    words = ["compare", "run=c", *SHORT, "pretrain.epochs=0.5", "robustify.epochs=0.5",
+             "eval.sets=shapes", f"compare.rows={rows}", "compare.seeds=2"]
     out = runs(*words)
     files = {"student", "teacher", "teacher-augment-augmix", "lp", "model", "other"}
     for run in ("c", "c-s1"):
         assert {p.stem for p in Path("runs", run).glob("*.safetensors")} == files
         assert erpm.resolve(run=Path("runs", run)).distill.method == "erpm"
-    found = {(r["label"], r["seed"]) for c in ("c", "c-s1") for r in result_rows(here / "runs" / c)}
-    for label in ("LP", "Other", "teacher-augment-augmix", "ERPM + teacher"):
-        assert {(label, 0), (label, 1)} <= found
+        labels = {r["label"] for r in result_rows(here / "runs" / run)}
+        assert {"LP", "Other", "teacher-augment-augmix", "ERPM + teacher"} <= labels
     table = out.split("## Teachers")[1].split("##")[0]
     assert "as known" in out and "| Other" in table and "| LP" not in table and " ± " in table
     assert runs(*words).count("is there, kept") >= 12
 
 
-def test_compare_tells_a_row_that_is_wrong_before_anything_runs(here, capsys):
-    line = fails(capsys, "compare", *TINY, "compare.rows=A: distill.methd=lp")
-    assert "compare.rows: A" in line and "distill.method" in line and not list(here.iterdir())
-
-
-def test_torchrun_distill_trains_one_model_on_two_processes(here):
-    done = command("distill", *TINY, "distill.epochs=1", cwd=here, launcher=TORCHRUN)
+def test_torchrun_trains_one_model_on_two_processes(here):
+    done = command("pretrain", *SHORT, cwd=here, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
-    assert "has no classifier for these 10 classes" in done.stdout
-    assert done.stdout.count("model.safetensors: 600 images") == 1
+    assert done.stdout.count("student.safetensors: 200 images") == 1
     lines = [json.loads(t) for t in (here / "runs/shapes/log.jsonl").read_text().splitlines()]
-    steps = [r["step"] for r in lines if r["stage"] == "distill"]
-    assert steps == sorted(set(steps)) and steps[-1] == 12       # written by one process alone
+    assert [r["step"] for r in lines] == [2, 3, 4]                # written by one process alone
 
 
-def wait_for(ready, since=None):
-    since = time.time()
-    while not ready() and time.time() - since < 120:
-        time.sleep(0.005)
-
-
-def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, here):
-    run = here / "runs/demo"
-    run.mkdir(parents=True)
+def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, here, monkeypatch):
+    words, keep = ["distill", "--recipe", "demo", *DEMO], erpm.keep
     for f in ("student", "teacher"):
-        shutil.copy(demo[0] / f"runs/demo/{f}.safetensors", run)
-    words = ["distill", "--recipe", "demo", *TINY]
-    p = subprocess.Popen([sys.executable, str(HERE / "erpm.py"), *words], cwd=here, env=ENV,
-                         stdout=subprocess.DEVNULL)
-    wait_for((run / "model.ckpt").is_file)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
-    assert not (run / "model.safetensors").exists()
-    done = command(*words, cwd=here)
-    assert "goes on at step" in done.stdout, done.stderr
-    assert equal(erpm.load(run), erpm.load(demo[0] / "runs/demo"))
+        (here / "runs/demo").mkdir(parents=True, exist_ok=True)
+        shutil.copy(demo[0] / f"runs/demo/{f}.safetensors", here / "runs/demo")
+
+    def killed(*a):
+        keep(*a)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with monkeypatch.context() as patch:
+        patch.setattr(erpm, "keep", killed)
+        job = forked(erpm.main, words)
+        job.join(100)
+    assert job.exitcode == -signal.SIGKILL and not Path("runs/demo/model.safetensors").exists()
+    assert "goes on at step 3" in runs(*words)
+    assert equal(erpm.load("runs/demo"), erpm.load(demo[0] / "runs/demo"))
 
 
-def test_a_signal_to_the_whole_group_stops_cleanly_with_loader_workers(here):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_stops_cleanly_with_its_own_exit_code(here, number, code):
     make_tree(here / "set", n=40)
-    words = ["pretrain", *TINY, "data.name=folder:set", "data.size_px=32", "run=x",
-             "data.n_train=0", "data.n_test=0", "data.workers=2", "pretrain.epochs=400"]
-    p = subprocess.Popen([sys.executable, str(HERE / "erpm.py"), *words], cwd=here, env=ENV,
-                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-    log = here / "runs/x/log.jsonl"
-    wait_for(lambda: log.is_file() and log.read_text())
-    os.killpg(p.pid, signal.SIGINT)
-    err = p.communicate(timeout=60)[1].decode()
-    assert p.returncode == 130 and "goes on from here" in err and "Traceback" not in err
-    assert (here / "runs/x/student.ckpt").is_file()
+
+    def work():
+        os.setsid()
+        sys.stderr = open("err", "w", buffering=1)
+        return erpm.main(["pretrain", *TINY, "data.name=folder:set", "data.size_px=32", "run=x",
+                          "data.n_train=0", "data.workers=2", "pretrain.epochs=400"])
+    job, log = forked(work), here / "runs/x/log.jsonl"
+    while job.is_alive() and not (log.is_file() and log.read_text()):
+        time.sleep(0.01)
+    os.killpg(job.pid, number)
+    job.join(60)
+    err = Path("err").read_text()
+    assert job.exitcode == code and "goes on from here" in err and "Traceback" not in err
+    assert Path("runs/x/student.ckpt").is_file()
 
 
 def test_a_process_with_a_held_loader_ends(tmp_path):
@@ -2936,41 +2884,32 @@ def test_a_process_with_a_held_loader_ends(tmp_path):
     (["eval", "--set", "shapes", "--model", "timm:resnet18.foo"], "unknown network of timm"),
     (["eval", "--set", "shapes", "--model", "run:none"], "no trained model none"),
     (["eval", "--set", "shapes", "--model", "cifar:resnet8=none.pth"], "no weights file none.pth"),
-    (["eval", "--run", "a,b"], "eval takes one run"),
+    (["eval", "--run", "runs/r,b"], "no run runs/r,b: it has no config.yaml"),
     (["eval", "--set", "shapes", "eval.rule=products"], "unknown rule 'products'; did you mean"),
-    (["eval", "--run", "runs/x", "--set", "shapes"], "no run runs/x: it has no config.yaml"),
     (["eval", "--set", "shapes"], "no trained network in runs/shapes"),
     (["eval", "--set", "imagenet-r", "--model", "run:r"], "looked for data/imagenet-r; expec"),
-    (["eval", "--set", "shapes", "eval.frost_dir=ice"], "eval.frost_dir: ice lacks some of frost1"),
-    (["distill", "model.student=timm:resnet50.foo"], "unknown network of timm 'resnet50.foo'"),
     (["distill", "model.student=resnet50"], "expected FAMILY:NAME"),
+    (["distill", "model.teacher=timm:resnet50.foo"], "unknown network of timm 'resnet50.foo'"),
     (["distill", "distill.tune=99"], "tune = 99"), (["distill", "eval.sets=shape"], "'shapes'?"),
     (["distill", "distill.dropout=0"], "sigma would be 0 and eval.rule=product needs it"),
-    (["distill", "distill.optimizer=adam"], "did you mean 'adamw'?"),
-    (["distill", "--recipe", "x", "--config", "none.yaml"], "no file none.yaml"),
+    (["distill", "--recipe", "x", "--config", "none.yaml"], "none.yaml"),
     (["distill", "--recipe", "imagnet-rn101"], "did you mean 'imagenet-rn101'?"),
-    (["distill", "model.student_weights=none.safetensors"], "no weights file none.safetensors"),
+    (["distill", "model.student_weights=none.safetensors"], "no file none.safetensors"),
     (["distill", "data.name=folder:nowhere"], "no folder nowhere"),
     (["distill", "data.name=imagenet-r"], "has no training split"),
     (["distill", "robustify.augment=augmax"], "augmax"),
     (["pretrain", "pretrain.batch=700"], "600 training images are fewer than a batch of 700"),
     (["distill", "model.head=text"], "has no text tower"),
-    (["distill", "model.head=prompt"], "known: linear, text"),
     (["distill", "model.head=text", "model.templates=no.txt"], "model.templates: cannot read no.t"),
-    (["distill", "data.names=no.txt"], "data.names: cannot read no.txt"),
+    (["compare", "compare.rows=A: distill.methd=lp"], "compare.rows: A: 'distill.methd'; did you"),
+    (["compare", "compare.rows=A: distill.method=lp model.head=text"], "no linear layer to train"),
     (["report"], "no results in runs/shapes"), (["bench", "speed"], "unknown bench 'speed'"),
-    (["report", "--run", "runs/r,runs/none"], "runs/none"),
-    (["distill", "--run", "runs/r"], "--run"), (["pretrain", "recipe=demo"], "--recipe"),
     (["corrupt", "in"], "takes two folders"), (["corrupt", "none", "out"], "no image below none"),
     (["corrupt", "in", "in/out"], "lies in"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, says, here, capsys):
     make_tree(here / "in", n=1, splits=("",))
-    saved(here / "runs/r/model.safetensors", erpm.build("cifar:resnet8-s2", 10), label="r")
-    (here / "r").symlink_to(here / "runs/r")
-    if says == "runs/none":
-        (here / "runs/r/config.yaml").write_text("data: {n_test: 20}")
-        runs("eval", "--run", "runs/r", "--set", "shapes")
+    saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 10), label="r")
     line = fails(capsys, *words, *[t for t in TINY if words[0] in ("distill", "pretrain")
                                    and t.split("=")[0] not in str(words)])
     assert says in line and not (here / "data").exists()
@@ -2985,12 +2924,9 @@ def test_a_broken_picture_in_a_loader_process_is_one_line(here, capsys):
     assert "cannot read the image two/val/cat/3.png" in line
 
 
-def test_corrupt_writes_the_benchmark_tree_and_goes_on(here, monkeypatch):
+def test_corrupt_writes_the_benchmark_tree_and_goes_on(here):
     make_tree(here / "in", n=2, splits=("",))
-    words, used = ["corrupt", "in", "out", "data.size_px=32", "data.workers=2"], []
-    whole = torch.utils.data.DataLoader.__init__
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", lambda self, *a, **kw: (
-        used.append(kw["num_workers"]), whole(self, *a, **kw))[1])
+    words = ["corrupt", "in", "out", "data.size_px=32", "data.workers=2"]
     runs(*words)
     files = sorted(str(p.relative_to("out")) for p in Path("out").rglob("*.png"))
     assert len(files) == 75 * 4 and "snow/3/cat/1.png" in files
@@ -3002,15 +2938,13 @@ def test_corrupt_writes_the_benchmark_tree_and_goes_on(here, monkeypatch):
     gone.unlink()
     kept.write_bytes(b"kept")
     runs(*words)
-    assert gone.is_file() and len(list(Path("out").rglob("*.png"))) == 300
-    assert kept.read_bytes() == b"kept" and used == [2, 2]     # in parallel
+    assert gone.is_file() and kept.read_bytes() == b"kept"
 
 
 def test_bench_pairs_the_same_work():
     calls = []
     row = erpm.paired(lambda: calls.append("a"), lambda: calls.append("b"), 10, 10, 3)
     assert calls == ["a", "b"] * 4 and row["spread"][0] <= row["ratio"] <= row["spread"][1]
-    assert erpm.paired(lambda: time.sleep(0.01), None, 10, 10, 3)["ours"] <= 1000
     assert [r["part"] for r in erpm.bench_corruptions(size=32, n=2)][-2:] == [
         "the 15", "the 14 without glass_blur"]
     parts = [r["part"] for r in erpm.bench_augment(size=32, n=2)]
@@ -3021,41 +2955,34 @@ def test_bench_pairs_the_same_work():
 
 @pytest.fixture(scope="module")
 def left_behind(tmp_path_factory):
-    """A run's folder with a file of every kind, its rows, and what its checkpoints hold."""
+    """A run's folder with a file of every kind."""
     top = tmp_path_factory.mktemp("left")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(top)
         runs("distill", *CACHED, "eval.sets=shapes")
         runs("eval", "--run", "runs/c", "--set", "shapes")
-        net, parts = seeded_net(), {}
-        parts["model"] = net
         for step in (3, 6):
-            erpm.keep(top / "runs/c/t.ckpt", parts, step, 1.0, {})
+            erpm.keep(top / "runs/c/t.ckpt", {"model": seeded_net()}, step, 1.0, {})
     return top
 
 
 def outcome(run, file):
     """What reading the file gives, or the one-line error."""
+    net = seeded_net()
+    read = {"t.ckpt": lambda: erpm.resume(run / file, {"model": net}, {})[0],
+            "config.yaml": lambda: erpm.flat(erpm.resolve(run=run)),
+            "results.jsonl": lambda: erpm.read_rows(run),
+            "model.safetensors": lambda: erpm.weights_sha(erpm.load(run))}[file]
     try:
-        if file == "t.ckpt":
-            net = seeded_net()
-            step, _ = erpm.resume(run / file, {"model": net}, {})
-            return step, erpm.weights_sha(net)
-        if file == "config.yaml":
-            return erpm.flat(erpm.resolve(run=run))
-        if file == "results.jsonl":
-            return erpm.read_rows(run)
-        return erpm.weights_sha(erpm.load(run / file))
+        return read(), erpm.weights_sha(net)
     except erpm.UserError as e:
         assert "\n" not in str(e) and file.partition(".")[0] in str(e)
-        return "refused"
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "t.ckpt", "config.yaml", "results.jsonl"])
 def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(left_behind, file):
     run, whole = left_behind / "runs/c", (left_behind / "runs/c" / file).read_bytes()
     want, random = outcome(run, file), np.random.default_rng(0)
-    older = (3, want[1]) if file == "t.ckpt" else None
     for k in range(60 if SLOW else 16):
         part = bytearray(whole)
         if k % 2:
@@ -3064,24 +2991,22 @@ def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(left_behind, file):
             part = part[:random.integers(len(whole))]
         (run / file).write_bytes(part)
         got = outcome(run, file)
-        rows_left_out = file == "results.jsonl" and got != "refused" and all(r in want for r in got)
-        assert got in ("refused", older) or rows_left_out or got == want and k % 2, (k, got)
+        fewer_rows = file == "results.jsonl" and got and all(r in want[0] for r in got[0])
+        older = file == "t.ckpt" and got == (3, want[1])
+        assert got is None or older or fewer_rows or got == want and k % 2, (k, got)
     (run / file).write_bytes(whole)
-    assert outcome(run, file) == want
 
 
 def test_a_damaged_row_is_computed_again(left_behind):
     run = left_behind / "runs/c"
-    file = run / "results.jsonl"
-    before = file.read_text().splitlines()
-    figures = [{k: r.get(k) for k in ("of", "rules", "correct", "n")}
-               for r in map(json.loads, before)]
-    file.write_text("\n".join([before[0].replace('"n": 60', '"n": 61'), "{", *before[1:]]) + "\n")
+    whole, kept = (run / "results.jsonl").read_text(), ("of", "rules", "correct", "n")
+    before = [[r.get(k) for k in kept] for r in result_rows(run)]
+    (run / "results.jsonl").write_text("{\n" + whole.replace('"n": 60', '"n": 61', 1))
     out = runs("eval", "--run", run, "--set", "shapes")
-    assert "row 1 is damaged: eval makes it again" in out and "line 2: not JSON" in out
-    again = [{k: r.get(k) for k in figures[0]} for r in erpm.read_rows(run)]
-    assert sorted(map(str, again)) == sorted(map(str, figures))
-    file.write_text("\n".join(before) + "\n")
+    assert "row 1 is damaged: eval makes it again" in out and "line 1: not JSON" in out
+    again = [[r.get(k) for k in kept] for r in erpm.read_rows(run)]
+    assert sorted(map(str, again)) == sorted(map(str, before))
+    (run / "results.jsonl").write_text(whole)
 
 
 def test_a_damaged_cache_is_refused(left_behind, capsys, monkeypatch):
@@ -3090,11 +3015,8 @@ def test_a_damaged_cache_is_refused(left_behind, capsys, monkeypatch):
     part = bytearray(file.read_bytes())
     part[1000] ^= 4
     file.write_bytes(part)
-    shutil.move("runs/c/model.safetensors", "kept")
+    os.unlink("runs/c/model.safetensors")
     assert "is damaged: delete it" in fails(capsys, "distill", *CACHED)
-    part[1000] ^= 4
-    file.write_bytes(part)
-    shutil.move("kept", "runs/c/model.safetensors")
 
 
 def test_16_bit_pictures_are_scaled_and_others_without_a_range_refused(tmp_path):
@@ -3104,30 +3026,25 @@ def test_16_bit_pictures_are_scaled_and_others_without_a_range_refused(tmp_path)
     for name in ("a.png", "b.tiff"):
         got = np.asarray(erpm.read_picture(tmp_path / name))
         assert np.abs(got[..., 0] - grey / 257.0).max() <= 0.51 and got.shape == (8, 8, 3)
-    for name, array in (("c.tiff", grey.astype(np.float32)), ("d.tiff", -grey.astype(np.int32))):
-        Image.fromarray(array).save(tmp_path / name)
-        with refuses("has no known range"):
-            erpm.read_picture(tmp_path / name)
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "c.tiff")
+    with refuses("has no known range"):
+        erpm.read_picture(tmp_path / "c.tiff")
 
 
-def test_a_tree_is_walked_to_its_end_and_only_regular_files_count(tmp_path):
+def test_linked_folders_are_entered_and_a_loop_of_links_is_an_error(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a/x.png")
-    os.mkfifo(tmp_path / "a/y.png")
-    (tmp_path / "a/loop").symlink_to(tmp_path / "a")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     paths, y = erpm.read_tree(tmp_path, {"a": 0, "b": 1})
     assert [os.path.relpath(p, tmp_path) for p in paths] == ["a/x.png", "b/x.png"] and y == [0, 1]
+    (tmp_path / "a/loop").symlink_to(tmp_path / "a")
+    with pytest.raises(OSError, match="symbolic links"):
+        erpm.read_tree(tmp_path, {"a": 0})
 
 
 def test_one_command_at_a_time_works_in_a_run(here, capsys):
-    import fcntl
-    Path("runs/x").mkdir(parents=True)
-    with open("runs/x/.lock", "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write("process 7")
-        file.flush()
-        assert "process 7 is at work there" in fails(capsys, "pretrain", *TINY, "run=x")
+    with erpm.alone(erpm.Config(run="x")):
+        assert "another command is at work there" in fails(capsys, "pretrain", *TINY, "run=x")
 
 
 def test_processes_with_other_settings_say_so_at_once(here):
@@ -3135,29 +3052,9 @@ def test_processes_with_other_settings_say_so_at_once(here):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                        "MASTER_ADDR": "localhost", "MASTER_PORT": "29871"}
         with contextlib.redirect_stderr(open(f"err{rank}", "w")):
-            code = erpm.main(["pretrain", *TINY, f"pretrain.lr=1e-{3 + rank}"])
-        os._exit(0 if code == 2 else 1)
+            return erpm.main(["pretrain", *TINY, f"pretrain.lr=1e-{3 + rank}"]) - 2
     fork_all(2, work)
     assert "were started with different settings" in Path("err0").read_text()
-
-
-@pytest.mark.parametrize("number, code", [
-    (signal.SIGTERM, 143), *[(signal.SIGHUP, 129), (signal.SIGINT, 130)] * SLOW])
-def test_a_stop_has_the_exit_code_of_its_signal(here, number, code):
-    words = [*TINY, "run=s", "pretrain.epochs=400"]
-    job = subprocess.Popen([sys.executable, str(HERE / "erpm.py"), "pretrain", *words], env=ENV,
-                           stdout=subprocess.PIPE, text=True)
-    assert any("steps of" in line for line in job.stdout)
-    time.sleep(0.5)
-    job.send_signal(number)
-    assert job.wait(60) == code and Path("runs/s/student.ckpt").is_file()
-
-
-def test_too_little_memory_is_one_line(here, capsys, monkeypatch):
-    def full(*a):
-        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 TB")
-    monkeypatch.setattr(erpm, "training_images", full)
-    assert "out of memory: lower the stage's batch" in fails(capsys, "pretrain", *TINY)
 
 
 # ==== the cache of frozen views ====
@@ -3409,7 +3306,7 @@ def test_dad_from_the_command_line_stores_resumes_and_refuses_other_samples(here
     assert "holds samples of other settings (radius" in fails(
         capsys, "robustify", "run=a", *DAD, "robustify.radius=0.2")
     for word, says in (("vqgan.name=f9", "unknown vqgan.name 'f9'"),
-                       ("vqgan.name=none.yaml", "no file none.yaml"),
+                       ("vqgan.name=none.yaml", "none.yaml"),
                        ("vqgan.weights=none.pt", "no file none.pt")):
         assert says in fails(capsys, "robustify", "run=c", *DAD, word)
         assert not Path("runs/c").is_dir() or not os.listdir("runs/c")
