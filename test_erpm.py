@@ -53,10 +53,10 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def command(*words, cwd, launcher=(), **kw):
-    """Runs erpm.py as a user does; launcher: words between the interpreter and the file."""
-    return subprocess.run([sys.executable, *launcher, str(HERE / "erpm.py"), *map(str, words)],
-                          cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300, **kw)
+def python(*words, cwd):
+    """What a new Python did with the words."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=ENV, text=True,
+                          capture_output=True, timeout=300)
 
 
 def runs(*words):
@@ -208,15 +208,12 @@ def test_import_has_no_side_effect_and_loads_no_slow_package(tmp_path):
             "assert torch.equal(before[0], torch.random.get_rng_state())\n"
             "assert before[1:] == (dict(os.environ), os.listdir())\n"
             "assert not {'timm', 'open_clip', 'matplotlib'} & set(sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True)
+    done = python("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_every_recipe_of_config_yaml_loads():
-    recipes = erpm.read_yaml(HERE / "config.yaml")
-    assert {"demo", "imagenet-rn101", "imagenet-clip-l14"} <= set(recipes)
-    for name in recipes:
+    for name in erpm.read_yaml(HERE / "config.yaml"):
         assert erpm.resolve([], name).run == name
 
 
@@ -292,14 +289,12 @@ def test_every_number_has_a_range_and_nothing_outside_it_passes(key):
 @pytest.mark.parametrize("words, says", [
     (["distill.lrr=1"], "'distill.lrr'; did you mean 'distill.lr'?"),
     (["distill.lr=fast"], "command line: distill.lr: expected float of 1e-09 to 100, got 'fast'"),
-    (["distill=3"], "unknown setting in command line: 'distill'"),
-    (["seed=1.5"], "seed: expected int of 0 to"), (["nonsense"], "'nonsense'"),
+    (["distill=3"], "unknown setting in command line: 'distill'"), (["nonsense"], "'nonsense'"),
     (["data.crop=yes"], "data.crop: expected bool, got 'yes'"),
     (["distill.head=9"], "distill.head: expected 0 to distill.tune = 5, got 9"),
     (["distill.method=ermp"], "unknown distill.method 'ermp'; did you mean 'erpm'?"),
     (["data.size_px=16"], "expected 0 or 32 to 512, got 16"),
-    (["distill.accum=7"], "distill.batch: 64 images cannot be shared equally"),
-])
+    (["distill.accum=7"], "distill.batch: 64 images cannot be shared equally")])
 def test_a_bad_word_is_one_clear_line(words, says):
     with refuses(says):
         erpm.resolve(words, "demo")
@@ -307,16 +302,13 @@ def test_a_bad_word_is_one_clear_line(words, says):
 
 @pytest.mark.parametrize("text, says", [
     ("demo: {seed: 1}\ndemo: {seed: 2}", "'demo' stands twice"),
-    ("demo: {data: {crop: true, crop: false}}", "'crop' stands twice"),
     ("demo: {run: no}", "demo: run: expected str (quote it"),
     ("demo: {seeds: 1}", "'seeds'; did you mean 'seed'?"),
     ("demo: {distill: {lr: 1e-3, batch: 2.5}}", "distill.batch: expected int of 1 to"),
-    ("demo: {distill: {lr: .nan}}", "distill.lr: expected"), ("demo: {data: }", "'data'"),
     ("demo: [1, 2]", "demo: expected a mapping of settings, got [1, 2]"),
-    ("", "expected a mapping at the top"), ("demo: [", "not valid YAML"),
-    ("demo: " + "[" * 9000, "not valid YAML"), ("demo: {? [1] : 2}", "not valid YAML"),
-    ("demo: &a {data: *a}", "'data.data'"), ("other: {}", "unknown recipe"),
-])
+    ("demo: {data: }", "'data'"), ("", "expected a mapping at the top"),
+    ("demo: [", "not valid YAML"), ("demo: {? [1] : 2}", "not valid YAML"),
+    ("demo: &a {data: *a}", "'data.data'"), ("other: {}", "unknown recipe")])
 def test_yaml_traps_are_errors_of_one_line(tmp_path, text, says):
     (tmp_path / "c.yaml").write_text(text)
     with refuses(says):
@@ -342,20 +334,6 @@ def test_a_run_that_cannot_be_written_or_read_is_one_line_and_code_2(place, word
     (here / "runs").mkdir()
     (here / "runs/x").write_text("a file")
     assert len(fails(capsys, *words, place)) < 1000
-
-
-@pytest.mark.parametrize("file, content", [
-    ("config.yaml", b"\xff\xfe"), ("config.yaml", b"- 1"), ("results.jsonl", b"\xff\xfe\n{}\n"),
-    ("results.jsonl", b"{}\n"), ("results.jsonl", None), ("model.safetensors", b"junk")])
-def test_a_damaged_file_of_a_run_is_one_line_and_code_2(file, content, here, capsys):
-    run = here / "runs/x"
-    saved(run / "model.safetensors", erpm.build("cifar:resnet8-s2", 10), label="net")
-    (run / "config.yaml").write_text("data: {n_test: 20}")
-    if content is None:
-        (run / file).mkdir()
-    else:
-        (run / file).write_bytes(content)
-    assert "x" in fails(capsys, "eval", "--run", "runs/x", "--set", "shapes")
 
 
 # ==== data ====
@@ -2587,11 +2565,11 @@ def test_the_picture_grid_is_as_wide_as_the_longest_class_name():
 
 # ==== commands ====
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LEFT = {"student.safetensors", "teacher.safetensors", "model.safetensors", "apt.safetensors",
         "lp.safetensors", "log.jsonl", "config.yaml", "results.jsonl", "report.md", "pictures.png"}
 DEMO = [*TINY, "data.n_train=300", "data.n_test=30", "eval.n_cell=10", "distill.epochs=1"]
-SHORT = [*TINY, "data.n_train=100", "data.n_test=20", "distill.epochs=0.5"]
+SHORT = [*TINY, "data.n_train=100", "data.n_test=20", "pretrain.epochs=0.5", "distill.epochs=0.5"]
+FOLDER = [*TINY, "data.name=folder:set", "data.size_px=32", "data.n_train=0"]
 
 
 @pytest.fixture(scope="module")
@@ -2605,19 +2583,18 @@ def demo(tmp_path_factory):
 @pytest.fixture
 def run_of_demo(demo, here):
     """The demo's run in a new working directory."""
-    return Path(shutil.copytree(demo[0] / "runs/demo", here / "runs/demo")), demo[1]
+    return Path(shutil.copytree(demo[0] / "runs/demo", here / "runs/demo"))
 
 
-def test_demo_leaves_everything_it_promises(run_of_demo):
-    run, out = run_of_demo
+def test_demo_leaves_everything_it_promises(demo, run_of_demo):
+    run, rows = run_of_demo, result_rows(run_of_demo)
     assert LEFT <= {p.name for p in run.iterdir()} and not list(run.glob("*.ckpt"))
-    rows = result_rows(run)
     made = ("original", "teacher", "APT", "LP", "ERPM", "Team")
     teams = {f"{label} + teacher" for label in made if label not in ("teacher", "Team")}
     assert len(rows) == 10 * 77 and {r["set"] for r in rows} == {"shapes", "shapes-c", "shapes-r"}
     assert {r["label"] for r in rows} == {*made, *teams}
     for label in made:                                           # validated after every stage
-        told = re.findall(rf"^{label}: ([\d.]+) % of 30 .*test images right, .* under", out, re.M)
+        told = re.findall(rf"^{label}: ([\d.]+) % of 30 test images right", demo[1], re.M)
         clean = next(r for r in rows if (r["label"], r["set"]) == (label, "shapes"))
         clean = clean["rules"][clean["rule"]] if "rules" in clean else clean
         assert set(told) == {f"{100 * clean['correct'] / 30:.1f}"}
@@ -2625,33 +2602,30 @@ def test_demo_leaves_everything_it_promises(run_of_demo):
 
 
 def test_a_second_demo_computes_nothing_again(run_of_demo, monkeypatch):
-    before = (run_of_demo[0] / "results.jsonl").read_bytes()
+    before = (run_of_demo / "results.jsonl").read_bytes()
     for name in ("fit", "evaluate_all", "figures", "pictures_of"):
         monkeypatch.setattr(erpm, name, lambda *a, **kw: {})
     monkeypatch.setattr(erpm, "validate", lambda *a, **kw: 0.5)
     assert runs("demo", *DEMO).count("is there, kept") >= 5
-    assert (run_of_demo[0] / "results.jsonl").read_bytes() == before
+    assert (run_of_demo / "results.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("stage, old", [("pretrain", 0.003), ("robustify", 0.003),
-                                        ("distill", 0.002)])
+@pytest.mark.parametrize("stage, old", [("pretrain", 0.003), ("distill", 0.002)])
 def test_changed_settings_do_not_overwrite_a_run(run_of_demo, stage, old, capsys):
-    before = {p.name: p.read_bytes() for p in run_of_demo[0].iterdir()}
+    before = {p.name: p.read_bytes() for p in run_of_demo.iterdir()}
     line = fails(capsys, stage, "--recipe", "demo", *DEMO, f"{stage}.lr=0.5")
     assert f"made with other settings ({stage}.lr: {old} -> 0.5)" in line
-    assert before == {p.name: p.read_bytes() for p in run_of_demo[0].iterdir()}
+    assert before == {p.name: p.read_bytes() for p in run_of_demo.iterdir()}
 
 
 @pytest.mark.parametrize("tune, same", [(0, 4), (2, 2), (-1, 0)])
 def test_pretrain_trains_the_last_stages_alone_and_with_tune_0_a_linear_probe(here, tune, same):
     net = saved(here / "w.safetensors", erpm.build("cifar:resnet8-s2", 10), "cifar10",
                 classes=tuple("0123456789"))         # as many classes, but not those of the set
-    out = runs("pretrain", "run=x", *SHORT, "pretrain.epochs=0.5", f"pretrain.tune={tune}",
-               "model.student_weights=w.safetensors")
-    made = erpm.load("runs/x/student.safetensors")
+    out = runs("pretrain", *SHORT, f"pretrain.tune={tune}", "model.student_weights=w.safetensors")
+    made = erpm.load("runs/shapes/student.safetensors")
     assert "has no classifier for these 10 classes" in out
-    assert [equal(a, b) for a, b in zip(net.net[:4], made.net)] == [True] * same + [
-        False] * (4 - same)
+    assert [equal(a, b) for a, b in zip(net.net[:4], made.net)] == [k < same for k in range(4)]
     if tune == 0:
         s = erpm.open_set("shapes", erpm.Data(n_train=100), "train")
         with torch.no_grad():
@@ -2662,18 +2636,14 @@ def test_pretrain_trains_the_last_stages_alone_and_with_tune_0_a_linear_probe(he
 def test_local_weights_start_both_networks_and_none_takes_the_teacher_as_it_is(here, capsys):
     for name, classes in (("ten", 10), ("seven", 7)):
         erpm.save(here / f"{name}.safetensors", erpm.build("cifar:resnet8-s2", classes))
-    words = [*SHORT, "model.student_weights=ten.safetensors"]
-    out = runs("distill", *words, "model.teacher_weights=ten.safetensors", "robustify.method=none")
+    words = [*SHORT, "model.student_weights=ten.safetensors", "robustify.method=none"]
+    out = runs("distill", *words, "model.teacher_weights=ten.safetensors")
     ten, s = erpm.load("ten.safetensors"), erpm.load("runs/shapes")
-    teacher = erpm.load("runs/shapes/teacher.safetensors")
-    assert "has no classifier" not in out and equal(teacher, ten)
+    assert "has no classifier" not in out
+    assert equal(erpm.load("runs/shapes/teacher.safetensors"), ten)
     assert torch.equal(s.original(s.features(images(3))), ten(images(3)))
-    runs("robustify", "run=b", *words, "model.teacher_weights=ten.safetensors", "robustify.lr=1e-9")
-    made = erpm.load("runs/b/teacher.safetensors").state_dict()
-    assert all(torch.allclose(v, made[k], atol=1e-5) for k, v in ten.named_parameters())
     assert "has no trained classifier for these 10 classes" in fails(
-        capsys, "robustify", "run=c", *words, "robustify.method=none",
-        "model.teacher_weights=seven.safetensors")
+        capsys, "robustify", "run=c", *words, "model.teacher_weights=seven.safetensors")
 
 
 def test_weights_are_hashed_again_when_a_tensor_was_written_to():
@@ -2694,50 +2664,33 @@ def test_a_foreign_file_answers_with_its_own_head_where_its_user_says_so(here):
         assert [r["label"] for r in result_rows(f"{head}/models")] == [label]
 
 
-def test_a_teacher_that_is_worse_than_the_student_is_told(run_of_demo, monkeypatch):
-    (run_of_demo[0] / "model.safetensors").unlink()
-    truth = iter([0.8, 0.3])
-    monkeypatch.setattr(erpm, "validate", lambda *a: next(truth, 0.5))
-    monkeypatch.setattr(erpm, "fit", lambda *a, **kw: {"images": 1, "seconds": 1, "gflops": 1})
-    assert "warning: the teacher is worse than the student under corruption, 30.0 against 80.0" \
-        in runs("distill", "--recipe", "demo", *DEMO)
-
-
-@pytest.mark.parametrize("method", ["apt", "lp", "ft"])
-def test_baselines_train_their_part_alone(run_of_demo, method):
-    run = run_of_demo[0]
-    (run / "model.safetensors").unlink()
-    runs("distill", "--recipe", "demo", *DEMO, f"distill.method={method}", "distill.epochs=0.2")
-    net, before = erpm.load(run), erpm.load(run / "student.safetensors")
-    moved_ = [not equal(a, b) for a, b in zip(net.net, before.net)]
-    first = {"apt": 2, "lp": 6, "ft": 0}[method]
-    assert moved_ == [k >= first and bool(list(m.parameters())) for k, m in enumerate(net.net)]
-    assert net.card.label == method.upper() and net.card.train["images"] > 0
-
-
 def tuned(run, *words):
-    (run / "model.safetensors").unlink(missing_ok=True)
+    (run / "model.safetensors").unlink()
     runs("distill", "--recipe", "demo", *DEMO, "distill.epochs=0.2", *words)
     return erpm.load(run)
 
 
-def test_lp_ft_starts_from_lp_and_wise_ends_at_the_original_and_at_ft(run_of_demo):
-    run = run_of_demo[0]
-    (run / "lp.safetensors").unlink()
-    lp_ft = tuned(run, "distill.method=lp-ft")
-    lp = erpm.load(run / "lp.safetensors")
-    assert lp_ft.card.label == "LP-FT" and not equal(lp.net[0], lp_ft.net[0])
-    for alpha, same in ((0, "student"), (1, "ft")):                    # exactly
-        wise = tuned(run, "distill.method=wise", f"distill.wise={alpha}")
-        assert equal(wise, erpm.load(run / f"{same}.safetensors"))
-    with refuses("cannot interpolate"):
-        erpm.interpolate(tiny_net(5), tiny_net(6), 0.5)
+@pytest.mark.parametrize("method, first", [("apt", 2), ("lp", 6), ("ft", 0), ("lp-ft", 0)])
+def test_baselines_train_their_part_alone(run_of_demo, method, first, monkeypatch):
+    monkeypatch.setattr(erpm, "validate", lambda *a: 0.5)
+    (run_of_demo / "lp.safetensors").unlink()
+    net = tuned(run_of_demo, f"distill.method={method}")
+    before = erpm.load(run_of_demo / "student.safetensors")
+    moved_ = [not equal(a, b) for a, b in zip(net.net, before.net)]
+    assert moved_ == [k >= first and bool(list(m.parameters())) for k, m in enumerate(net.net)]
+    assert net.card.label == method.upper() and net.card.train["images"] > 0
+
+
+def test_wise_ends_at_the_original_and_at_ft_exactly(run_of_demo):
+    for alpha, same in ((0, "student"), (1, "ft")):
+        wise = tuned(run_of_demo, "distill.method=wise", f"distill.wise={alpha}")
+        assert equal(wise, erpm.load(run_of_demo / f"{same}.safetensors"))
 
 
 def test_a_team_is_the_original_a_tail_of_its_own_and_the_teacher(run_of_demo):
-    run, x = run_of_demo[0], images(4)
-    both = tuned(run, "distill.method=team")
-    original, teacher = (erpm.load(run / f"{f}.safetensors") for f in ("student", "teacher"))
+    both, x = erpm.load(run_of_demo / "team.safetensors"), images(4)
+    original, teacher = (erpm.load(run_of_demo / name) for name in ("student.safetensors",
+                                                                  "teacher.safetensors"))
     clean, robust = both.net(x)
     assert isinstance(both, erpm.Team) and equal(both.teacher, teacher)
     assert torch.equal(clean, original(x)) and not torch.equal(clean, robust)
@@ -2757,35 +2710,28 @@ def test_the_clean_member_of_a_team_is_heard_unless_the_others_contradict_it():
     assert torch.allclose(erpm.team(c, [c]), c)                        # it agrees: nothing changes
 
 
-@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "open_clip:erpm-vit"])
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "open_clip:tiny"])
 @pytest.mark.parametrize("deep", [True, False])
-def test_prompts_are_seen_and_none_of_them_are_the_network(name, deep, monkeypatch):
-    import open_clip
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "erpm-vit", erpm.TINY_CLIP | {
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8,
-                       "head_width": 32}})
-    net, x = erpm.build(name, 5, "random", size_px=32), images(2).float() / 255
-    none, some = (erpm.prompted(erpm.build(name, 5, "random", size_px=32), n, deep)
-                  for n in (0, 3))
+def test_prompts_are_seen_and_none_of_them_are_the_network(name, deep):
+    x, nets = images(2).float() / 255, [erpm.build(name, 5, "random", size_px=32) for _ in "abc"]
+    net, none, some = nets[0], erpm.prompted(nets[1], 0, deep), erpm.prompted(nets[2], 3, deep)
+    state = {re.sub(r"(blocks\.\d+)", r"\1.block", k): v for k, v in net.state_dict().items()}
     for other in (none, some):
-        state = {re.sub(r"(blocks\.\d+)", r"\1.block", k): v for k, v in net.state_dict().items()}
         missing, unexpected = other.load_state_dict(state, strict=False)
         assert all(k.endswith("prompt") for k in missing) and not unexpected
-    with torch.no_grad():
-        assert torch.equal(none(x), net(x)) and not torch.allclose(some(x), net(x), atol=1e-5)
-        assert torch.equal(erpm.stages(some)(x), some(x))
+    assert torch.equal(none(x), net(x)) and not torch.allclose(some(x), net(x), atol=1e-5)
+    assert torch.equal(erpm.stages(some)(x), some(x))
     blocks = [m for m in some.modules() if isinstance(m, erpm.Prompted)]
     assert sum(len(m.prompt) > 0 for m in blocks) == (len(blocks) if deep else 1)
 
 
 def test_vpt_trains_prompts_and_classifier_alone_and_only_of_a_vit(here, capsys):
-    vit = ["model.student=timm:vit_tiny_patch16_224", "data.size_px=32", "distill.prompts=2"]
-    runs("distill", "run=v", *SHORT, *vit, "distill.method=vpt", "pretrain.epochs=0.5")
+    runs("distill", "run=v", *SHORT, "model.student=timm:test_vit", "data.size_px=32",
+         "distill.method=vpt")
     made, before = erpm.load("runs/v"), erpm.load("runs/v/student.safetensors")
     theirs = {k.replace(".block.", "."): v for k, v in made.state_dict().items()}
     assert {k for k, v in before.state_dict().items() if not torch.equal(v, theirs[k])} == {
         "net.head.weight", "net.head.bias"}
-    assert made.card.label == "VPT" and sum(k.endswith("prompt") for k in theirs) == 12
     assert "has no tokens" in fails(capsys, "distill", "run=w", *SHORT, "distill.method=vpt")
 
 
@@ -2798,9 +2744,8 @@ def test_gflops_are_those_of_the_shapes():
     net(images(1))
     want, x = sum(convs) / 1e9, erpm.gflops(net, 32)
     assert x == pytest.approx(want, abs=1e-6)
-    tails = [erpm.gflops(erpm.Student(net, 2, n, 0.1), 32) for n in (0, 1, 2)]
-    passes = erpm.gflops(erpm.Student(net, 2, 1, 0.1), 32, 10)
-    assert x < tails[0] < tails[1] < tails[2] < passes + tails[2]
+    once, often = (erpm.gflops(erpm.Student(net, 2, 1), 32, passes) for passes in (0, 9))
+    assert x < once < often
     both = erpm.gflops(erpm.Team(net, erpm.build("cifar:resnet8-s2", 10)), 32)
     assert both == pytest.approx(2 * x, rel=1e-5)
 
@@ -2809,8 +2754,8 @@ def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here, 
     rows = "# Methods; as known\nLP: distill.method=lp\nERPM:\n# Teachers\nERPM:\n" \
            "Other: robustify.augment=augmix"
     monkeypatch.setattr(erpm, "CHECKS", [None, ("contrast", 1)])
-    words = ["compare", "run=c", *SHORT, "pretrain.epochs=0.5", "robustify.epochs=0.5",
-             "eval.sets=shapes", f"compare.rows={rows}", "compare.seeds=2"]
+    words = ["compare", "run=c", *SHORT, "eval.sets=shapes", f"compare.rows={rows}",
+             "compare.seeds=2"]
     out = runs(*words)
     files = {"student", "teacher", "teacher-augment-augmix", "lp", "model", "other"}
     for run in ("c", "c-s1"):
@@ -2824,18 +2769,18 @@ def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here, 
 
 
 def test_torchrun_trains_one_model_on_two_processes(here):
-    done = command("pretrain", *SHORT, cwd=here, launcher=TORCHRUN)
+    make_tree(here / "set", n=50)
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                  HERE / "erpm.py", "pretrain", "run=x", *FOLDER, "pretrain.epochs=2", cwd=here)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("student.safetensors: 200 images") == 1
-    lines = [json.loads(t) for t in (here / "runs/shapes/log.jsonl").read_text().splitlines()]
+    lines = [json.loads(t) for t in (here / "runs/x/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines] == [2, 3, 4]                # written by one process alone
 
 
-def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, here, monkeypatch):
+def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, run_of_demo, monkeypatch):
     words, keep = ["distill", "--recipe", "demo", *DEMO], erpm.keep
-    for f in ("student", "teacher"):
-        (here / "runs/demo").mkdir(parents=True, exist_ok=True)
-        shutil.copy(demo[0] / f"runs/demo/{f}.safetensors", here / "runs/demo")
+    (run_of_demo / "model.safetensors").unlink()
 
     def killed(*a):
         keep(*a)
@@ -2844,9 +2789,9 @@ def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, here, monkeypatc
         patch.setattr(erpm, "keep", killed)
         job = forked(erpm.main, words)
         job.join(100)
-    assert job.exitcode == -signal.SIGKILL and not Path("runs/demo/model.safetensors").exists()
+    assert job.exitcode == -signal.SIGKILL and not (run_of_demo / "model.safetensors").exists()
     assert "goes on at step 3" in runs(*words)
-    assert equal(erpm.load("runs/demo"), erpm.load(demo[0] / "runs/demo"))
+    assert equal(erpm.load(run_of_demo), erpm.load(demo[0] / "runs/demo"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -2856,16 +2801,14 @@ def test_a_signal_to_the_whole_group_stops_cleanly_with_its_own_exit_code(here, 
     def work():
         os.setsid()
         sys.stderr = open("err", "w", buffering=1)
-        return erpm.main(["pretrain", *TINY, "data.name=folder:set", "data.size_px=32", "run=x",
-                          "data.n_train=0", "data.workers=2", "pretrain.epochs=400"])
+        return erpm.main(["pretrain", "run=x", *FOLDER, "data.workers=2", "pretrain.epochs=400"])
     job, log = forked(work), here / "runs/x/log.jsonl"
     while job.is_alive() and not (log.is_file() and log.read_text()):
         time.sleep(0.01)
     os.killpg(job.pid, number)
     job.join(60)
-    err = Path("err").read_text()
-    assert job.exitcode == code and "goes on from here" in err and "Traceback" not in err
-    assert Path("runs/x/student.ckpt").is_file()
+    assert job.exitcode == code and Path("runs/x/student.ckpt").is_file()
+    assert re.fullmatch(r"erpm.py: .*goes on from here\n", Path("err").read_text())
 
 
 def test_a_process_with_a_held_loader_ends(tmp_path):
@@ -2873,31 +2816,27 @@ def test_a_process_with_a_held_loader_ends(tmp_path):
     code = (f"import erpm; s = erpm.open_set('folder:{tmp_path}/set', erpm.Data(), 'train')\n"
             "it = iter(erpm.loader(s, 1, batch_sampler=erpm.Batches(len(s), 4, 0)))\n"
             "next(it); 1 / 0")
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                          timeout=60, env=ENV)
-    assert "ZeroDivisionError" in done.stderr
+    assert "ZeroDivisionError" in python("-c", code, cwd=HERE).stderr
 
 
 @pytest.mark.parametrize("words, says", [
     (["eval", "--set", "imagenet-rr"], "unknown set 'imagenet-rr'; did you mean 'imagenet-r'?"),
-    (["eval", "--set", "shapes", "--model", "timm:resnet500"], "has no weights: add a pretrained"),
-    (["eval", "--set", "shapes", "--model", "timm:resnet18.foo"], "unknown network of timm"),
-    (["eval", "--set", "shapes", "--model", "run:none"], "no trained model none"),
-    (["eval", "--set", "shapes", "--model", "cifar:resnet8=none.pth"], "no weights file none.pth"),
-    (["eval", "--run", "runs/r,b"], "no run runs/r,b: it has no config.yaml"),
-    (["eval", "--set", "shapes", "eval.rule=products"], "unknown rule 'products'; did you mean"),
-    (["eval", "--set", "shapes"], "no trained network in runs/shapes"),
+    (["eval", "--model", "timm:resnet500"], "has no weights: add a pretrained"),
+    (["eval", "--model", "timm:resnet18.foo"], "unknown network of timm"),
+    (["eval", "--model", "run:none"], "no trained model none"),
     (["eval", "--set", "imagenet-r", "--model", "run:r"], "looked for data/imagenet-r; expec"),
+    (["eval", "--set", "folder:in", "--model", "run:r", "data.workers=1"], "image in/dog/0.png"),
+    (["eval", "--run", "r,b"], "no run r,b: it has no config.yaml"),
+    (["eval", "eval.rule=products"], "unknown rule 'products'; did you mean"),
+    (["eval", "--set", "shapes"], "no trained network in runs/shapes"),
     (["distill", "model.student=resnet50"], "expected FAMILY:NAME"),
     (["distill", "model.teacher=timm:resnet50.foo"], "unknown network of timm 'resnet50.foo'"),
     (["distill", "distill.tune=99"], "tune = 99"), (["distill", "eval.sets=shape"], "'shapes'?"),
     (["distill", "distill.dropout=0"], "sigma would be 0 and eval.rule=product needs it"),
-    (["distill", "--recipe", "x", "--config", "none.yaml"], "none.yaml"),
     (["distill", "--recipe", "imagnet-rn101"], "did you mean 'imagenet-rn101'?"),
     (["distill", "model.student_weights=none.safetensors"], "no file none.safetensors"),
     (["distill", "data.name=folder:nowhere"], "no folder nowhere"),
     (["distill", "data.name=imagenet-r"], "has no training split"),
-    (["distill", "robustify.augment=augmax"], "augmax"),
     (["pretrain", "pretrain.batch=700"], "600 training images are fewer than a batch of 700"),
     (["distill", "model.head=text"], "has no text tower"),
     (["distill", "model.head=text", "model.templates=no.txt"], "model.templates: cannot read no.t"),
@@ -2905,36 +2844,25 @@ def test_a_process_with_a_held_loader_ends(tmp_path):
     (["compare", "compare.rows=A: distill.method=lp model.head=text"], "no linear layer to train"),
     (["report"], "no results in runs/shapes"), (["bench", "speed"], "unknown bench 'speed'"),
     (["corrupt", "in"], "takes two folders"), (["corrupt", "none", "out"], "no image below none"),
-    (["corrupt", "in", "in/out"], "lies in"),
-])
+    (["corrupt", "in", "in/out"], "lies in")])
 def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, says, here, capsys):
     make_tree(here / "in", n=1, splits=("",))
-    saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 10), label="r")
+    (here / "in/dog/0.png").write_bytes(b"no picture")
+    saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 2), "folder:in")
     line = fails(capsys, *words, *[t for t in TINY if words[0] in ("distill", "pretrain")
                                    and t.split("=")[0] not in str(words)])
     assert says in line and not (here / "data").exists()
-
-
-def test_a_broken_picture_in_a_loader_process_is_one_line(here, capsys):
-    make_tree(here / "two")
-    (here / "two/val/cat/3.png").write_bytes(b"no picture")
-    saved(here / "x/model.safetensors", erpm.build("cifar:resnet8", 2), "folder:two",
-          classes=("cat", "dog"))
-    line = fails(capsys, "eval", "--model", "run:x", "--set", "folder:two", "data.workers=1")
-    assert "cannot read the image two/val/cat/3.png" in line
 
 
 def test_corrupt_writes_the_benchmark_tree_and_goes_on(here):
     make_tree(here / "in", n=2, splits=("",))
     words = ["corrupt", "in", "out", "data.size_px=32", "data.workers=2"]
     runs(*words)
-    files = sorted(str(p.relative_to("out")) for p in Path("out").rglob("*.png"))
-    assert len(files) == 75 * 4 and "snow/3/cat/1.png" in files
-    s = erpm.open_set("folder:in", erpm.Data(size_px=32))
-    x, _, index = s.__getitems__([(0, 3)])
+    gone, kept = here / "out/fog/2/dog/1.png", here / "out/snow/3/cat/1.png"
+    assert len(list(here.glob("out/*/*/*/*.png"))) == 75 * 4 and kept.is_file()
+    x, _, index = erpm.open_set("folder:in", erpm.Data(size_px=32)).__getitems__([(0, 3)])
     want = erpm.corrupt(x, "fog", 2, index=index.tolist())[0].permute(1, 2, 0).numpy()
-    assert np.array_equal(np.asarray(Image.open("out/fog/2/dog/1.png")), want)
-    gone, kept = Path("out/fog/2/dog/1.png"), Path("out/fog/3/dog/1.png")
+    assert np.array_equal(np.asarray(Image.open(gone)), want)
     gone.unlink()
     kept.write_bytes(b"kept")
     runs(*words)
@@ -2945,10 +2873,8 @@ def test_bench_pairs_the_same_work():
     calls = []
     row = erpm.paired(lambda: calls.append("a"), lambda: calls.append("b"), 10, 10, 3)
     assert calls == ["a", "b"] * 4 and row["spread"][0] <= row["ratio"] <= row["spread"][1]
-    assert [r["part"] for r in erpm.bench_corruptions(size=32, n=2)][-2:] == [
-        "the 15", "the 14 without glass_blur"]
-    parts = [r["part"] for r in erpm.bench_augment(size=32, n=2)]
-    assert parts == ["augmix", "augmix + JSD sample", "augmix + JSD sample"]
+    assert len(erpm.bench_corruptions(size=32, n=2)) == 17
+    assert len(erpm.bench_augment(size=32, n=2)) == 3
 
 
 # ==== nothing lost, nothing silently wrong ====
@@ -2985,10 +2911,11 @@ def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(left_behind, file):
     want, random = outcome(run, file), np.random.default_rng(0)
     for k in range(60 if SLOW else 16):
         part = bytearray(whole)
+        at = random.integers(len(whole))
         if k % 2:
-            part[random.integers(len(whole))] ^= 1 << int(random.integers(8))
+            part[at] ^= 1 << int(random.integers(8))
         else:
-            part = part[:random.integers(len(whole))]
+            del part[at:]
         (run / file).write_bytes(part)
         got = outcome(run, file)
         fewer_rows = file == "results.jsonl" and got and all(r in want[0] for r in got[0])
