@@ -359,7 +359,7 @@ class Distill(Train):
                       "none", "erpm", "team", "apt", "lp", "ft", "lp-ft", "wise", "vpt")
     tune: int = opt(3, "last stages that are tuned", 0, 1000)
     head: int = opt(3, "of these, the last ones that each head has for itself", 0, 1000)
-    dropout: float = opt(0.1, "rate in the tuned part and before each classifier", 0, 0.99)
+    dropout: float = opt(0.1, "rate in the tuned part and before classifiers", 1e-3, 0.99)
     norms: str = opt("frozen", "tuned BatchNorm: own = of each head's images", "frozen", "own")
     dropout_in: str = opt("tail", "head = before the classifiers alone", "tail", "head")
     alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation", 0, 1)
@@ -4721,13 +4721,11 @@ def alone(cfg: Config):
     if set(others) != {mine}:
         raise UserError("the processes were started with different settings, or copies of erpm.py "
                         f"({', '.join(others)}): start them alike")
-    if world()[0]:
-        yield
-        return
     cfg.dir.mkdir(parents=True, exist_ok=True)
     with open(cfg.dir / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if world()[0] == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{cfg.dir}: another command is at work there: wait for it, or take "
                             "another run=NAME") from None
@@ -5513,7 +5511,8 @@ def configure(args: argparse.Namespace) -> Config:
 
 def preflight(cfg: Config, command: str) -> None:
     """Raises: UserError for what would stop a long job late."""
-    d, m, r, rule = cfg.distill, cfg.model, cfg.robustify, choose(RULES, cfg.eval.rule, "rule")
+    m, r, method = cfg.model, cfg.robustify, cfg.distill.method
+    choose(RULES, cfg.eval.rule, "rule")
     spec_names(r.augment)
     for name in set_names(cfg):
         set_row(name)
@@ -5529,11 +5528,8 @@ def preflight(cfg: Config, command: str) -> None:
                 named(name, None, "random", cfg.data.size_px)
         if r.method == "dad":
             vqgan(cfg.vqgan.name)
-    if command == "distill" and d.method == "erpm" and rule in NEEDS_SIGMA and not d.dropout:
-        raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={rule} needs it; set a "
-                        "rate above 0, or eval.rule=kl")
-    if command == "distill" and m.head == "text" and d.method in ("lp", "lp-ft"):
-        raise UserError(f"distill.method={d.method}: with model.head=text the classes are prompts, "
+    if command == "distill" and m.head == "text" and method in ("lp", "lp-ft"):
+        raise UserError(f"distill.method={method}: with model.head=text the classes are prompts, "
                         "there is no linear layer to train")
     for label, words in cfg.compare.plan[1].items() if command in ("demo", "compare") else ():
         preflight(changed(cfg, words, f"compare.rows: {label}"), "distill")
