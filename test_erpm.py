@@ -53,12 +53,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def python(*words, cwd):
-    """What a new Python did with the words."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=ENV, text=True,
-                          capture_output=True, timeout=300)
-
-
 def runs(*words):
     """What a command that must succeed prints, run in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -197,15 +191,20 @@ def test_functions_are_short_lines_narrow_and_public_names_documented():
     assert all(n.startswith("_") or ast.get_docstring(node) for n, node in TOP.items())
 
 
-def test_import_has_no_side_effect_and_loads_no_slow_package(tmp_path):
+def test_import_has_no_side_effect_and_a_held_loader_keeps_no_process_from_ending(tmp_path):
+    make_tree(tmp_path / "set")
     code = ("import torch, os, sys; "
             "before = torch.random.get_rng_state(), dict(os.environ), os.listdir()\n"
             f"sys.path.insert(0, {str(HERE)!r}); sys.argv = ['x', '--bad']; import erpm\n"
             "assert torch.equal(before[0], torch.random.get_rng_state())\n"
             "assert before[1:] == (dict(os.environ), os.listdir())\n"
-            "assert not {'timm', 'open_clip', 'matplotlib'} & set(sys.modules)")
-    done = python("-c", code, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            "assert not {'timm', 'open_clip', 'matplotlib'} & set(sys.modules)\n"
+            "s = erpm.open_set('folder:set', erpm.Data(), 'train')\n"
+            "it = iter(erpm.loader(s, 1, batch_sampler=erpm.Batches(len(s), 4, 0)))\n"
+            "next(it); 1 / 0")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, text=True,
+                          capture_output=True, timeout=300)
+    assert done.stdout == "" and re.match("Traceback[^$]*ZeroDivisionError", done.stderr)
 
 
 def test_every_recipe_of_config_yaml_loads():
@@ -2714,6 +2713,7 @@ def test_gflops_are_those_of_the_shapes():
 
 def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here, monkeypatch):
     monkeypatch.setattr(erpm, "CHECKS", [None, ("contrast", 1)])
+    monkeypatch.setattr(erpm, "figures", lambda rows: {})
     words = ["compare", "run=c", *SHORT, "eval.sets=shapes", "compare.seeds=2",
              "compare.rows=# Methods; as known\nLP: distill.method=lp\nERPM:\n# Teachers\nERPM:\n"
              "Other: robustify.augment=augmix"]
@@ -2730,12 +2730,15 @@ def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here, 
 
 def test_torchrun_trains_one_model_on_two_processes(here):
     make_tree(here / "set", n=50)
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                  HERE / "erpm.py", "pretrain", "run=x", *FOLDER, "pretrain.epochs=2", cwd=here)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("student.safetensors: 200 images") == 1
+    words = ["pretrain", "run=x", *FOLDER, "pretrain.epochs=2"]
+    if SLOW:
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        "--nproc-per-node", "2", str(HERE / "erpm.py"), *words], check=True)
+    else:
+        in_processes(2, here, *words)
     lines = [json.loads(t) for t in (here / "runs/x/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines] == [2, 3, 4]                # written by one process alone
+    assert erpm.load("runs/x/student.safetensors").card.train["images"] == 200
 
 
 def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, run_of_demo, monkeypatch):
@@ -2769,14 +2772,6 @@ def test_a_signal_to_the_whole_group_stops_cleanly_with_its_own_exit_code(here, 
     job.join(60)
     assert job.exitcode == code and Path("runs/x/student.ckpt").is_file()
     assert re.fullmatch(r"erpm.py: .*goes on from here\n", Path("err").read_text())
-
-
-def test_a_process_with_a_held_loader_ends(tmp_path):
-    make_tree(tmp_path / "set")
-    code = (f"import erpm; s = erpm.open_set('folder:{tmp_path}/set', erpm.Data(), 'train')\n"
-            "it = iter(erpm.loader(s, 1, batch_sampler=erpm.Batches(len(s), 4, 0)))\n"
-            "next(it); 1 / 0")
-    assert "ZeroDivisionError" in python("-c", code, cwd=HERE).stderr
 
 
 @pytest.mark.parametrize("words, says", [
