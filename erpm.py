@@ -546,7 +546,7 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path = RECIPE_FIL
     home = cfg.data.name
     cfg = changed(cfg, given, "command line")
     if not cfg.run:
-        names = [cfg.recipe or ("models" if cfg.eval.models else cfg.data.name)]
+        names = [cfg.recipe or cfg.data.name]
         names += [cfg.data.name] if cfg.recipe and cfg.data.name != home else []
         names += [f"s{cfg.seed}"] if cfg.seed else []
         cfg = dataclasses.replace(cfg, run=slug("-".join(names)))
@@ -5489,7 +5489,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.paths = [w for w in args.words if "=" not in w and args.command in ("bench", "corrupt")]
     args.words = [w for w in args.words if w not in args.paths]
     args.words += [f"eval.sets={args.set}"] if args.set else []
-    args.words += [f"eval.models={args.model}"] if args.model else []
+    if args.model:                                       # the run's name gives way to one of words
+        args.words = ["run=models", f"eval.models={args.model}"] + args.words
     return args
 
 

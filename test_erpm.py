@@ -243,8 +243,9 @@ def test_precedence_is_default_recipe_words():
     assert (cfg.distill.lr, cfg.seed, cfg.run) == (0.5, 3, "demo-s3")
     names = [erpm.resolve(words, recipe).run for words, recipe in (
         (["data.name=cifar10"], "demo"), ([], ""), (["data.name=folder:a/b c"], ""),
-        (["run=x", "seed=2"], "demo"), (["recipe=demo-clip"], "demo"), (["eval.models=a"], ""))]
-    assert names == ["demo-cifar10", "shapes", "folder-a-b-c", "x", "demo-clip", "models"]
+        (["run=x", "seed=2"], "demo"), (["recipe=demo-clip"], "demo"))]
+    assert names == ["demo-cifar10", "shapes", "folder-a-b-c", "x", "demo-clip"]
+    assert erpm.configure(erpm.parse(["eval", "--model", "a", "seed=1"])).run == "models"
 
 
 def test_without_a_recipe_the_defaults_that_help_prints_are_what_runs(here, capsys):
