@@ -134,12 +134,6 @@ def seeded(*key):
         yield
 
 
-@functools.lru_cache(maxsize=4)
-def uniforms(n: int, k: int, *key) -> np.ndarray:
-    """(n,k) uniform numbers in [0, 1); row i is a function of (key, k, i), whatever n."""
-    return np.random.default_rng(fold(*key)).random((n, k), dtype=np.float32)
-
-
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -171,14 +165,12 @@ class Progress(tqdm):
     """tqdm in images, on the first process; where there is no terminal, a line each 8 s."""
 
     def __init__(self, total: int, what: str, start: int = 0):
-        self.terminal = sys.stderr.isatty()
-        super().__init__(total=total, initial=start, desc=what, leave=False, miniters=1,
-                         mininterval=0.2 if self.terminal else 8, disable=world()[0] != 0,
-                         bar_format="{desc}: {n_fmt} of {total_fmt} images, {rate_noinv_fmt}"
-                                    "{postfix}, {remaining} left", unit=" images")
+        super().__init__(total=total, initial=start, desc=what, leave=False, unit=" images",
+                         miniters=1, mininterval=0.2 if sys.stderr.isatty() else 8,
+                         disable=world()[0] != 0)
 
     def display(self, msg=None, pos=None):
-        if self.terminal:
+        if sys.stderr.isatty():
             return super().display(msg, pos)
         if self.n > self.initial:
             print(self, flush=True)
@@ -196,7 +188,7 @@ def write_atomically(path: Path, content: bytes | str | Callable) -> None:
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:              # torch.save's way to say: disk full
+    except OSError as e:
         with contextlib.suppress(OSError):
             part.unlink()
         raise UserError(f"cannot write {path}: {' '.join(str(e).split())}") from None
@@ -211,39 +203,32 @@ def read_lines(path: Path | str, key: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def sha(content: bytes | str) -> str:
-    """First 16 hex digits of the SHA-256 of a text or of bytes."""
-    content = content.encode() if isinstance(content, str) else content
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def tensors_sha(state: dict[str, Tensor], more: str = "") -> str:
-    """The same of tensors by name, and a text."""
-    h = hashlib.sha256(more.encode())
-    for k, v in state.items():
-        h.update(k.encode())
-        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def sha(*parts) -> str:
+    """First 16 hex digits of the SHA-256 of all parts: text, bytes, the file of a Path, tensors by
+    name.  Raises: OSError."""
+    h = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                part = hashlib.file_digest(file, "sha256").digest()
+        elif isinstance(part, dict):
+            part = sha(*itertools.chain.from_iterable(sorted(part.items())))
+        elif isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        h.update(part.encode() if isinstance(part, str) else part)
     return h.hexdigest()[:16]
 
 
-def pictures_below(top: Path) -> list[Path]:
-    """The picture files below a folder, sorted; hidden ones and what is no regular file passed
-    over, a linked folder entered once."""
-    found, seen, kinds = [], set(), torchvision.datasets.folder.IMG_EXTENSIONS
-
-    def fail(e: OSError) -> None:
-        if not isinstance(e, FileNotFoundError):
-            raise e
-
-    for folder, names, files in os.walk(top, followlinks=True, onerror=fail):
-        real = os.path.realpath(folder)
-        if real in seen:
-            names.clear()
-            continue
-        seen.add(real)
-        names[:] = sorted(n for n in names if not n.startswith("."))
-        found += [Path(folder, f) for f in sorted(files) if f.lower().endswith(kinds)
-                  and not f.startswith(".") and os.path.isfile(os.path.join(folder, f))]
+def pictures_below(top: Path, seen: Sequence[str] = ()) -> list[Path]:
+    """The picture files below a folder (none if it is absent), sorted, without hidden ones; a link
+    to a folder that it lies in is passed over.  Raises: OSError."""
+    real, kinds = os.path.realpath(top), torchvision.datasets.folder.IMG_EXTENSIONS
+    if not top.is_dir() or real in seen:
+        return []
+    entries = [e for e in sorted(os.scandir(top), key=lambda e: e.name) if e.name[0] != "."]
+    found = [Path(e) for e in entries if e.name.lower().endswith(kinds) and e.is_file()]
+    for folder in (Path(e) for e in entries if e.is_dir()):
+        found += pictures_below(folder, (*seen, real))
     return found
 
 
@@ -257,28 +242,17 @@ def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
                 if im.mode == "F" or grey.min() < 0 or not 255 < grey.max() <= 65535:
                     raise ValueError(f"mode {im.mode} has no known range: save it with 8 or 16 bit")
                 im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-            elif im.mode == "P" and "transparency" in im.info:
-                im = im.convert("RGBA")
             im = im.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
     return ImageOps.crop(im, border_px) if border_px else im
 
 
-def file_sha(path: Path | str) -> str:
-    """First 12 hex digits of the file's SHA-256.  Raises: UserError."""
-    try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()[:12]
-    except OSError as e:
-        raise UserError(f"cannot read the file {path}: {e.strerror}") from None
-
-
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions that a result depends on: this file (once: it may be edited during a long run),
     Python and the packages."""
-    return {"erpm": file_sha(__file__), "python": platform.python_version(),
+    return {"erpm": sha(Path(__file__)), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
             "numpy": np.__version__}
 
@@ -302,12 +276,11 @@ class Data:
     name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
     root: str = opt("data", "folder that holds the data sets")
     size_px: int = opt(0, "side of the square images that networks see; 0 = their own", 0, 512)
-    fit: str = opt("", "crop = short side to size, centre cut out; squash = both sides to size, "
-                       "nothing cut off; empty = the network's own", "", "crop", "squash")
+    fit: str = opt("", "crop = the centre is cut out; squash = nothing is cut off; empty = as the "
+                       "network wants it", "", "crop", "squash")
     crop: bool = opt(True, "training: random crops (stored images: shifts by up to 1/8)")
     flip: bool = opt(True, "training: mirror half of the images; wrong for digits and letters")
-    names: str = opt("", "file of the classes' names for text prompts, a line each in label order; "
-                         "empty = the set's own (synsets: OpenAI's names for ImageNet)")
+    names: str = opt("", "file of class names for prompts, in label order; empty = the set's own")
     n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all", 0, MANY)
     n_test: int = opt(0, "images used at most of each scored set (likewise); 0 = all", 0, MANY)
     allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
@@ -321,10 +294,8 @@ class Model:
     student_weights: str = opt("", "file that it starts from; empty = by tag, or made by pretrain")
     teacher: str = opt("cifar:resnet14-s2", "the small network M_t of [A]")
     teacher_weights: str = opt("", "file that it starts from; empty = by tag, or random")
-    head: str = opt("linear", "text = zero-shot, the embeddings of prompts classify: for a student "
-                              "with a text tower (open_clip:)", "linear", "text")
-    templates: str = opt("", "file of prompt templates, a line each with {} for the class; empty = "
-                             "OpenAI's 80 for ImageNet, else 'a photo of a {}.'")
+    head: str = opt("linear", "text = zero-shot, prompts classify (open_clip:)", "linear", "text")
+    templates: str = opt("", "file of prompt templates, a line each with {} for the class")
 
 
 @dataclass(frozen=True)
@@ -346,32 +317,30 @@ class Train:
 @dataclass(frozen=True)
 class Pretrain(Train):
     """How the student learns clean data, where its name has no pretrained weights for them."""
-    tune: int = opt(-1, "-1 = the whole network is trained, 0 = its classifier alone, a linear "
-                        "probe (L-BFGS on features that are computed once)", -1, 0)
+    tune: int = opt(-1, "-1 = all of it is trained, 0 = its classifier alone, a linear probe",
+                    -1, 0)
 
 
 @dataclass(frozen=True)
 class Robustify(Train):
     """How the small teacher is made robust; its augmentation also makes x~ for distill."""
-    method: str = opt("augment", "augment = cross-entropy on augmented images; none = robust as it "
-                                 "comes; kd, dad = distilled from robustify.teacher, dad as [B]",
-                      "augment", "none", "kd", "dad")
+    method: str = opt("augment", "augment = on augmented images; kd, dad = distilled as [B]; "
+                                 "none = robust as it comes", "augment", "none", "kd", "dad")
     augment: str = opt("pixmix+augmix", "augmentations, joined by +")
     severity: float = opt(3.0, "strength of augmix; its authors: 1 on ImageNet, 3 on CIFAR", .1, 10)
     pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
     clean: bool = opt(True, "train on x beside x~; without, twice the epochs cost the same")
-    jsd: float = opt(0.0, "weight of AugMix's consistency loss (its paper: 12); 0 = cross-"
-                          "entropy on x and x~", 0, 1000)
-    teacher: str = opt("", "kd, dad: the network that the small one learns from, open_clip: by "
-                           "prompts; without weights it is trained first; empty = model.student")
+    jsd: float = opt(0.0, "weight of AugMix's consistency loss (there 12); 0 = off", 0, 1000)
+    teacher: str = opt("", "kd, dad: the network to learn from, open_clip: by prompts; without "
+                           "weights it is trained first; empty = model.student")
     teacher_weights: str = opt("", "file that it starts from; empty = by tag")
     temperature: float = opt(4.0, "kd, dad: softmax temperature", 0.01, 100)
     radius: float = opt(0.1, "dad: L2 norm of what is added to an image in [0, 1]", 0, 1000)
     step: float = opt(0.1, "dad: L2 norm of an ascent step", 0, 1000)
     steps: int = opt(1, "dad: ascent steps", 0, 1000)
     start: float = opt(0.8, "dad: probability of a random start", 0, 1)
-    samples: str = opt("", "dad: folder (in the run's, unless absolute) of samples that are made "
-                           "once; empty = new ones every epoch")
+    through: bool = opt(False, "dad: the gradient crosses the quantiser, straight through")
+    samples: str = opt("", "dad: folder (in the run's) of samples; empty = new every epoch")
 
 
 @dataclass(frozen=True)
@@ -384,26 +353,19 @@ class Vqgan(Train):
 @dataclass(frozen=True)
 class Distill(Train):
     """How the large network is tuned.  tune = last stages tuned, head = of these, own a head."""
-    method: str = opt("erpm", "erpm = [A]; team = original, robust tail and teacher; on x and x~: "
-                              "apt (same part, one head, no teacher), lp (the Linear), ft (end to "
-                              "end), lp-ft (ft after lp), wise (between original and ft), vpt "
-                              "(prompt tokens of a ViT); none = a row of compare that is "
-                              "the teacher alone",
+    method: str = opt("erpm", "erpm = [A]; team = original, robust tail, teacher; apt = a tail "
+                              "alone; lp = the Linear; ft = all; lp-ft; wise = between original "
+                              "and ft; vpt = a ViT's prompts; none = (compare) the teacher alone",
                       "none", "erpm", "team", "apt", "lp", "ft", "lp-ft", "wise", "vpt")
     tune: int = opt(3, "last stages that are tuned", 0, 1000)
-    head: int = opt(3, "of the tuned stages the last ones that every head has for itself; "
-                       "0 = linear heads on a shared tail", 0, 1000)
-    dropout: float = opt(0.1, "rate in the tuned part and before each classifier", 0, 0.99)
-    norms: str = opt("frozen", "BatchNorm of the tuned stages: frozen statistics, or own = of the "
-                               "images that each head learns", "frozen", "own")
-    dropout_in: str = opt("tail", "tail = tuned stages and classifiers as [A]; head = classifiers",
-                          "tail", "head")
+    head: int = opt(3, "of these, the last ones that each head has for itself", 0, 1000)
+    dropout: float = opt(0.1, "rate in the tuned part and before classifiers", 1e-3, 0.99)
+    norms: str = opt("frozen", "tuned BatchNorm: own = of each head's images", "frozen", "own")
+    dropout_in: str = opt("tail", "head = before the classifiers alone", "tail", "head")
     alpha: float = opt(0.5, "weight of the distillation loss; 0 = no distillation", 0, 1)
     temperature: float = opt(2.0, "softmax temperature of the distillation", 0.01, 100)
     wise: float = opt(0.5, "wise: share of the fine-tuned weights", 0, 1)
-    views: int = opt(0, "erpm, apt, lp, team: augmented views of each image whose features and "
-                        "teachers' answers are kept on disk, so that they are computed once; 0 = "
-                        "new views every epoch", 0, 10000)
+    views: int = opt(0, "augmented views whose features are kept on disk; 0 = off", 0, 10000)
     prompts: int = opt(10, "vpt: prompt tokens", 0, 1000)
     deep: bool = opt(True, "vpt: new tokens before every block, else before the first")
 
@@ -413,43 +375,38 @@ class Compare:
     """What `compare` and `demo` run."""
     seeds: int = opt(1, "seeds 0, 1, ... of every run", 1, 1000)
     rows: str = opt("", "a line a run, LABEL: KEY=VALUE ...; without settings it is the recipe's "
-                        "own, or that of the label above.  '# TITLE; NOTE' begins a table.  "
-                        "Empty = the recipe's own alone")
+                        "own, or that of the label above.  '# TITLE; NOTE' begins a table")
 
     @property
-    def plan(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """({"title; note": labels}, {label: words})."""
+    def plan(self) -> tuple[dict[str, list[str]], dict[str, dict[str, str]]]:
+        """({"title; note": labels}, {label: {"section.key": text}})."""
         tables, runs, title = {}, {}, "Methods"
         for line in filter(None, map(str.strip, self.rows.splitlines())):
-            label, _, words = line.partition(":")
+            label, colon, words = line.partition(":")
             if line.startswith("#"):
                 title = line.strip("# ")
-            elif ":" not in line:
+            elif not colon:
                 raise UserError(f"compare.rows: {line!r} is not of the form LABEL: KEY=VALUE ...")
             else:
-                runs[label] = words.split() or runs.get(label, [])
+                runs[label] = dict(w.partition("=")[::2] for w in words.split()) \
+                    or runs.get(label, {})
                 tables.setdefault(title, []).append(label)
-        return tables, runs or {"": []}
+        return tables, runs or {"": {}}
 
 
 @dataclass(frozen=True)
 class Eval:
     """What is scored and how."""
-    sets: str = opt("", "sets, joined by commas, or all (that are found); LABEL@folder:PATH gives "
-                        "a folder a name; empty = the training set, its -c and its -r")
-    models: str = opt("", "networks to score instead of a run, joined by commas (--model): names "
-                          "with a pretrained tag, NAME=WEIGHTS_FILE, run:FOLDER; LABEL@ before one "
-                          "= its name in the tables")
-    head: str = opt("auto", "auto = a network's own head on its own classes, prompts where it has "
-                            "a text tower, else a linear probe; own = its outputs are the set's "
-                            "classes, you say so; probe = always a linear probe",
-                    "auto", "own", "probe")
+    sets: str = opt("", "sets, joined by commas, or all (that are found); LABEL@folder:PATH too; "
+                        "empty = the training set, its -c and its -r")
+    models: str = opt("", "networks instead of a run, joined by commas: names with a tag, "
+                          "NAME=WEIGHTS_FILE, run:FOLDER, each also with LABEL@ before it")
+    head: str = opt("auto", "auto = its own on its own classes, else prompts or linear probe; "
+                            "own = its outputs are the set's, you say so", "auto", "own", "probe")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
     passes: int = opt(10, "dropout passes; 0 = closed form", 0, 1000)
     n_cell: int = opt(0, "images at most of each cell of a generated -c set; 0 = all", 0, MANY)
     batch: int = opt(256, "images a forward", 1, 10 ** 6)
-    frost_dir: str = opt("", "folder of the original frost textures; empty = those of the package "
-                             "imagecorruptions or imagenet-c where installed, else made here")
 
 
 @dataclass(frozen=True)
@@ -489,25 +446,31 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in PARTS} 
     f"{name}.{f.name}": f for name, part in PARTS.items() for f in dataclasses.fields(part)}
 
 
+RECIPE_FILE = Path(__file__).with_name("config.yaml")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key that stands twice (plain YAML keeps the last silently)."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for k in keys:
-            if keys.count(k) > 1:
-                raise UserError(f"line {node.start_mark.line + 1}: the key {k!r} stands twice")
+        keys = [k.value for k, _ in node.value]
+        twice = [k for k in keys if keys.count(k) > 1]
+        if twice:
+            raise UserError(f"line {node.start_mark.line + 1}: {twice[0]!r} stands twice")
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict:
-    """The file's mapping.  Raises: UserError on a missing file, bad YAML or a duplicate key."""
+    """The file's mapping.  Raises: UserError, also where a first line "# sha256 ..." is wrong."""
     try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"no file {path} (the recipes' is given by --config PATH)") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as e:
+        text = path.read_text()
+        tree = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    seal, _, rest = text.partition("\n")
+    if seal.startswith("# sha256 ") and seal != f"# sha256 {sha(rest)}":
+        raise UserError(f"{path} is damaged or was edited: give KEY=VALUE instead, or delete its "
+                        "first line where the settings are right")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping at the top, got {type(tree).__name__}")
     return tree
@@ -518,43 +481,27 @@ def typed(value, path: str, where: str):
     and got."""
     field = choose(FIELDS, path, f"setting in {where}:")
     kind, valid, out = field.type, field.metadata["valid"], None
+    if kind == "str" and isinstance(value, str):
+        return choose(valid or (value,), value, path)
     if kind == "bool" and str(value).lower() in ("true", "false"):
-        out = str(value).lower() == "true"
-    elif kind == "str" and isinstance(value, str):
-        out = choose(valid or (value,), value, path)
-    elif kind in ("int", "float") and not isinstance(value, bool):
+        return str(value).lower() == "true"
+    if kind in ("int", "float") and not isinstance(value, bool):
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            number = int(value) if kind == "int" else float(value)
-            out = number if isinstance(value, str) or number == value else None
-    if out is None:
-        hint = " (quote it: YAML reads no, on, 12:30 as other types)" if kind == "str" else ""
-        raise UserError(f"{where}: {path}: expected {kind}, got {value!r}{hint}")
-    if kind in ("int", "float") and valid and not valid[0] <= out <= valid[1]:
-        raise UserError(f"{where}: {path}: expected {valid[0]:g} to {valid[1]:g}, got {value}")
-    return out
+            out = {"int": int, "float": float}[kind](value)
+            if valid[0] <= out <= valid[1] and (out == value or isinstance(value, str)):
+                return out
+    more = f" of {valid[0]:g} to {valid[1]:g}" if kind in ("int", "float") else (
+        " (quote it: YAML reads no, on, 12:30 as other types)" if kind == "str" else "")
+    raise UserError(f"{where}: {path}: expected {kind}{more}, got {value!r}")
 
 
-def settings(tree, where: str) -> dict:
-    """{"section.key": value}, typed, of a YAML mapping, or of the words {"section.key": text}.
-
-    Raises: UserError."""
-    flat: dict = {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: expected a mapping of settings, got {tree!r}")
-    for key, value in tree.items():
-        if key in PARTS and not isinstance(value, dict):
-            raise UserError(f"{where}: {key} is a section, got {value!r}: write {key}.KEY=VALUE")
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if key in PARTS else {str(key): value}
-    return {path: typed(value, path, where) for path, value in flat.items()}
-
-
-def check(cfg: Config) -> None:
+def check(cfg: Config, processes: int = 1) -> None:
     """Raises: UserError where values that are valid by themselves do not go together."""
     for name in ("pretrain", "robustify", "vqgan", "distill"):
         stage = getattr(cfg, name)
-        if stage.batch % stage.accum:
-            raise UserError(f"{name}.accum: {stage.batch} images are not {stage.accum} equal "
-                            "micro-batches")
+        if stage.batch % (stage.accum * processes):
+            raise UserError(f"{name}.batch: {stage.batch} images cannot be shared equally by "
+                            f"{processes} processes and {name}.accum={stage.accum} micro-batches")
     if cfg.distill.head > cfg.distill.tune:
         raise UserError(f"distill.head: expected 0 to distill.tune = {cfg.distill.tune}, got "
                         f"{cfg.distill.head}")
@@ -562,23 +509,23 @@ def check(cfg: Config) -> None:
         raise UserError(f"data.size_px: expected 0 or 32 to 512, got {cfg.data.size_px}")
 
 
-def changed(cfg: Config, values: dict) -> Config:
-    """The Config with other values, {"section.key": value}.  Raises: UserError."""
-    parts = {name: dataclasses.replace(getattr(cfg, name), **{
-        k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{name}.")})
-        for name in PARTS}
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in values.items() if "." not in k}, **parts)
+def changed(cfg: Config, given: dict, where: str = "settings") -> Config:
+    """The Config with other values, {"section.key": value} or YAML's {"section": {"key": value}}.
+
+    Raises: UserError."""
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: expected a mapping of settings, got {given!r}")
+    new: dict = {section: {} for section in ("", *PARTS)}
+    for path, value in given.items():
+        nested = isinstance(value, dict)
+        flat = {f"{path}.{k}": v for k, v in value.items()} if nested else {str(path): value}
+        for key, v in flat.items():
+            section, _, leaf = key.rpartition(".")
+            new[section][leaf] = typed(v, key, where)
+    parts = {s: dataclasses.replace(getattr(cfg, s), **new[s]) for s in PARTS}
+    cfg = dataclasses.replace(cfg, **new[""], **parts)
     check(cfg)
     return cfg
-
-
-def words_of(words: Sequence[str], where: str) -> dict:
-    """{"section.key": value} of words key=value.  Raises: UserError."""
-    bad = [w for w in words if "=" not in w or w.startswith("recipe=") and w != "recipe="]
-    if bad:
-        raise UserError(f"{where}: {bad[0]!r} is not of the form key=value (see --help; for a "
-                        "recipe say --recipe NAME)")
-    return settings(dict(w.split("=", 1) for w in words), where)
 
 
 def slug(text: str) -> str:
@@ -586,23 +533,19 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-")
 
 
-def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | None = None,
+def resolve(words: Sequence[str] = (), recipe: str = "", file: Path = RECIPE_FILE,
             run: Path | None = None) -> Config:
-    """The frozen Config: default < recipe of a file (or the run's config.yaml) < words."""
-    values: dict = {}
-    if run is not None:
-        path = run / "config.yaml"
-        values = settings(read_yaml(path), str(path))
-        first, _, rest = path.read_text().partition("\n")
-        if first.startswith("# sha256 ") and first.split()[-1] != sha(rest):
-            raise UserError(f"{path} is damaged or was edited: give KEY=VALUE instead, or delete "
-                            "its first line where the settings are right")
+    """The frozen Config: default < recipe of the file (or the run's config.yaml) < words."""
+    given = dict(w.partition("=")[::2] for w in words)
+    recipe = given.pop("recipe", recipe)
+    cfg = Config(recipe=recipe)
+    if run:
+        cfg = changed(cfg, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
     elif recipe:
-        file = file or Path(__file__).with_name("config.yaml")
         tree = choose(read_yaml(file), recipe, f"recipe in {file}")
-        values = settings(tree, f"{file}: {recipe}") | {"recipe": recipe}
-    home = values.get("data.name", Data.name)
-    cfg = changed(Config(), values | words_of(words, "command line"))
+        cfg = changed(cfg, tree, f"{file}: {recipe}")
+    home = cfg.data.name
+    cfg = changed(cfg, given, "command line")
     if not cfg.run:
         names = [cfg.recipe or cfg.data.name]
         names += [cfg.data.name] if cfg.recipe and cfg.data.name != home else []
@@ -1386,7 +1329,8 @@ class ImageSet(torch.utils.data.Dataset):
             if x.shape[-1] != self.view.size_px:
                 x = v2.functional.resize(x, [self.view.size_px] * 2, antialias=True)
             if crop or flip:
-                u = uniforms(len(self.y), 3, seed, "crop", epochs[0])[index]
+                draws = np.random.default_rng(fold(seed, "crop", epochs[0]))
+                u = draws.random((len(self.y), 3), dtype=np.float32)[index]
                 x = shift_and_flip(x, u, crop, flip)
         if self.beside is not None:
             other = dataclasses.replace(self.beside, index=self.index, draw=self.draw)
@@ -1950,7 +1894,7 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], Card | None]:
         raise UserError(f"{path} holds no state dict but {', '.join(map(str, state))[:200]}")
     if "erpm" not in meta:
         return state, None
-    whole = meta.get("sha") == tensors_sha(dict(sorted(state.items())), meta["erpm"])
+    whole = meta.get("sha") == sha(meta["erpm"], state)
     if not whole or json.loads(meta["erpm"]).keys() != dataclasses.asdict(Card()).keys():
         raise UserError(f"{path} is damaged, or of another version of erpm.py: it does not hold "
                         "what was saved; delete it to make it again")
@@ -2937,15 +2881,15 @@ def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str
 
 @torch.no_grad()
 def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generator, *,
-                radius: float = 0.1, step: float = 0.1, steps: int = 1,
-                start: float = 0.8) -> Tensor:
+                radius: float = 0.1, step: float = 0.1, steps: int = 1, start: float = 0.8,
+                through: bool = False) -> Tensor:
     """Discrete adversarial samples x' of images, (B,3,S,S) in [0, 1].
 
     Shapes: x (B,3,S,S), uint8 or in [0, 1]; y (B,).  teacher: images in [0, 1] -> logits.
     generator: one, from which the images draw in turn, or a sequence of one for each image.
     radius, step: L2 norms, of the ball around the reconstruction and of a step.  start: probability
-    of a random start.
-    Paper: [B]'s algorithm, as its code has it: the gradient does not cross the quantiser."""
+    of a random start.  through: the gradient crosses the quantiser, straight through.
+    Paper: [B]'s algorithm, as its code has it; the student has no part in it."""
     def norm(v: Tensor) -> Tensor:
         return v.flatten(1).norm(dim=1).clamp_min(TINY).view(-1, 1, 1, 1)
 
@@ -2957,7 +2901,8 @@ def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generato
     v = (x0 + radius * noise / norm(noise)).clamp(0, 1)
     for _ in range(steps):
         with torch.enable_grad():
-            z = teacher(v.requires_grad_().view_as(v))               # a leaf stops FLOP counters
+            v.requires_grad_()
+            z = teacher(vqgan(v) if through else v.view_as(v))      # a leaf stops FLOP counters
             [g] = torch.autograd.grad(F.cross_entropy(z.float(), y, reduction="sum"), v)
         # METHOD [B]: an ascent step on the teacher's loss, then back into the ball
         d = v + step * g / norm(g) - x0
@@ -2984,7 +2929,7 @@ def dad_loss(z: Tensor, zt: Tensor, y: Tensor, t: float = 4.0, smoothing: float 
 def write_tensors(path: Path, state: dict[str, Tensor], card: Card) -> None:
     """Writes tensors as .safetensors, with a Card and a hash of both, which read_weights checks."""
     meta = {"erpm": json.dumps(dataclasses.asdict(card))}
-    meta["sha"] = tensors_sha(dict(sorted(state.items())), meta["erpm"])
+    meta["sha"] = sha(meta["erpm"], state)
     write_atomically(path, safetensors_bytes(state, meta))
 
 
@@ -3342,7 +3287,7 @@ def erpm_step(cfg: Distill, see: Callable) -> Callable:
 
 def attack(cfg: Robustify) -> dict:
     """The keywords of dad_samples."""
-    return {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start")}
+    return {k: getattr(cfg, k) for k in ("radius", "step", "steps", "start", "through")}
 
 
 def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes: int) -> Callable:
@@ -3655,10 +3600,10 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
 # ---- rows ----------------------------------------------------------------------------------------
 
 def weights_sha(net: nn.Module) -> str:
-    """First 12 hex digits of a hash of the network's tensors, but class embeddings of prompts,
-    which change with the set."""
+    """A hash of the network's tensors, but class embeddings of prompts, which change with the
+    set."""
     texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
-    return tensors_sha({k: v for k, v in net.state_dict().items() if k not in texts})[:12]
+    return sha({k: v for k, v in net.state_dict().items() if k not in texts})
 
 
 @torch.no_grad()
@@ -3786,7 +3731,9 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                 bar.update(len(images))
                 continue
             since = time.perf_counter()
-            some = images if not images.archive else open_set(f"{images.base}-c", cfg.data, cell=cell)
+            some = images
+            if images.archive:
+                some = open_set(f"{images.base}-c", cfg.data, cell=cell)
             found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
                                  amp=cfg.runtime.amp, batch=ev.batch,
                                  workers=cfg.data.workers, bar=bar)
@@ -4258,31 +4205,27 @@ def alone(cfg: Config):
 
     Raises: UserError while another one does; or where processes differ in settings or code."""
     import fcntl
-    mine = sha(json.dumps(flat(cfg)) + versions()["erpm"])
+    mine = sha(json.dumps(flat(cfg)), versions()["erpm"])
     others = [mine] * world()[1]
     if world()[1] > 1:
         dist.all_gather_object(others, mine)
     if set(others) != {mine}:
         raise UserError("the processes were started with different settings, or copies of erpm.py "
                         f"({', '.join(others)}): start them alike")
+    cfg.dir.mkdir(parents=True, exist_ok=True)
     if world()[0]:
         yield
         return
-    cfg.dir.mkdir(parents=True, exist_ok=True)
     with open(cfg.dir / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise UserError(f"{cfg.dir}: {file.read() or 'another command'} is at work there: wait "
-                            "for it, or take another run=NAME") from None
+            raise UserError(f"{cfg.dir}: {file.read()} is at work there: wait for it, or take "
+                            "another run=NAME") from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+        yield
 
 
 def write_config(cfg: Config) -> None:
@@ -4608,7 +4551,7 @@ METHODS = {
 }
 
 
-def network(cfg: Config, images: ImageSet, role: str, words: Sequence[str] = (), file: str = "",
+def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: str = "",
             label: str = "") -> nn.Module:
     """The network of a row of METHODS, runs/NAME/FILE.safetensors: kept if it is there, else made,
     after what it is made from.  words: of a row of compare; the file's name has those that count.
@@ -4624,9 +4567,9 @@ def network(cfg: Config, images: ImageSet, role: str, words: Sequence[str] = (),
         net = nets[r] = network(cfg, images, r, words)
         key = net.card.key | key | {r: [weights_sha(net), fold(net.card.prompts)]}
     counts = (*DRAWN, *(u if "." in u else f"{section}.{u}" for u in uses.split()))
-    key |= {k: file_sha(v) if isinstance(v, str) and os.path.isfile(v) else v
+    key |= {k: sha(Path(v)) if isinstance(v, str) and os.path.isfile(v) else v
             for k, v in flat(cfg).items() if k.startswith(counts)}
-    own = [w.partition(".")[2] for w in words if w.partition("=")[0] in key]
+    own = [f"{k.partition('.')[2]}={v}" for k, v in words.items() if k in key]
     file, label = file or slug("-".join([role, *own])), label or slug("-".join([known, *own]))
     path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
     if any_rank(path.is_file()):                     # all look before one writes
@@ -4815,7 +4758,7 @@ def run_compare(cfg: Config, args) -> None:
         run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
         own = changed(cfg, {"seed": seed, "run": run})
         for label, words in cfg.compare.plan[1].items():
-            row, file = changed(own, words_of(words, label)), slug(label.lower())
+            row, file = changed(own, words, label), slug(label.lower())
             role, file = row.distill.method, file if words else "model"
             if role == "none":                           # the teacher alone
                 role, file = "teacher", ""
@@ -4850,11 +4793,9 @@ def run_sets(cfg: Config, args) -> None:
 def run_bench(cfg: Config, args) -> None:
     """Times our parts against the public ones -> bench.jsonl, and prints the ratios."""
     cfg.dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
     for name in args.paths or BENCHES:
-        bench, threads = choose(BENCHES, name, "bench"), torch.get_num_threads()
-        torch.set_num_threads(1)
-        rows = bench()
-        torch.set_num_threads(threads)
+        rows = choose(BENCHES, name, "bench")()
         with open(cfg.dir / "bench.jsonl", "a") as f:
             f.writelines(json.dumps({"bench": name, **r, "packages": versions()}) + "\n"
                          for r in rows)
@@ -4864,8 +4805,8 @@ def run_bench(cfg: Config, args) -> None:
 class CorruptCopies(torch.utils.data.Dataset):
     """Item k writes the missing copies of image k: OUT/corruption/severity/class/name."""
 
-    def __init__(self, images: ImageSet, source: Path, out: Path, frost_dir: str | None):
-        self.images, self.source, self.out, self.frost_dir = images, source, out, frost_dir
+    def __init__(self, images: ImageSet, source: Path, out: Path):
+        self.images, self.source, self.out = images, source, out
 
     def __getitem__(self, k: int) -> None:
         x, _, _ = self.images.__getitems__([(0, k)])
@@ -4891,7 +4832,7 @@ def run_corrupt(cfg: Config, args) -> None:
         raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
     images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True)
-    jobs = CorruptCopies(images, source, out, cfg.eval.frost_dir or None)
+    jobs = CorruptCopies(images, source, out)
     share = range(world()[0], len(paths), world()[1])
     with Progress(len(share), "corrupt") as bar, Signals() as signals:
         for _ in loader(jobs, cfg.data.workers or os.cpu_count(), batch_size=None, sampler=share):
@@ -4907,7 +4848,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
                  "train a network on clean data"),
     "robustify": (lambda cfg, args: network(cfg, training_images(cfg), "teacher"),
                   "make the small teacher robust"),
-    "distill": (lambda cfg, args: network(cfg, training_images(cfg), cfg.distill.method, (),
+    "distill": (lambda cfg, args: network(cfg, training_images(cfg), cfg.distill.method, {},
                                           "model"),
                 "tune the large network with three heads"),
     "eval": (run_eval, "score a run or a network on sets"),
@@ -4917,7 +4858,13 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "corrupt": (run_corrupt, "corrupt IN OUT: the ImageNet-C-like copy of a folder"),
     "sets": (run_sets, "the data sets: found or not, how to get them"),
 }
+STAGES = ("pretrain", "robustify", "distill")
 ON_ONE_PROCESS = ("report", "bench", "sets")
+OPTIONS = {
+    "--recipe": "recipe of config.yaml", "--config": "another file of recipes",
+    "--run": "folder of the run; report: of several, joined by commas",
+    "--set": "eval: sets, joined by commas, or all",
+    "--model": "eval: networks instead of a run, joined by commas; see eval.models"}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -4930,85 +4877,57 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
     p.add_argument("words", nargs="*", metavar="key=value", help="settings, see below; bench and "
                    "corrupt take names and paths too")
-    p.add_argument("--recipe", default="", help="recipe of config.yaml")
-    p.add_argument("--config", type=Path, help="file of recipes instead of config.yaml")
-    p.add_argument("--run", default="", help="folder of a run (eval, report; report takes several, "
-                                             "joined by commas)")
-    p.add_argument("--set", default="", help="eval: sets, joined by commas, or all")
-    p.add_argument("--model", default="", help="eval: any networks by name instead of a run, "
-                                               "joined by commas; see eval.models")
+    for option, text in OPTIONS.items():
+        p.add_argument(option, default="", help=text)
     args = p.parse_intermixed_args(argv)
-    free = args.command in ("bench", "corrupt")
-    args.paths = [w for w in args.words if free and "=" not in w]
+    args.paths = [w for w in args.words if "=" not in w and args.command in ("bench", "corrupt")]
     args.words = [w for w in args.words if w not in args.paths]
     args.words += [f"eval.sets={args.set}"] if args.set else []
-    args.words += [f"eval.models={args.model}"] if args.model else []
+    if args.model:                                       # the run's name gives way to one of words
+        args.words = ["run=models", f"eval.models={args.model}"] + args.words
     return args
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """The Config of the command: for eval and report the run's own file, else the recipe."""
-    recipe = args.recipe or ("demo" if args.command == "demo" else "")
+    """The Config of the command: for eval and report the run's own, where it has one."""
+    recipe, run = args.recipe or ("demo" if args.command == "demo" else ""), Path(args.run)
+    if args.command == "report":
+        run = Path(args.run.split(",")[0])
+    words = args.words + ([f"out={run.parent}", f"run={run.name}"] if args.run else [])
+    cfg = resolve(words, recipe, Path(args.config or RECIPE_FILE))
     if args.command not in ("eval", "report"):
-        if args.run:
-            raise UserError(f"--run is for eval and report: {args.command} run=NAME names the run")
-        return resolve(args.words, recipe, args.config)
-    if "," in args.run and args.command != "report":
-        raise UserError(f"--run {args.run}: {args.command} takes one run, report takes several")
-    cfg = resolve([] if args.run else args.words, "" if args.run else recipe, args.config)
-    named_run = args.run or any(w.startswith("run=") for w in args.words)
-    if cfg.eval.models and not named_run:
-        return dataclasses.replace(cfg, run="models")
-    run = Path(args.run.split(",")[0]) if args.run else cfg.dir
-    if (run / "config.yaml").is_file():
-        cfg = resolve(args.words, run=run)
-    elif args.run:
-        made = ", ".join(sorted(str(p.parent) for p in run.parent.glob("*/config.yaml")))
-        raise UserError(f"no run {run}: it has no config.yaml (runs in {run.parent}: "
-                        f"{made or 'none'})")
-    return dataclasses.replace(cfg, out=str(run.parent), run=run.name)
+        return cfg
+    if (cfg.dir / "config.yaml").is_file():
+        return dataclasses.replace(resolve(words, run=cfg.dir), out=cfg.out, run=cfg.run)
+    if args.run:
+        raise UserError(f"no run {run}: it has no config.yaml")
+    return cfg
 
 
 def preflight(cfg: Config, command: str) -> None:
     """Raises: UserError for what would stop a long job late."""
-    d, rule, frost = cfg.distill, choose(RULES, cfg.eval.rule, "rule"), cfg.eval.frost_dir
-    spec_names(cfg.robustify.augment)
+    m, r, method = cfg.model, cfg.robustify, cfg.distill.method
+    choose(RULES, cfg.eval.rule, "rule")
+    spec_names(r.augment)
     for name in set_names(cfg):
         set_row(name)
-    trains = command in ("demo", "compare", "pretrain", "robustify", "distill")
-    for name in ("pretrain", "robustify", "vqgan", "distill") if trains else ():
-        batch = getattr(cfg, name).batch // getattr(cfg, name).accum
-        if batch % world()[1]:
-            raise UserError(f"{name}.batch: {batch} images cannot be shared by {world()[1]} "
-                            "processes")
-    tunes = command == "distill"
-    if tunes and d.method == "erpm" and rule in NEEDS_SIGMA and not d.dropout:
-        raise UserError(f"distill.dropout=0: sigma would be 0 and eval.rule={rule} needs it; set a "
-                        "rate above 0, or eval.rule=kl")
-    if tunes and cfg.model.head == "text" and d.method in ("lp", "lp-ft"):
-        raise UserError(f"distill.method={d.method}: with model.head=text the classes are prompts, "
-                        "there is no linear layer to train")
-    r, m = cfg.robustify, cfg.model
-    for key, file in (("robustify.teacher_weights", r.teacher_weights),
-                      ("model.teacher_weights", m.teacher_weights)) if trains else ():
+    if command not in ("demo", "compare", *STAGES):
+        return
+    check(cfg, world()[1])
+    for file in (m.student_weights, m.teacher_weights, r.teacher_weights, cfg.vqgan.weights):
         if file and not Path(file).is_file():
-            raise UserError(f"{key}: no file {file}")
-    for name in {m.teacher, r.teacher} if trains and command != "pretrain" else ():
-        if name and not name.startswith("open_clip:"):
-            with torch.device("meta"):
+            raise UserError(f"no file {file}")
+    with torch.device("meta"):
+        for name in {m.student, m.teacher, r.teacher} - {""}:
+            if not name.startswith("open_clip:"):
                 named(name, None, "random", cfg.data.size_px)
-    if trains and r.method == "dad":
-        with torch.device("meta"):
+        if r.method == "dad":
             vqgan(cfg.vqgan.name)
-        if cfg.vqgan.weights and not Path(cfg.vqgan.weights).is_file():
-            raise UserError(f"vqgan.weights: no file {cfg.vqgan.weights}")
+    if command == "distill" and m.head == "text" and method in ("lp", "lp-ft"):
+        raise UserError(f"distill.method={method}: with model.head=text the classes are prompts, "
+                        "there is no linear layer to train")
     for label, words in cfg.compare.plan[1].items() if command in ("demo", "compare") else ():
-        preflight(changed(cfg, words_of(words, f"compare.rows: {label}")), "distill")
-    for key, file in (("data.names", cfg.data.names), ("model.templates", cfg.model.templates)):
-        if file:
-            read_lines(file, key)
-    if frost and not all((Path(frost) / f).is_file() for f in ICE_FILES):
-        raise UserError(f"eval.frost_dir: {frost} lacks some of {', '.join(ICE_FILES)}")
+        preflight(changed(cfg, words, f"compare.rows: {label}"), "distill")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5021,9 +4940,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.cuda.set_device(pick_device())
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         cfg = configure(args)
-        preflight(cfg, args.command)
         if cfg.runtime.offline:
             os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        preflight(cfg, args.command)
         writes = args.command not in (*ON_ONE_PROCESS, "corrupt")
         with alone(cfg) if writes else contextlib.nullcontext():
             if world()[0] == 0 or args.command not in ON_ONE_PROCESS:
