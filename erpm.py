@@ -1520,15 +1520,6 @@ def synsets(part: str = "") -> tuple[str, ...]:
     return tuple((Path(timm.__file__).parent / file).read_text().split())
 
 
-@functools.cache
-def imagenet_classes(part: str) -> dict[str, list[int]]:
-    """{class: the outputs of an ImageNet network that mean it} of "" (all), "a", "r" (200 synsets
-    each) or "objectnet"."""
-    if part == "objectnet":
-        return OBJECTNET
-    return {s: [synsets().index(s)] for s in synsets(part)}
-
-
 # ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
 
 def _list(file: Path, top: Path):
@@ -1540,28 +1531,26 @@ def _list(file: Path, top: Path):
     return [f"{top}/{words[0]}" for words in lines], [label[c] for c in of], tuple(label)
 
 
-def read_tree(top: Path, label: dict[str, int]) -> tuple[list[str], list[int]]:
-    """(paths, labels) of TOP/FOLDER/.../IMAGE.  label: of each folder that is read, by its name."""
-    found = [(str(p), k) for c, k in label.items() for p in pictures_below(top / c)]
-    return [p for p, _ in found], [k for _, k in found]
-
-
 def _tree(row: SetRow, top: Path, train: bool, data: Data):
-    """TOP/FOLDER/.../IMAGE; hidden files are passed over, and folders that are none of ImageNet's
-    classes.  A label comes from the folder's name, never from its place in the text order: the
-    class, or the synset or the number of an output that means it."""
+    """TOP/FOLDER/.../IMAGE, and for {class: ImageNet's outputs that mean it} as names.  The label
+    comes from a folder's name, never from its place in the text order: the class, or the synset or
+    the number of an output that means it.  Other folders are passed over."""
     if top.is_file():
         return _list(top, Path(data.root, row.pictures))
     if row.part is None:
-        names = sorted(e.name for e in os.scandir(top) if e.is_dir() and e.name[0] != ".")
-        outputs, label = dict.fromkeys(names, ()), {}
+        folders = (e.name for e in os.scandir(top) if e.is_dir() and e.name[0] != ".")
+        names = dict.fromkeys(sorted(folders), ())
+    elif row.part == "objectnet":
+        names = OBJECTNET
     else:
-        outputs, label = imagenet_classes(row.part), {}
-    for k, (name, ids) in enumerate(outputs.items()):
+        names = {s: [synsets().index(s)] for s in synsets(row.part)}
+    label = {}
+    for k, (name, ids) in enumerate(names.items()):
         label[name] = k
         for i in ids:
             label |= {synsets()[i]: k, str(i): k}
-    return *read_tree(top, label), outputs
+    found = [(str(p), k) for c, k in label.items() for p in pictures_below(top / c)]
+    return [p for p, _ in found], [k for _, k in found], names
 
 
 def _folder(row: SetRow, top: Path, train: bool, data: Data):
@@ -1712,10 +1701,9 @@ def cell_row(row: SetRow, data: Data, corruption: str, severity: int) -> SetRow:
     top, cell = Path(data.root, row.archive), f"{corruption}/{severity}"
     for path in (top / f"{corruption}.npy", top / cell, *top.glob(f"*/{cell}")):
         if path.exists():
-            arrays = path.suffix == ".npy"
-            return dataclasses.replace(
-                row, test=str(path.relative_to(data.root)), view=row.view or View(224, 1.0),
-                read=functools.partial(_cifar_c, severity) if arrays else _tree)
+            read = functools.partial(_cifar_c, severity) if path.suffix == ".npy" else _tree
+            return dataclasses.replace(row, test=str(path.relative_to(data.root)), read=read,
+                                       view=row.view or View(224, 1.0))
     raise UserError(f"{top} lacks the cell {cell}: unpack the rest, or move the folder away to "
                     f"have all made from {row.name}")
 
@@ -1731,7 +1719,8 @@ def _read_row(row: SetRow, data: Data, train: bool):
     Raises: Absent; UserError where it is a part of the set, or more, and that is not allowed."""
     n, place = (row.n_train, row.train or row.test) if train else (row.n_test, row.test)
     top, get = Path("" if n is None else data.root, place), row.get.replace("ROOT", data.root)
-    if n and not top.exists() and place:
+    n = n if place else None                                 # made here: as many as are wanted
+    if n and not top.exists():
         raise Absent(f"{row.name} is not there: looked for {top}; expected {n:,} "
                      f"{'training' if train else 'test'} images of {row.n_classes:,} classes; get "
                      f"it: {get}; another place: data.root=FOLDER")
@@ -1742,11 +1731,11 @@ def _read_row(row: SetRow, data: Data, train: bool):
     if row.n_classes and len(names) != row.n_classes:
         raise UserError(f"{row.name}: {len(names):,} classes in {top}, expected "
                         f"{row.n_classes:,}: unpack it again")
-    note = [f"{len(y):,} of {n:,} images"] if n and place and len(y) != n else []
-    if not len(y) or note and not data.allow_partial:
+    partial = n and len(y) != n
+    if partial and not (len(y) and data.allow_partial):
         raise UserError(f"{row.name}: {len(y):,} images in {top}, expected {n:,}: unpack it again, "
                         "or data.allow_partial=true to use it as it is")
-    return found, y, names, note
+    return found, y, names, [f"{len(y):,} of {n:,} images"] if partial else []
 
 
 def open_set(name: str, data: Data = Data(), split: str = "test", view: View = View(),
@@ -1766,24 +1755,23 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
         row = cell_row(row, data, *cell)
     elif is_c and row.part is not None:
         row = dataclasses.replace(row, view=View())
-    found, y, names, notes = _read_row(row, data, train)
-    stored = isinstance(found, Tensor)
-    if stored:
-        view = View(data.size_px or found.shape[-1], 1.0)
-    else:
-        view = row.view or dataclasses.replace(
-            view, size_px=data.size_px or view.size_px,
-            squash=data.fit == "squash" if data.fit else view.squash)
+    found, y, classes, notes = _read_row(row, data, train)
     if is_c and row.archive and not archive:
         notes = ["regenerated", *notes]
-    full = corrupted_name(row.name) if is_c else row.name
-    outputs = imagenet_classes(row.part).values() if row.part else ()     # up to three a class
+    name = corrupted_name(row.name) if is_c else row.name
     images = ImageSet(
-        row.name, y, names, view, images=found if stored else None, paths=() if stored else found,
-        name=full + (f" ({', '.join(notes)})" if notes else ""), border_px=row.border_px,
-        own_view=row.view is not None, outputs=() if row.part is None else synsets(),
-        ids=torch.tensor([(ids * 3)[:3] for ids in outputs]) if row.part else None,
-        corrupted=is_c, archive=archive)
+        row.name, y, classes, name=name + (f" ({', '.join(notes)})" if notes else ""),
+        border_px=row.border_px, own_view=row.view is not None, corrupted=is_c, archive=archive)
+    if isinstance(found, Tensor):
+        images.images, images.view = found, View(data.size_px or found.shape[-1], 1.0)
+    else:
+        squash = data.fit == "squash" if data.fit else view.squash
+        images.paths, images.view = found, row.view or dataclasses.replace(
+            view, size_px=data.size_px or view.size_px, squash=squash)
+    if row.part is not None:
+        images.outputs = synsets()
+    if row.part:
+        images.ids = torch.tensor([(ids * 3)[:3] for ids in classes.values()])    # up to three
     return images.subset(data.n_train if train else data.n_test)
 
 
