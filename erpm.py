@@ -58,7 +58,6 @@ import platform
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1587,10 +1586,7 @@ def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
 
 def _cifar_c(severity: int, row: SetRow, top: Path, train: bool, data: Data):
     """The five severities of a corruption stand in one array, the labels beside it."""
-    try:
-        x, y = np.load(top, mmap_mode="r"), np.load(top.with_name("labels.npy"))
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{top}, or labels.npy beside it: {e}") from None
+    x, y = np.load(top, mmap_mode="r"), np.load(top.with_name("labels.npy"))
     part = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
     x = torch.tensor(x[part]).permute(0, 3, 1, 2).contiguous()
     return x, y[part], list(map(str, range(row.n_classes)))
@@ -1726,7 +1722,9 @@ def _read_row(row: SetRow, data: Data, train: bool):
                      f"it: {get}; another place: data.root=FOLDER")
     try:
         found, y, names = row.read(row, top, train, data)
-    except (RuntimeError, ImportError) as e:                 # torchvision's: incomplete, no scipy
+    except UserError:
+        raise
+    except (RuntimeError, ImportError, OSError, ValueError, EOFError) as e:  # of many libraries
         raise UserError(f"{row.name} in {top}: {e}; get it: {get}") from None
     if row.n_classes and len(names) != row.n_classes:
         raise UserError(f"{row.name}: {len(names):,} classes in {top}, expected "
@@ -2015,10 +2013,7 @@ def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Mo
     tag does, or the first tag of its model.  Raises: UserError."""
     import open_clip
     model, slash, tag = name.partition("/")
-    if "erpm-tiny" not in open_clip.list_models():
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "erpm-tiny.json").write_text(json.dumps(TINY_CLIP))
-            open_clip.add_model_config(Path(folder, "erpm-tiny.json"))
+    open_clip.factory._MODEL_CONFIGS.setdefault("erpm-tiny", TINY_CLIP)   # else a file is needed
     choose(open_clip.list_models(), model, "network of open_clip")
     tags = open_clip.list_pretrained_tags_by_model(model)
     cfg = open_clip.get_pretrained_cfg(model, tag if slash else next(iter(tags), ""))
@@ -2243,19 +2238,18 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def cut(net: nn.Module, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
+def cut(net: Net, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
     """(frozen backbone, tail): the tail is the last `tune` stages and the classifier.
 
     Raises: UserError; also unless the stages give what the network gives on a random image."""
-    parts, name = stages(net), getattr(getattr(net, "card", None), "name", "") or "the network"
-    at = len(parts) - 1 - tune
+    parts, card = stages(net), net.card
+    at, name = len(parts) - 1 - tune, card.name or "the network"
     if at < 1:
         raise UserError(f"tune = {tune}: {name} has {len(parts) - 1} stages, of which the first "
                         "stays frozen")
-    own_chain = not isinstance(net, Net) or type(net.net) is nn.Sequential and not net.card.name
-    if not own_chain:                                     # which is in order, and of any size
-        p, side = next(net.parameters()), net.card.size_px or net.card.view.size_px
-        x = torch.rand(1, 3, side, side, generator=rng("cut")).to(p.device)
+    if card.name or type(net.net) is not nn.Sequential:  # one's own is in order, and of any size
+        side = card.size_px or card.view.size_px
+        x = torch.rand(1, 3, side, side, generator=rng("cut")).to(net.mean.device)
         if not torch.allclose(parts.eval()(x), net.eval()(x), rtol=1e-3, atol=1e-5):
             raise UserError(f"the stages of {name} do not give what it gives: this version of its "
                             "library computes something else")
@@ -2345,21 +2339,14 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(h)
 
 
-def _resampled(n: int, down: bool) -> nn.Sequential:
-    """Half the side by a convolution, or twice the side and a convolution."""
-    first = nn.ZeroPad2d((0, 1, 0, 1)) if down else nn.Upsample(scale_factor=2.0)
-    conv = nn.Conv2d(n, n, 3, 2) if down else nn.Conv2d(n, n, 3, 1, 1)
-    return nn.Sequential(OrderedDict(first=first, conv=conv))
-
-
 class Coder(nn.Module):
     """Encoder of a VQGAN, images (B,3,S,S) in [-1, 1] -> (B, z_channels, s, s), or its decoder."""
 
     def __init__(self, c: dict, down: bool):
         super().__init__()
         widths, groups = [c["ch"] * m for m in c["ch_mult"]], c["groups"]
-        width, order = c["ch"] if down else widths[-1], list(range(len(widths)))
-        order, levels, steps = order if down else order[::-1], {}, []
+        width, order = c["ch"] if down else widths[-1], range(len(widths))[::1 if down else -1]
+        levels, steps = {}, []
         self.conv_in = nn.Conv2d(3 if down else c["z_channels"], width, 3, 1, 1)
         for i in order:
             level = levels[i] = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
@@ -2371,7 +2358,9 @@ class Coder(nn.Module):
                     steps.append(SpatialAttention(width, groups))
                     level["attn"].append(steps[-1])
             if i != order[-1]:
-                steps.append(_resampled(width, down))
+                first = nn.ZeroPad2d((0, 1, 0, 1)) if down else nn.Upsample(scale_factor=2.0)
+                conv = nn.Conv2d(width, width, 3, *((2, 0) if down else (1, 1)))
+                steps.append(nn.Sequential(OrderedDict(first=first, conv=conv)))
                 level["downsample" if down else "upsample"] = steps[-1]
         self.add_module("down" if down else "up", nn.ModuleList(levels[i] for i in sorted(levels)))
         top = widths[-1]
@@ -2492,9 +2481,6 @@ def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
         return model
     texts = model.__dict__.setdefault("texts", {})        # a text tower is slow, and sets are alike
     if prompts not in texts:
-        if card.clip not in ("", "random") and not Path(card.clip).is_file():
-            raise UserError(f"{card.name}: its text tower is not in {card.clip}, so new classes "
-                            "cannot be named: put back the file that it was made from")
         with from_hub(f"the text tower of {card.name}"):
             name = card.name.partition(":")[2]
             clip = clip_model(name, card.clip or None, card.size_px).to(device)
