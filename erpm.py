@@ -345,7 +345,7 @@ class Robustify(Train):
 @dataclass(frozen=True)
 class Vqgan(Train):
     """The VQGAN of robustify.method=dad, and how it is trained where it has no weights."""
-    name: str = opt("tiny_f2_256", "one of VQGANS, or a YAML file of taming-transformers")
+    name: str = opt("tiny_f2_256", "one of VQGANS")
     weights: str = opt("", "file of its weights; empty = trained on the images first")
 
 
@@ -1450,11 +1450,9 @@ def _hues(u: Tensor, pale: float) -> Tensor:
 
 
 def _render_shapes(u: Tensor, field: Callable, size: int, style: str) -> Tensor:
-    """uint8 images (B,3,size,size) of one shape from u (B,11,1,1) in 0..1, which draws angle, size,
-    place, stretch, colours and light.
-
-    Style "": solids, bright to faint, on an empty, nearly black ground: noise, fog, frost and
-    brightness destroy that, as on Fashion-MNIST.  "r": drawings, outlines and hatching."""
+    """uint8 images (B,3,size,size) of one shape from u (B,11,1,1) in 0..1: solids, bright to faint,
+    on an empty, nearly black ground, which noise, fog, frost and brightness destroy, as they do
+    Fashion-MNIST; style "r": drawings, outlines and hatching."""
     g = (torch.arange(size) + 0.5) / size * 2 - 1
     gy, gx = torch.meshgrid(-g, g, indexing="ij")
     turn, scale = 2 * u[:, 0] - 1, 0.2 + 0.5 * u[:, 1]
@@ -1966,9 +1964,8 @@ def _timm(name: str, classes: int | None, weights: str | None, size_px: int) -> 
     """Any network of timm with its own mean, std, input size and view."""
     import timm
     choose(timm.list_models() + timm.list_pretrained(), name, "network of timm")
-    cfg, tag, options = timm.get_pretrained_cfg(name), "." in name, {}
-    if classes is not None:
-        options["num_classes"] = classes
+    cfg, tag = timm.get_pretrained_cfg(name), "." in name
+    options = {} if classes is None else {"num_classes": classes}
     if size_px and cfg.fixed_input_size:                  # position embeddings are of one size
         options["img_size"] = size_px
     net = timm.create_model(name, pretrained=tag and weights is None, **options)
@@ -2043,8 +2040,7 @@ def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int
     card = Card(n_classes=classes or 0, size_px=size, view=view, clip=weights or "",
                 fresh=bool(classes) or not weights and "/" not in name)
     net = Net(nn.Sequential(OrderedDict(visual=clip.visual, fc=fc)), card, cfg["mean"], cfg["std"])
-    bias = clip.logit_bias
-    net.scale = clip.logit_scale.item(), 0.0 if bias is None else bias.item()  # for a TextHead
+    net.scale = float(clip.logit_scale), float(clip.logit_bias or 0)            # for a TextHead
     return net
 
 
@@ -2056,9 +2052,7 @@ def named(name: str, classes: int | None = None, weights: str | None = None,
     """The network FAMILY:NAME in eval mode; see `build`, which knows more kinds of names."""
     family, _, rest = name.partition(":")
     make = choose(FAMILIES, family, "family of networks (expected FAMILY:NAME)")
-    state, ours = {}, None
-    if weights not in (None, "", "random"):
-        state, ours = read_weights(weights)
+    state, ours = read_weights(weights) if weights not in (None, "", "random") else ({}, None)
     with from_hub(name):
         net = make(rest, classes, weights or None, size_px)
     more = {"name": name}
@@ -2223,8 +2217,7 @@ def stages(net: nn.Module) -> nn.Sequential:
 
     The stages hold net's own modules, not copies.  Raises: UserError for what cannot be cut."""
     if isinstance(net, Net):
-        first, *rest = stages(net.net)
-        return nn.Sequential(Part(net, ("mean", "std"), Net.prepare), first, *rest)
+        return nn.Sequential(Part(net, ("mean", "std"), Net.prepare), *stages(net.net))
     body, (*features, fc) = split_net(net)
     if not body or not hasattr(fc, "out_features"):
         raise UserError(f"a {type(net).__module__}.{type(net).__name__} without a final Linear "
@@ -2295,14 +2288,14 @@ def prompted(net: Net, n: int = 10, deep: bool = True) -> Net:
 # ---- the VQGAN of [B] ----------------------------------------------------------------------------
 
 # Published checkpoints by name, and one that is trained here; taming-transformers' words, and the
-# groups of a norm, which are 32 there: with as few channels they would take the colour away.
+# groups of a norm: 32 there, but with as few channels they would take the colour away.
 VQGANS = {
     "vqgan_openimages_f8_16384": dict(
         n_embed=16384, embed_dim=4, z_channels=4, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2,
-        attn_resolutions=(32,), resolution=256),
+        attn_resolutions=(32,), resolution=256, groups=32),
     "vqgan_imagenet_f16_1024": dict(
         n_embed=1024, embed_dim=256, z_channels=256, ch=128, ch_mult=(1, 1, 2, 2, 4),
-        num_res_blocks=2, attn_resolutions=(16,), resolution=256),
+        num_res_blocks=2, attn_resolutions=(16,), resolution=256, groups=32),
     "tiny_f2_256": dict(
         n_embed=256, embed_dim=8, z_channels=32, ch=32, ch_mult=(1, 1), num_res_blocks=0,
         attn_resolutions=(), resolution=32, groups=4),
@@ -2346,10 +2339,11 @@ class Coder(nn.Module):
         super().__init__()
         widths, groups = [c["ch"] * m for m in c["ch_mult"]], c["groups"]
         width, order = c["ch"] if down else widths[-1], range(len(widths))[::1 if down else -1]
-        levels, steps = {}, []
+        steps, levels = [], nn.ModuleList(nn.ModuleDict() for _ in widths)
         self.conv_in = nn.Conv2d(3 if down else c["z_channels"], width, 3, 1, 1)
         for i in order:
-            level = levels[i] = nn.ModuleDict({"block": nn.ModuleList(), "attn": nn.ModuleList()})
+            level = levels[i]
+            level["block"], level["attn"] = nn.ModuleList(), nn.ModuleList()
             for _ in range(c["num_res_blocks"] + (not down)):
                 steps.append(ResBlock(width, widths[i], groups))
                 level["block"].append(steps[-1])
@@ -2362,7 +2356,7 @@ class Coder(nn.Module):
                 conv = nn.Conv2d(width, width, 3, *((2, 0) if down else (1, 1)))
                 steps.append(nn.Sequential(OrderedDict(first=first, conv=conv)))
                 level["downsample" if down else "upsample"] = steps[-1]
-        self.add_module("down" if down else "up", nn.ModuleList(levels[i] for i in sorted(levels)))
+        self.add_module("down" if down else "up", levels)
         top = widths[-1]
         self.mid = nn.Sequential(OrderedDict(
             block_1=ResBlock(top, top, groups), attn_1=SpatialAttention(top, groups),
@@ -2428,22 +2422,12 @@ class VQGAN(nn.Module):
 
 
 def vqgan(config: str | dict, weights: Path | str | None = None) -> VQGAN:
-    """The VQGAN of a name, of a YAML file of taming-transformers, or of a mapping of its words.
+    """The VQGAN of a name of VQGANS, or of a mapping of such words.
 
     weights: a local file, loaded strictly: .safetensors or a state dict, also in "state_dict";
     the discriminator and perceptual loss ("loss.*") are left out.  Without one they are random.
     Raises: UserError."""
-    if isinstance(config, str):
-        config = read_yaml(Path(config)) if config.endswith((".yaml", ".yml")) else choose(
-            VQGANS, config, "vqgan.name")
-    config = {"groups": 32} | config
-    for nest in ("model", "params", "ddconfig"):
-        config |= config[nest] if isinstance(config.get(nest), dict) else {}
-    lacks = [k for k in VQGANS["tiny_f2_256"] if k not in config]
-    if lacks or config.get("double_z"):
-        raise UserError(f"vqgan: the configuration lacks {', '.join(lacks)}" if lacks else
-                        "vqgan: double_z is a VAE's, not a VQGAN's")
-    net = VQGAN({k: config[k] for k in VQGANS["tiny_f2_256"]})
+    net = VQGAN(choose(VQGANS, config, "vqgan.name") if isinstance(config, str) else config)
     if weights:
         state = {k: v for k, v in read_weights(weights)[0].items() if not k.startswith("loss.")}
         load_strictly(net, state, f"{weights} does not fit the VQGAN")
