@@ -2040,7 +2040,8 @@ def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int
     card = Card(n_classes=classes or 0, size_px=size, view=view, clip=weights or "",
                 fresh=bool(classes) or not weights and "/" not in name)
     net = Net(nn.Sequential(OrderedDict(visual=clip.visual, fc=fc)), card, cfg["mean"], cfg["std"])
-    net.scale = float(clip.logit_scale), float(clip.logit_bias or 0)            # for a TextHead
+    net.scale = [v.item() if v is not None else 0.0               # for a TextHead
+                 for v in (clip.logit_scale, clip.logit_bias)]
     return net
 
 
