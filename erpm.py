@@ -58,6 +58,7 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -345,7 +346,7 @@ class Robustify(Train):
 @dataclass(frozen=True)
 class Vqgan(Train):
     """The VQGAN of robustify.method=dad, and how it is trained where it has no weights."""
-    name: str = opt("tiny_f2_256", "one of VQGANS")
+    name: str = opt("tiny_f2_256", "one of VQGANS, or a YAML file of taming-transformers")
     weights: str = opt("", "file of its weights; empty = trained on the images first")
 
 
@@ -2010,7 +2011,10 @@ def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Mo
     tag does, or the first tag of its model.  Raises: UserError."""
     import open_clip
     model, slash, tag = name.partition("/")
-    open_clip.factory._MODEL_CONFIGS.setdefault("erpm-tiny", TINY_CLIP)   # else a file is needed
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "erpm-tiny.json")
+        file.write_text(json.dumps(TINY_CLIP))
+        open_clip.add_model_config(file)
     choose(open_clip.list_models(), model, "network of open_clip")
     tags = open_clip.list_pretrained_tags_by_model(model)
     cfg = open_clip.get_pretrained_cfg(model, tag if slash else next(iter(tags), ""))
@@ -2423,12 +2427,20 @@ class VQGAN(nn.Module):
 
 
 def vqgan(config: str | dict, weights: Path | str | None = None) -> VQGAN:
-    """The VQGAN of a name of VQGANS, or of a mapping of such words.
+    """The VQGAN of a name of VQGANS, of a YAML file of taming-transformers, or of a mapping of its
+    words, also nested as "ddconfig".
 
     weights: a local file, loaded strictly: .safetensors or a state dict, also in "state_dict";
     the discriminator and perceptual loss ("loss.*") are left out.  Without one they are random.
     Raises: UserError."""
-    net = VQGAN(choose(VQGANS, config, "vqgan.name") if isinstance(config, str) else config)
+    if isinstance(config, str) and config.endswith((".yaml", ".yml")):
+        config = read_yaml(Path(config)).get("model", {}).get("params", {})
+    config = choose(VQGANS, config, "vqgan.name") if isinstance(config, str) else config
+    config = {"groups": 32, **config, **config.get("ddconfig", {})}
+    lacks = [k for k in VQGANS["tiny_f2_256"] if k not in config]
+    if lacks:
+        raise UserError(f"vqgan: the configuration lacks {', '.join(lacks)}")
+    net = VQGAN({k: config[k] for k in VQGANS["tiny_f2_256"]})
     if weights:
         state = {k: v for k, v in read_weights(weights)[0].items() if not k.startswith("loss.")}
         load_strictly(net, state, f"{weights} does not fit the VQGAN")
