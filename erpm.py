@@ -533,7 +533,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-")
 
 
-def resolve(words: Sequence[str] = (), recipe: str = "", file: Path = RECIPE_FILE,
+def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "",
             run: Path | None = None) -> Config:
     """The frozen Config: default < recipe of the file (or the run's config.yaml) < words."""
     given = dict(w.partition("=")[::2] for w in words)
@@ -542,6 +542,7 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path = RECIPE_FIL
     if run:
         cfg = changed(cfg, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
     elif recipe:
+        file = Path(file or RECIPE_FILE)
         tree = choose(read_yaml(file), recipe, f"recipe in {file}")
         cfg = changed(cfg, tree, f"{file}: {recipe}")
     home = cfg.data.name
@@ -3600,10 +3601,10 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
 # ---- rows ----------------------------------------------------------------------------------------
 
 def weights_sha(net: nn.Module) -> str:
-    """A hash of the network's tensors, but class embeddings of prompts, which change with the
-    set."""
+    """A hash of the network's tensors, and of its prompts in the place of their embeddings."""
     texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
-    return sha({k: v for k, v in net.state_dict().items() if k not in texts})
+    prompts = getattr(net, "card", Card()).prompts
+    return sha({k: v for k, v in net.state_dict().items() if k not in texts}, repr(prompts))
 
 
 @torch.no_grad()
@@ -3671,8 +3672,8 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
     amp = str(amp_type(cfg.runtime.amp, pick_device()))
-    of = fold(label, weights_sha(model), card.prompts, images.name, transform, len(images),
-              cfg.seed, passes, amp, versions()["erpm"])
+    of = fold(label, weights_sha(model), images.name, transform, len(images), cfg.seed, passes, amp,
+              versions()["erpm"])
     return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
             "kind": kind_of(card, images), "n": len(images), "transform": transform,
             "rule": ev.rule if isinstance(model, Student) else "", "passes": passes, "amp": amp,
@@ -4319,8 +4320,7 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
         return images, see
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
     key = [d.method, d.tune, d.batch, len(images), str(amp_type(cfg.runtime.amp, device)),
-           [flat(cfg)[k] for k in (*DRAWN, *HARDENED)],
-           [(weights_sha(net), getattr(net, "card", Card()).prompts) for net in frozen]]
+           [flat(cfg)[k] for k in (*DRAWN, *HARDENED)], *map(weights_sha, frozen)]
     top, chunks, costs, flops = cfg.dir / f"views-{fold(key):016x}", {}, [], 0
     files = {(v, k): top / f"{v}-{k}.safetensors"
              for v in range(d.views) for k in range(0, len(images), d.batch)}
@@ -4355,7 +4355,7 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     r, top, device = cfg.robustify, cfg.dir / cfg.robustify.samples, pick_device()
     key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
                        "n": len(images.y), "teacher": weights_sha(teacher),
-                       "prompts": fold(teacher.card.prompts), "vqgan": weights_sha(vqgan)}
+                       "vqgan": weights_sha(vqgan)}
     file = top / "samples.json"
     other = differences(json.loads(file.read_text()) if file.is_file() else key, key)
     if other:
@@ -4565,7 +4565,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
         if r == "teacher":                # what cannot be tuned says so before one is made
             cut(nets["student"], cfg.distill.tune)
         net = nets[r] = network(cfg, images, r, words)
-        key = net.card.key | key | {r: [weights_sha(net), fold(net.card.prompts)]}
+        key = net.card.key | key | {r: weights_sha(net)}
     counts = (*DRAWN, *(u if "." in u else f"{section}.{u}" for u in uses.split()))
     key |= {k: sha(Path(v)) if isinstance(v, str) and os.path.isfile(v) else v
             for k, v in flat(cfg).items() if k.startswith(counts)}
@@ -4612,9 +4612,27 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
 
 # ---- eval ----------------------------------------------------------------------------------------
 
-def networks_of_run(cfg: Config) -> list[dict[str, nn.Module]]:
-    """{label: network} of a run's folder: original, teacher, what was tuned, and each of them in a
-    team with the teacher; a mapping for those that want the same pixels."""
+def network_of_token(token: str) -> dict[str, nn.Module]:
+    """{label: network} of [LABEL@]NAME[=WEIGHTS_FILE].  Raises: UserError."""
+    front, _, path = token.partition("=")
+    label, name = re.fullmatch(r"(?:([^:@]+)@)?(.*)", front).groups()
+    net = build(name, weights=path or None)
+    if net.card.fresh and not name.startswith("run:"):
+        raise UserError(f"--model {name} has no weights: add a pretrained tag "
+                        "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
+                        "made (run:runs/x)")
+    return {label or token: freeze(net).to(pick_device())}
+
+
+def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
+    """{label: network} for those that want the same pixels: those of eval.models one by one, for
+    they may be large, else a run's original, teacher, what was tuned, and each in a team with the
+    teacher.  Raises: UserError."""
+    tokens = dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(","))))
+    for token in tokens:
+        yield network_of_token(token)
+    if tokens:
+        return
     order = {"student": 0, "teacher": 1, "model": 3}
     files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
     if not files:
@@ -4626,20 +4644,8 @@ def networks_of_run(cfg: Config) -> list[dict[str, nn.Module]]:
         if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team) \
                 and net.card.classes == teacher.card.classes:
             found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
-    return [{label: net for label, net in found.items() if net.card.view == view}
-            for view in dict.fromkeys(net.card.view for net in found.values())]
-
-
-def network_of_token(token: str) -> dict[str, nn.Module]:
-    """{label: network} of [LABEL@]NAME[=WEIGHTS_FILE].  Raises: UserError."""
-    front, _, path = token.partition("=")
-    label, name = re.fullmatch(r"(?:([^:@]+)@)?(.*)", front).groups()
-    net = build(name, weights=path or None)
-    if net.card.fresh and not name.startswith("run:"):
-        raise UserError(f"--model {name} has no weights: add a pretrained tag "
-                        "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
-                        "made (run:runs/x)")
-    return {label or token: freeze(net).to(pick_device())}
+    for view in dict.fromkeys(net.card.view for net in found.values()):
+        yield {label: net for label, net in found.items() if net.card.view == view}
 
 
 def set_names(cfg: Config) -> list[str]:
@@ -4682,14 +4688,9 @@ def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
 
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
-    tokens = list(dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(",")))))
-    if tokens and not (cfg.dir / "config.yaml").is_file():
+    if cfg.eval.models and not (cfg.dir / "config.yaml").is_file():
         write_config(cfg)                                # `report --run` looks for it
-    asked = set()
-    for token in tokens:                                 # one by one: they may be large
-        asked |= score_all(network_of_token(token), cfg)
-    for nets in [] if tokens else networks_of_run(cfg):
-        asked |= score_all(nets, cfg)
+    asked = set().union(*(score_all(nets, cfg) for nets in networks(cfg)))
     if world()[0] == 0:
         rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
         say(summary(rows) if rows else "nothing to score")
@@ -4751,6 +4752,12 @@ def run_report(cfg: Config, args) -> None:
     say(f"{runs[0]}: {', '.join(['report.md', *drawn])} written")
 
 
+def run_stage(cfg: Config, args) -> None:
+    """Makes the network of pretrain, robustify or distill, after what it is made from."""
+    role = {"pretrain": "student", "robustify": "teacher"}.get(args.command, cfg.distill.method)
+    network(cfg, training_images(cfg), role, {}, "model" if args.command == "distill" else "")
+
+
 def run_compare(cfg: Config, args) -> None:
     """The recipe's own run and those of compare.rows, for every seed, then eval and report."""
     folders = []
@@ -4802,11 +4809,15 @@ def run_bench(cfg: Config, args) -> None:
         say(markdown(list(rows[0]), [list(r.values()) for r in rows]))
 
 
-class CorruptCopies(torch.utils.data.Dataset):
+@dataclass
+class CorruptCopies:
     """Item k writes the missing copies of image k: OUT/corruption/severity/class/name."""
+    images: ImageSet
+    source: Path
+    out: Path
 
-    def __init__(self, images: ImageSet, source: Path, out: Path):
-        self.images, self.source, self.out = images, source, out
+    def __len__(self) -> int:
+        return len(self.images)
 
     def __getitem__(self, k: int) -> None:
         x, _, _ = self.images.__getitems__([(0, k)])
@@ -4832,25 +4843,22 @@ def run_corrupt(cfg: Config, args) -> None:
         raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
     images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True)
-    jobs = CorruptCopies(images, source, out)
-    share = range(world()[0], len(paths), world()[1])
-    with Progress(len(share), "corrupt") as bar, Signals() as signals:
-        for _ in loader(jobs, cfg.data.workers or os.cpu_count(), batch_size=None, sampler=share):
+    jobs = loader(CorruptCopies(images, source, out), cfg.data.workers or os.cpu_count(),
+                  batch_size=None)
+    with Progress(len(paths), "corrupt") as bar, Signals() as signals:
+        for _ in jobs:
             bar.update(1)
             if signals.hit:
                 raise Interrupted("corrupt stopped; the same command goes on from here")
     say(f"{out}: {len(paths):,} images x {len(cells(images))} cells")
 
 
+STAGES = ("pretrain", "robustify", "distill")
 COMMANDS: dict[str, tuple[Callable, str]] = {
     "demo": (run_compare, "pretrain, robustify, distill, baselines, eval and report in one go"),
-    "pretrain": (lambda cfg, args: network(cfg, training_images(cfg), "student"),
-                 "train a network on clean data"),
-    "robustify": (lambda cfg, args: network(cfg, training_images(cfg), "teacher"),
-                  "make the small teacher robust"),
-    "distill": (lambda cfg, args: network(cfg, training_images(cfg), cfg.distill.method, {},
-                                          "model"),
-                "tune the large network with three heads"),
+    "pretrain": (run_stage, "train a network on clean data"),
+    "robustify": (run_stage, "make the small teacher robust"),
+    "distill": (run_stage, "tune the large network with three heads"),
     "eval": (run_eval, "score a run or a network on sets"),
     "compare": (run_compare, "every run of a table, methods, settings and seeds, and its report"),
     "report": (run_report, "tables and pictures of results"),
@@ -4858,8 +4866,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "corrupt": (run_corrupt, "corrupt IN OUT: the ImageNet-C-like copy of a folder"),
     "sets": (run_sets, "the data sets: found or not, how to get them"),
 }
-STAGES = ("pretrain", "robustify", "distill")
-ON_ONE_PROCESS = ("report", "bench", "sets")
+ON_ONE_PROCESS = ("report", "bench", "sets", "corrupt")
 OPTIONS = {
     "--recipe": "recipe of config.yaml", "--config": "another file of recipes",
     "--run": "folder of the run; report: of several, joined by commas",
@@ -4890,16 +4897,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def configure(args: argparse.Namespace) -> Config:
     """The Config of the command: for eval and report the run's own, where it has one."""
-    recipe, run = args.recipe or ("demo" if args.command == "demo" else ""), Path(args.run)
-    if args.command == "report":
-        run = Path(args.run.split(",")[0])
+    recipe = args.recipe or ("demo" if args.command == "demo" else "")
+    run = Path(args.run.split(",")[0] if args.command == "report" else args.run)
     words = args.words + ([f"out={run.parent}", f"run={run.name}"] if args.run else [])
-    cfg = resolve(words, recipe, Path(args.config or RECIPE_FILE))
-    if args.command not in ("eval", "report"):
-        return cfg
-    if (cfg.dir / "config.yaml").is_file():
+    cfg, scores = resolve(words, recipe, args.config), args.command in ("eval", "report")
+    if scores and (cfg.dir / "config.yaml").is_file():
         return dataclasses.replace(resolve(words, run=cfg.dir), out=cfg.out, run=cfg.run)
-    if args.run:
+    if scores and args.run:
         raise UserError(f"no run {run}: it has no config.yaml")
     return cfg
 
@@ -4943,27 +4947,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cfg.runtime.offline:
             os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         preflight(cfg, args.command)
-        writes = args.command not in (*ON_ONE_PROCESS, "corrupt")
-        with alone(cfg) if writes else contextlib.nullcontext():
-            if world()[0] == 0 or args.command not in ON_ONE_PROCESS:
+        one = args.command in ON_ONE_PROCESS
+        with contextlib.nullcontext() if one else alone(cfg):
+            if world()[0] == 0 or not one:
                 COMMANDS[args.command][0](cfg, args)
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
-        text = " ".join(str(e).strip().split("UserError: ")[-1].split())
-        print(f"erpm.py: {text}", file=sys.stderr)
-        return 2
+        code, text = 2, str(e).split("UserError: ")[-1]
     except (Interrupted, KeyboardInterrupt) as e:
-        print(f"erpm.py: {e or 'interrupted'}", file=sys.stderr)
-        return 128 + (Signals.hit or signal.SIGINT)
+        code, text = 128 + (Signals.hit or signal.SIGINT), str(e) or "interrupted"
     except (MemoryError, RuntimeError) as e:
         if "memory" not in str(e) and not isinstance(e, MemoryError):
             raise
-        print("erpm.py: out of memory: lower the stage's batch (or raise its accum), eval.batch or "
-              f"data.workers ({' '.join(str(e).split())[:160]})", file=sys.stderr)
-        return 2
+        code, text = 2, ("out of memory: lower the stage's batch (or raise its accum), eval.batch "
+                         f"or data.workers ({str(e)[:160]})")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    print(f"erpm.py: {' '.join(text.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
