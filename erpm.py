@@ -1210,11 +1210,11 @@ def augment(x, spec, generator, **options):
 def mix_labels(x, y, spec, generator, n_classes):
     """(x, soft labels (B,n_classes)): each image mixed with its neighbour by mixup or cutmix.
 
-    spec as in augment; with both names the batch draws one, with neither y becomes one-hot.
+    spec as in augment; with both names the batch draws one, with neither all stays as it is.
     """
     names = sorted(spec_names(spec) & set(LABEL_MIXERS))
     if not names:
-        return x, F.one_hot(y, n_classes).float()
+        return x, y
     with seeded(key := _key(generator)):
         mixer = LABEL_MIXERS[names[key % len(names)]](num_classes=n_classes)
         x, soft = mixer(x.float(), y)
@@ -3232,29 +3232,6 @@ def harden(x: Tensor, cfg: Robustify, generator: torch.Generator) -> Tensor:
                    pixmix={"pictures": cfg.pictures or None}, deepaugment={"strength": strength})
 
 
-def plain_step(cfg: Train, aug: Robustify | None = None, n_classes: int = 0,
-               clean: bool = True) -> Callable:
-    """Cross-entropy of a whole network on x, or with aug on x and x~ alike (clean=False: on x~
-    alone); aug.jsd: on x alone, and AugMix's consistency over three views.
-
-    n_classes: mixup and cutmix of aug.augment mix images and labels first."""
-    mixes = n_classes and spec_names(aug.augment) & set(LABEL_MIXERS)
-    n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
-
-    def step(model, batch):
-        x, y, g, _ = batch
-        if mixes:
-            x, y = mix_labels(x, y, aug.augment, g, n_classes)
-        z = model(torch.cat([x] * clean + [harden(x, aug, g) for _ in range(n_views)])).float()
-        if n_views == 2:
-            z = z.chunk(3)
-            ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
-            return ce + aug.jsd * consistency, {"ce": ce, "jsd": consistency}
-        y = torch.cat([y] * (len(z) // len(y)))
-        return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
-    return step
-
-
 def frozen_views(backbone: nn.Module, aug: Robustify | None = None, clean: bool = True,
                  original: nn.Module | None = None, teacher: nn.Module | None = None) -> Callable:
     """see(batch) -> [features of x, of x~], and with teachers their logits, the original's on x and
@@ -3267,12 +3244,31 @@ def frozen_views(backbone: nn.Module, aug: Robustify | None = None, clean: bool 
     return see
 
 
-def tail_step(cfg: Train, see: Callable) -> Callable:
-    """Cross-entropy of a tail on frozen features, x and x~ alike."""
+def plain_step(cfg: Train, see: Callable = frozen_views(nn.Identity())) -> Callable:
+    """Cross-entropy of a network on images, or of a tail on frozen features: all that `see` gives
+    of a batch, x and x~ alike."""
     def step(model, batch):
-        f = see(batch)
-        z, y = model(torch.cat(f)).float(), torch.cat([batch.y] * len(f))
+        views = see(batch)
+        z, y = model(torch.cat(views)).float(), torch.cat([batch.y] * len(views))
         return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
+    return step
+
+
+def robust_step(cfg: Robustify, n_classes: int) -> Callable:
+    """[A] section 3.1: cross-entropy on x (where cfg.clean) and x~, or with cfg.jsd on x alone, and
+    AugMix's consistency over three views; mixup and cutmix mix images and labels first."""
+    see = frozen_views(nn.Identity(), cfg, cfg.clean)
+    plain = plain_step(cfg, see)
+
+    def step(model, batch):
+        x, y = mix_labels(batch.x, batch.y, cfg.augment, batch.generator, n_classes)
+        batch = batch._replace(x=x, y=y)
+        if not (cfg.jsd and cfg.clean):
+            return plain(model, batch)
+        views = [*see(batch), harden(x, cfg, batch.generator)]
+        z = model(torch.cat(views)).float().chunk(3)
+        ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
+        return ce + cfg.jsd * consistency, {"ce": ce, "jsd": consistency}
     return step
 
 
@@ -3299,8 +3295,7 @@ def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes:
         if vqgan is not None and not others:
             draws = [rng("dad", *key) for key in batch.keys]
             others = [_bytes(255 * dad_samples(x, y, teacher, vqgan, draws, **attack(cfg)))]
-        if spec_names(cfg.augment) & set(LABEL_MIXERS):
-            x, y = mix_labels(x, y, cfg.augment, batch.generator, n_classes)
+        x, y = mix_labels(x, y, cfg.augment, batch.generator, n_classes)
         views = torch.cat([harden(x, cfg, batch.generator), *others])
         with torch.no_grad():
             zt = teacher(views)
@@ -3349,7 +3344,7 @@ def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip:
     batch, lr, ...).  Raises: UserError."""
     net, images = net if isinstance(net, Net) else Net(net), as_images(images)
     cfg = checked("robustify", options)
-    fit(net, plain_step(cfg, cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
+    fit(net, robust_step(cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
         Runtime(), name="robustify", seed=seed)
     return freeze(net)
 
@@ -4153,7 +4148,7 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
             opt.zero_grad()
         return once
 
-    return {"FT": step(whole, plain_step(Train(), plain)),
+    return {"FT": step(whole, plain_step(Train(), frozen_views(nn.Identity(), plain))),
             "ERPM": step(tuned.tuned, erpm_step(Distill(), see)),
             "ERPM, cached": step(tuned.tuned, erpm_step(Distill(), lambda batch: held))}
 
@@ -4465,9 +4460,7 @@ def make_teacher(cfg, images, train, guide=None, codes=None):
         return net, {}
     if codes and r.samples:
         images = stored_samples(cfg, images, guide, codes)
-    step = (dad_step(r, guide, codes, n) if guide else
-            plain_step(r, r, n_classes=n, clean=r.clean))
-    return net, train(net, step, images)
+    return net, train(net, dad_step(r, guide, codes, n) if guide else robust_step(r, n), images)
 
 
 def tune_erpm(cfg, images, train, net, teacher):
@@ -4485,7 +4478,7 @@ def tune_team(cfg, images, train, net, teacher):
     both = Team(net, teacher, cfg.distill.tune)
     see = frozen_views(both.net, cfg.robustify, clean=False)
     images, see = cached(cfg, images, see, both.net)
-    return both, train(both.tails[1], tail_step(cfg.distill, see), images)
+    return both, train(both.tails[1], plain_step(cfg.distill, see), images)
 
 
 def tune_apt(cfg, images, train, net, tune=None):
@@ -4496,14 +4489,13 @@ def tune_apt(cfg, images, train, net, tune=None):
     part = Tuned(*tail.requires_grad_(True))
     part.norms = d.norms
     tail[-1].features.requires_grad_(tune > 0)
-    return net, train(part, tail_step(d, see), images)
+    return net, train(part, plain_step(d, see), images)
 
 
 def tune_ft(cfg, images, train, net):
     """The whole network, end to end, on clean and augmented images."""
-    net.requires_grad_(True)
-    aug = dataclasses.replace(cfg.robustify, jsd=0.0)     # as the others: cross-entropy on x and x~
-    return net, train(net, plain_step(cfg.distill, aug), images)
+    see = frozen_views(nn.Identity(), cfg.robustify)
+    return net, train(net.requires_grad_(True), plain_step(cfg.distill, see), images)
 
 
 def tune_lp_ft(cfg, images, train, lp):
@@ -4526,8 +4518,8 @@ def tune_vpt(cfg, images, train, net):
     for name, p in net.named_parameters():
         p.requires_grad_(name.endswith("prompt"))
     stages(net)[-1].fc.requires_grad_(True)
-    aug = dataclasses.replace(cfg.robustify, jsd=0.0)
-    return net, train(Tuned(net), plain_step(cfg.distill, aug), images)
+    see = frozen_views(nn.Identity(), cfg.robustify)
+    return net, train(Tuned(net), plain_step(cfg.distill, see), images)
 
 
 # name: (label, section of its settings, how it is made, what it is made from, and beside DRAWN the
