@@ -103,9 +103,8 @@ class Interrupted(Exception):
 
 
 def choose(table, name: str, what: str):
-    """table[name], or the name itself where the table is a tuple of names.
-
-    Raises: UserError that lists the names and the nearest one."""
+    """table[name], or the name itself where the table is a tuple.  Raises: UserError that lists the
+    names and the nearest one."""
     if name not in table:
         close = difflib.get_close_matches(str(name), list(table), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -116,8 +115,8 @@ def choose(table, name: str, what: str):
 
 def fold(*key) -> int:
     """63-bit seed, a function of the key alone."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(),
-                          "little") >> 1
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def rng(*key, device="cpu") -> torch.Generator:
@@ -267,6 +266,11 @@ def opt(default, text: str, *valid):
     return dataclasses.field(default=default, metadata={"help": text, "valid": valid})
 
 
+def settings(words: Sequence[str]) -> dict[str, str]:
+    """{key: value} of words key=value."""
+    return dict(w.partition("=")[::2] for w in words)
+
+
 MANY = 10 ** 9
 
 
@@ -276,8 +280,8 @@ class Data:
     name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
     root: str = opt("data", "folder that holds the data sets")
     size_px: int = opt(0, "side of the square images that networks see; 0 = their own", 0, 512)
-    fit: str = opt("", "crop = the centre is cut out; squash = nothing is cut off; empty = as the "
-                       "network wants it", "", "crop", "squash")
+    fit: str = opt("", "crop, or squash both sides; empty = as the network wants it", "", "crop",
+                   "squash")
     crop: bool = opt(True, "training: random crops (stored images: shifts by up to 1/8)")
     flip: bool = opt(True, "training: mirror half of the images; wrong for digits and letters")
     names: str = opt("", "file of class names for prompts, in label order; empty = the set's own")
@@ -317,8 +321,7 @@ class Train:
 @dataclass(frozen=True)
 class Pretrain(Train):
     """How the student learns clean data, where its name has no pretrained weights for them."""
-    tune: int = opt(-1, "-1 = all of it is trained, 0 = its classifier alone, a linear probe",
-                    -1, 0)
+    tune: int = opt(-1, "-1 = all of it is trained, 0 = a linear probe of its features", -1, 0)
 
 
 @dataclass(frozen=True)
@@ -331,8 +334,7 @@ class Robustify(Train):
     pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
     clean: bool = opt(True, "train on x beside x~; without, twice the epochs cost the same")
     jsd: float = opt(0.0, "weight of AugMix's consistency loss (there 12); 0 = off", 0, 1000)
-    teacher: str = opt("", "kd, dad: the network to learn from, open_clip: by prompts; without "
-                           "weights it is trained first; empty = model.student")
+    teacher: str = opt("", "kd, dad: the network to learn from; empty = model.student")
     teacher_weights: str = opt("", "file that it starts from; empty = by tag")
     temperature: float = opt(4.0, "kd, dad: softmax temperature", 0.01, 100)
     radius: float = opt(0.1, "dad: L2 norm of what is added to an image in [0, 1]", 0, 1000)
@@ -388,8 +390,7 @@ class Compare:
             elif not colon:
                 raise UserError(f"compare.rows: {line!r} is not of the form LABEL: KEY=VALUE ...")
             else:
-                runs[label] = dict(w.partition("=")[::2] for w in words.split()) \
-                    or runs.get(label, {})
+                runs[label] = settings(words.split()) or runs.get(label, {})
                 tables.setdefault(title, []).append(label)
         return tables, runs or {"": {}}
 
@@ -480,7 +481,7 @@ def typed(value, path: str, where: str):
     """value as the type of a field and within its range.  Raises: UserError naming path, expected
     and got."""
     field = choose(FIELDS, path, f"setting in {where}:")
-    kind, valid, out = field.type, field.metadata["valid"], None
+    kind, valid = field.type, field.metadata["valid"]
     if kind == "str" and isinstance(value, str):
         return choose(valid or (value,), value, path)
     if kind == "bool" and str(value).lower() in ("true", "false"):
@@ -515,15 +516,15 @@ def changed(cfg: Config, given: dict, where: str = "settings") -> Config:
     Raises: UserError."""
     if not isinstance(given, dict):
         raise UserError(f"{where}: expected a mapping of settings, got {given!r}")
-    new: dict = {section: {} for section in ("", *PARTS)}
     for path, value in given.items():
         nested = isinstance(value, dict)
         flat = {f"{path}.{k}": v for k, v in value.items()} if nested else {str(path): value}
         for key, v in flat.items():
             section, _, leaf = key.rpartition(".")
-            new[section][leaf] = typed(v, key, where)
-    parts = {s: dataclasses.replace(getattr(cfg, s), **new[s]) for s in PARTS}
-    cfg = dataclasses.replace(cfg, **new[""], **parts)
+            new = {leaf: typed(v, key, where)}
+            if section:
+                new = {section: dataclasses.replace(getattr(cfg, section), **new)}
+            cfg = dataclasses.replace(cfg, **new)
     check(cfg)
     return cfg
 
@@ -536,23 +537,21 @@ def slug(text: str) -> str:
 def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "",
             run: Path | None = None) -> Config:
     """The frozen Config: default < recipe of the file (or the run's config.yaml) < words."""
-    given = dict(w.partition("=")[::2] for w in words)
-    recipe = given.pop("recipe", recipe)
-    cfg = Config(recipe=recipe)
+    given = settings(words)
+    recipe, file = given.pop("recipe", recipe), Path(file or RECIPE_FILE)
+    base = Config(recipe=recipe)
     if run:
-        cfg = changed(cfg, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+        base = changed(base, read_yaml(run / "config.yaml"), f"{run / 'config.yaml'}")
     elif recipe:
-        file = Path(file or RECIPE_FILE)
         tree = choose(read_yaml(file), recipe, f"recipe in {file}")
-        cfg = changed(cfg, tree, f"{file}: {recipe}")
-    home = cfg.data.name
-    cfg = changed(cfg, given, "command line")
-    if not cfg.run:
-        names = [cfg.recipe or cfg.data.name]
-        names += [cfg.data.name] if cfg.recipe and cfg.data.name != home else []
-        names += [f"s{cfg.seed}"] if cfg.seed else []
-        cfg = dataclasses.replace(cfg, run=slug("-".join(names)))
-    return cfg
+        base = changed(base, tree, f"{file}: {recipe}")
+    cfg = changed(base, given, "command line")
+    name = recipe or cfg.data.name
+    if recipe and cfg.data.name != base.data.name:
+        name += f"-{cfg.data.name}"
+    if cfg.seed:
+        name += f"-s{cfg.seed}"
+    return cfg if cfg.run else dataclasses.replace(cfg, run=slug(name))
 
 
 def flat(cfg: Config) -> dict:
