@@ -99,7 +99,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """A signal of STOPS reached a safe point: the state is saved and the same command goes on."""
+    """A signal of STOPS reached a safe point, which the text tells: the state is saved."""
 
 
 def choose(table, name: str, what: str):
@@ -3166,10 +3166,9 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         workers: int = 0) -> dict[str, float]:
     """Trains the module in place and returns {"images", "seconds", "gflops" (an image)}.
 
-    step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is
-    the module or its DDP wrapper.  checkpoint: where it goes on if it was interrupted, log.jsonl
-    beside it; key tells whose that is; None = nothing is written.
-    Raises: UserError on a loss that is not finite; Interrupted on a signal."""
+    step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, the module
+    or its DDP wrapper.  checkpoint: where it goes on, of the job that key tells, log.jsonl beside
+    it; None = nothing is written.  Raises: UserError on a loss that is not finite; Interrupted."""
     device, size, seed = pick_device(), world()[1], fold(seed, name)
     opt = make_optimizer(model.to(device).train(), cfg)
     scaler = torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)
@@ -3212,8 +3211,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
                 if checkpoint and at < total and (stops or saves):
                     keep(checkpoint, parts, at, seconds, key)
                 if stops:
-                    raise Interrupted(f"{name} stopped at step {at} of {total}; the same command "
-                                      "goes on from here")
+                    raise Interrupted(f"{name}, step {at} of {total}")
             bar.update(cfg.batch)
     if cfg.ema:
         model.load_state_dict(parts["average"].module.state_dict())
@@ -3738,8 +3736,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                      "device": pick_device().type, "packages": versions()}
             append_rows(cfg.dir, [rows[x] | where | figures for x, figures in found.items()])
             if any_rank(bool(signals.hit)):
-                raise Interrupted("eval stopped after a whole cell; the same command goes on from "
-                                  "here")
+                raise Interrupted(f"eval, after {images.name} {cell[0]} {cell[1]}")
     return {row["of"] for row in rows.values()}
 
 
@@ -4284,7 +4281,7 @@ def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, 
             make(keys, some)
             bar.update(len(keys))
             if signals.hit:
-                raise Interrupted(f"{what} stopped; the same command goes on from here")
+                raise Interrupted(what)
     any_rank(False)
 
 
@@ -4592,7 +4589,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
         for old in cfg.dir.glob(f"{file}.ckpt*"):
             old.unlink()
     if any_rank(bool(Signals.hit)):                  # all wait for the file
-        raise Interrupted(f"{section} is done; the same command goes on from here")
+        raise Interrupted(f"{section} is done")
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
         f"{path}: as it comes")
     net = load(path).to(pick_device())
@@ -4840,7 +4837,7 @@ def run_corrupt(cfg: Config, args) -> None:
         for _ in jobs:
             bar.update(1)
             if signals.hit:
-                raise Interrupted("corrupt stopped; the same command goes on from here")
+                raise Interrupted("corrupt")
     say(f"{out}: {len(paths):,} images x {len(cells(images))} cells")
 
 
@@ -4945,8 +4942,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
         code, text = 2, str(e).split("UserError: ")[-1]
-    except (Interrupted, KeyboardInterrupt) as e:
-        code, text = 128 + (Signals.hit or signal.SIGINT), str(e) or "interrupted"
+    except Interrupted as e:
+        code, text = 128 + Signals.hit, f"stopped ({e}); the same command goes on from here"
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted"
     except (MemoryError, RuntimeError) as e:
         if "memory" not in str(e) and not isinstance(e, MemoryError):
             raise
