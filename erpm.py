@@ -3372,11 +3372,9 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
 @torch.no_grad()
 def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
          bar: Progress | None = None) -> dict:
-    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, batch by batch, each
-    on one process, in the set's order on every process.
-
-    A batch holds the same images for any number of processes, so the facts agree to the last bit;
-    nothing is padded or counted twice."""
+    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, in the set's order on
+    every process.  A batch is one process's and holds the same images for any number of them, so
+    the facts agree to the last bit; nothing is padded or counted twice."""
     (rank, size), device, out = world(), pick_device(), {}
     starts = range(rank * batch, len(images), batch * size)
     lists = [[(0, p) for p in range(s, min(s + batch, len(images)))] for s in starts or [0]]
@@ -3417,8 +3415,7 @@ def figures_of(v: np.ndarray, label: str) -> dict:
     if bad:
         raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
                         f"{bad} of {len(v)} images; try runtime.amp=none")
-    edges = torch.linspace(0, 1, 16)[1:-1]
-    at = torch.bucketize(torch.from_numpy(v[:, 3].copy()), edges).numpy()
+    at = np.searchsorted(torch.linspace(0, 1, 16)[1:-1].numpy(), v[:, 3])
     right, top5, nll, confidence, *head = v.astype(np.float64).T
     gap = np.bincount(at, right - confidence, 15)
     found = {"correct": int(right.sum()), "correct5": int(top5.sum()),
@@ -3491,12 +3488,10 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
 
     predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
     {rule: the same figures and "heads", the images that clean, combined and robust answered},
-    "sigma", "kl" (means, of the clean and the robust head)}.
-    A module is put in eval mode, on the accelerator where there is one, as the images are.
-    images: what as_images takes, or the name of a set in ./data; picture files are cut as the
-    network wants them.  cell: (corruption, severity), made on the fly, with the JPEG round trip of
-    the published files.  options: batch, passes, amp, workers.
-    Raises: UserError, on outputs that are not finite too."""
+    "sigma", "kl" (means, of the clean and the robust head)}.  A module is put in eval mode, on the
+    accelerator where there is one.  images: what as_images takes, or the name of a set in ./data.
+    cell: (corruption, severity), made on the fly, with the JPEG round trip of the published files.
+    options: batch, passes, amp, workers.  Raises: UserError, on outputs that are not finite too."""
     card = getattr(predict, "card", Card())
     images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
     if hasattr(predict, "card") and images.images is None and not images.own_view:
@@ -3582,9 +3577,8 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
     weight, bias, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
                                     len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
-    fc = nn.Linear(weight.shape[1], len(weight))
+    fc = nn.Linear(*weight.T.shape).to(pick_device())
     fc.load_state_dict({"weight": weight, "bias": bias})
-    fc = fc.to(pick_device())
     for p in fc.parameters() if world()[1] > 1 else ():     # equal to the last bit on all processes
         dist.broadcast(p.data, 0)
     return fc
@@ -3627,7 +3621,7 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
            probes: dict) -> tuple[str, nn.Module]:
     """(label, network) that answers on a set: with its own head where its outputs are the set's
     classes (their number means nothing), by prompts where it has a text tower, else by a linear
-    probe on frozen features, one of those fitted so far or a new one.  Raises: UserError."""
+    probe, one of those fitted so far or a new one.  Raises: UserError."""
     card, how, row = model.card, cfg.eval.head, SETS.get(images.base)
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
     a_clip = card.prompts or card.name.startswith("open_clip:") and not card.n_classes
@@ -3635,9 +3629,9 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts)
     if how == "own" or how == "auto" and own:
-        if card.n_classes != len(images.outputs):
-            raise UserError(f"{label} has {card.n_classes} classes and {name} needs "
-                            f"{len(images.outputs)}")
+        n = len(images.outputs)
+        if card.n_classes != n:
+            raise UserError(f"{label} has {card.n_classes} classes and {name} needs {n}")
         return label, model
     home = images.base.removesuffix("-r") if row else name.replace("folder-c:", "folder:")
     try:
@@ -3710,26 +3704,28 @@ def done_cells(run: Path) -> set[tuple]:
     return box[0]
 
 
+def scoring(cfg: Config) -> dict:
+    """The options of `evaluate`."""
+    return {"passes": cfg.eval.passes, "batch": cfg.eval.batch, "amp": cfg.runtime.amp,
+            "workers": cfg.data.workers}
+
+
 def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
     """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
     soon as it is known.  Returns the "of" of what was asked.  Raises: Interrupted by a signal."""
     ev, made = cfg.eval, images.corrupted and not images.archive
     images = images.subset(ev.n_cell) if made else images
     rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
-    done, todo = done_cells(cfg.dir), cells(images)
-    with Progress(len(todo) * len(images), f"eval: {images.name}") as bar, Signals() as signals:
-        for cell in todo:
-            pending = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
-            if not pending:
-                bar.update(len(images))
-                continue
-            since = time.perf_counter()
-            some = images
+    done, jobs = done_cells(cfg.dir), {}
+    for cell in cells(images):
+        jobs[cell] = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
+    jobs = {cell: pending for cell, pending in jobs.items() if pending}
+    with Progress(len(jobs) * len(images), f"eval: {images.name}") as bar, Signals() as signals:
+        for cell, pending in jobs.items():
+            since, some = time.perf_counter(), images
             if images.archive:
                 some = open_set(f"{images.base}-c", cfg.data, cell=cell)
-            found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
-                                 amp=cfg.runtime.amp, batch=ev.batch,
-                                 workers=cfg.data.workers, bar=bar)
+            found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
             seconds = time.perf_counter() - since
             where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
                      "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
@@ -4249,8 +4245,7 @@ def validate(cfg: Config, *nets: nn.Module) -> None:
             images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
         except UserError as e:
             return say(f"{net.card.label}: no validation ({e})")
-        rows = [evaluate(net, images, cell, passes=cfg.eval.passes, amp=cfg.runtime.amp,
-                         batch=cfg.eval.batch, workers=cfg.data.workers) for cell in CHECKS]
+        rows = [evaluate(net, images, cell, **scoring(cfg)) for cell in CHECKS]
         clean, *others = (100 * row.get("rules", {cfg.eval.rule: row})[cfg.eval.rule]["correct"]
                           / row["n"] for row in rows)
         shifted.append(np.mean(others))
