@@ -266,11 +266,6 @@ def opt(default, text: str, *valid):
     return dataclasses.field(default=default, metadata={"help": text, "valid": valid})
 
 
-def settings(words: Sequence[str]) -> dict[str, str]:
-    """{key: value} of words key=value."""
-    return dict(w.partition("=")[::2] for w in words)
-
-
 MANY = 10 ** 9
 
 
@@ -390,7 +385,8 @@ class Compare:
             elif not colon:
                 raise UserError(f"compare.rows: {line!r} is not of the form LABEL: KEY=VALUE ...")
             else:
-                runs[label] = settings(words.split()) or runs.get(label, {})
+                own = dict(w.partition("=")[::2] for w in words.split())
+                runs[label] = own or runs.get(label, {})
                 tables.setdefault(title, []).append(label)
         return tables, runs or {"": {}}
 
@@ -537,7 +533,7 @@ def slug(text: str) -> str:
 def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "",
             run: Path | None = None) -> Config:
     """The frozen Config: default < recipe of the file (or the run's config.yaml) < words."""
-    given = settings(words)
+    given = dict(w.partition("=")[::2] for w in words)
     recipe, file = given.pop("recipe", recipe), Path(file or RECIPE_FILE)
     base = Config(recipe=recipe)
     if run:
@@ -3638,8 +3634,8 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
                          card.view)
         features = frozen_features(model)
     except UserError as e:
-        raise type(e)(f"{label}: its classes are not those of {name}, and a linear probe cannot be "
-                      f"had: {e}") from None
+        raise UserError(f"{label}: its classes are not those of {name}, and a linear probe cannot "
+                        f"be had: {e}") from None
     if (label, train.base) not in probes:
         probe = nn.Sequential(features, Classifier(nn.Identity(), fit_probe(features, train, cfg)))
         probe.card = card
@@ -3676,15 +3672,6 @@ def read_rows(run: Path, rule: str = "") -> list[dict]:
         row = json.loads(text + b"}") | {"run": str(run)}
         rows.append(row | {"rule": rule} if rule and row["rule"] else row)
     return rows
-
-
-def append_rows(run: Path, rows: list[dict]) -> None:
-    """Adds rows to a run's results.jsonl, each with its checksum, on the first process."""
-    if world()[0] == 0:
-        with open(run / "results.jsonl", "a") as f:
-            for row in rows:
-                text = json.dumps(row)[:-1]
-                f.write(f'{text}, "sum": "{sha(text)}"}}\n')
 
 
 def done_cells(run: Path) -> set[tuple]:
@@ -3727,7 +3714,10 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
             where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
                      "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
                      "device": pick_device().type, "packages": versions()}
-            append_rows(cfg.dir, [rows[x] | where | figures for x, figures in found.items()])
+            for label, figures in found.items() if world()[0] == 0 else ():
+                text = json.dumps(rows[label] | where | figures)[:-1]
+                with open(cfg.dir / "results.jsonl", "a") as f:
+                    f.write(f'{text}, "sum": "{sha(text)}"}}\n')
             if any_rank(bool(signals.hit)):
                 raise Interrupted(f"eval, after {images.name} {cell[0]} {cell[1]}")
     return {row["of"] for row in rows.values()}
@@ -4222,10 +4212,10 @@ def write_config(cfg: Config) -> None:
 
 def training_images(cfg: Config) -> ImageSet:
     """The training images, in the student's own view, for which it is built without memory."""
-    m, size = cfg.model, cfg.data.size_px
+    m = cfg.model
     card = read_weights(m.student_weights)[1] if m.student_weights else None
     with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
-        card = card or named(m.student, None, "random", size).card
+        card = card or named(m.student, None, "random", cfg.data.size_px).card
     return open_set(cfg.data.name, cfg.data, "train", card.view)
 
 
@@ -4651,18 +4641,17 @@ def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
                 raise
             say(f"left out: {str(e).partition(':')[0]}")
     for name, images in opened.items():
-        able = {}
+        able = []
         for label, net in nets.items():
             if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
                 continue                            # it answers on the classes of home alone
             try:
-                able |= dict([headed(label, net, name, images, cfg, probes)])
+                able.append(headed(label, net, name, images, cfg, probes))
             except UserError as e:
                 if len(nets) == 1 and not everything:
                     raise
                 say(f"left out: {e}")
-        if able:
-            asked |= score(able, images, cfg)
+        asked |= score(dict(able), images, cfg)
     return asked
 
 
