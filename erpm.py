@@ -508,7 +508,6 @@ def check(cfg: Config, processes: int = 1) -> None:
 
 def changed(cfg: Config, given: dict, where: str = "settings") -> Config:
     """The Config with other values, {"section.key": value} or YAML's {"section": {"key": value}}.
-
     Raises: UserError."""
     if not isinstance(given, dict):
         raise UserError(f"{where}: expected a mapping of settings, got {given!r}")
@@ -3403,10 +3402,8 @@ def facts(v: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
 
 def figures_of(v: np.ndarray, label: str) -> dict:
     """{"correct", "correct5", "nll", "ece"} of facts (n,4), in float64, in one order, and "heads"
-    where they tell the head that answered, (n,5).
-
-    ECE: 15 bins of confidence, (lo, hi].  Source: Guo et al. 2017.
-    Raises: UserError on outputs of NaN or inf."""
+    where they tell the head that answered, (n,5).  ECE: 15 bins of confidence, (lo, hi], Guo et al.
+    2017.  Raises: UserError on outputs of NaN or inf."""
     bad = int((~np.isfinite(v)).any(1).sum())
     if bad:
         raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
@@ -4177,7 +4174,6 @@ BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment,
 @contextlib.contextmanager
 def alone(cfg: Config):
     """Context of the one command that works in the run's folder; the lock dies with its process.
-
     Raises: UserError while another one does; or where processes differ in settings or code."""
     import fcntl
     mine = sha(json.dumps(flat(cfg)), versions()["erpm"])
@@ -4629,7 +4625,6 @@ def set_names(cfg: Config) -> list[str]:
 
 def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
     """Scores networks that want the same pixels on all sets.  Returns the "of" of what was asked.
-
     Raises: UserError; under `all` what cannot be had is passed over."""
     everything, card = cfg.eval.sets.strip() == "all", next(iter(nets.values())).card
     asked, opened, probes = set(), {}, {}
@@ -4778,21 +4773,16 @@ def run_bench(cfg: Config, args) -> None:
         say(markdown(list(rows[0]), [list(r.values()) for r in rows]))
 
 
-@dataclass
-class CorruptCopies:
+@dataclass(eq=False)
+class CorruptCopies(ImageSet):
     """Item k writes the missing copies of image k: OUT/corruption/severity/class/name."""
-    images: ImageSet
-    source: Path
-    out: Path
-
-    def __len__(self) -> int:
-        return len(self.images)
+    out: Path = Path()
 
     def __getitem__(self, k: int) -> None:
-        x, _, _ = self.images.__getitems__([(0, k)])
-        file = Path(self.images.paths[k]).relative_to(self.source)
+        x, _, _ = self.__getitems__([(0, k)])
+        file = Path(self.paths[k]).relative_to(self.base)
         kind = Image.registered_extensions()[file.suffix.lower()]
-        for name, severity in cells(self.images):
+        for name, severity in cells(self):
             path = self.out / name / str(severity) / file
             if not path.is_file():
                 y = corrupt(x, name, severity, index=[k])[0]
@@ -4811,15 +4801,14 @@ def run_corrupt(cfg: Config, args) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
-    images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True)
-    jobs = loader(CorruptCopies(images, source, out), cfg.data.workers or os.cpu_count(),
-                  batch_size=None)
+    copies = CorruptCopies(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True,
+                           out=out)
     with Progress(len(paths), "corrupt") as bar, Signals() as signals:
-        for _ in jobs:
+        for _ in loader(copies, cfg.data.workers or os.cpu_count(), batch_size=None):
             bar.update(1)
             if signals.hit:
                 raise Interrupted("corrupt")
-    say(f"{out}: {len(paths):,} images x {len(cells(images))} cells")
+    say(f"{out}: {len(paths):,} images x {len(cells(copies))} cells")
 
 
 STAGES = ("pretrain", "robustify", "distill")
