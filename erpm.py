@@ -4591,9 +4591,9 @@ def network_of_token(token: str) -> dict[str, nn.Module]:
 
 
 def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
-    """{label: network} for those that want the same pixels: those of eval.models one by one, for
-    they may be large, else a run's original, teacher, what was tuned, and each in a team with the
-    teacher.  Raises: UserError."""
+    """{label: network} for those that want the same pixels: those of eval.models one by one, else a
+    run's original, teacher, what was tuned, and each in a team with the teacher.  Raises:
+    UserError."""
     tokens = dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(","))))
     for token in tokens:
         yield network_of_token(token)
@@ -4654,7 +4654,10 @@ def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
     if cfg.eval.models and not (cfg.dir / "config.yaml").is_file():
         write_config(cfg)                                # `report --run` looks for it
-    asked = set().union(*(score_all(nets, cfg) for nets in networks(cfg)))
+    asked = set()
+    for nets in networks(cfg):
+        asked |= score_all(nets, cfg)
+        nets.clear()                                     # before the next, for they may be large
     if world()[0] == 0:
         rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
         say(summary(rows) if rows else "nothing to score")
