@@ -99,13 +99,12 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """A signal of STOPS reached a safe point: the state is saved and the same command goes on."""
+    """A signal of STOPS reached a safe point, which the text tells: the state is saved."""
 
 
 def choose(table, name: str, what: str):
-    """table[name], or the name itself where the table is a tuple of names.
-
-    Raises: UserError that lists the names and the nearest one."""
+    """table[name], or the name itself where the table is a tuple.  Raises: UserError that lists the
+    names and the nearest one."""
     if name not in table:
         close = difflib.get_close_matches(str(name), list(table), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -116,8 +115,8 @@ def choose(table, name: str, what: str):
 
 def fold(*key) -> int:
     """63-bit seed, a function of the key alone."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(),
-                          "little") >> 1
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def rng(*key, device="cpu") -> torch.Generator:
@@ -276,8 +275,8 @@ class Data:
     name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
     root: str = opt("data", "folder that holds the data sets")
     size_px: int = opt(0, "side of the square images that networks see; 0 = their own", 0, 512)
-    fit: str = opt("", "crop = the centre is cut out; squash = nothing is cut off; empty = as the "
-                       "network wants it", "", "crop", "squash")
+    fit: str = opt("", "crop, or squash both sides; empty = as the network wants it", "", "crop",
+                   "squash")
     crop: bool = opt(True, "training: random crops (stored images: shifts by up to 1/8)")
     flip: bool = opt(True, "training: mirror half of the images; wrong for digits and letters")
     names: str = opt("", "file of class names for prompts, in label order; empty = the set's own")
@@ -317,8 +316,7 @@ class Train:
 @dataclass(frozen=True)
 class Pretrain(Train):
     """How the student learns clean data, where its name has no pretrained weights for them."""
-    tune: int = opt(-1, "-1 = all of it is trained, 0 = its classifier alone, a linear probe",
-                    -1, 0)
+    tune: int = opt(-1, "-1 = all of it is trained, 0 = a linear probe of its features", -1, 0)
 
 
 @dataclass(frozen=True)
@@ -331,8 +329,7 @@ class Robustify(Train):
     pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
     clean: bool = opt(True, "train on x beside x~; without, twice the epochs cost the same")
     jsd: float = opt(0.0, "weight of AugMix's consistency loss (there 12); 0 = off", 0, 1000)
-    teacher: str = opt("", "kd, dad: the network to learn from, open_clip: by prompts; without "
-                           "weights it is trained first; empty = model.student")
+    teacher: str = opt("", "kd, dad: the network to learn from; empty = model.student")
     teacher_weights: str = opt("", "file that it starts from; empty = by tag")
     temperature: float = opt(4.0, "kd, dad: softmax temperature", 0.01, 100)
     radius: float = opt(0.1, "dad: L2 norm of what is added to an image in [0, 1]", 0, 1000)
@@ -388,8 +385,8 @@ class Compare:
             elif not colon:
                 raise UserError(f"compare.rows: {line!r} is not of the form LABEL: KEY=VALUE ...")
             else:
-                runs[label] = dict(w.partition("=")[::2] for w in words.split()) \
-                    or runs.get(label, {})
+                own = dict(w.partition("=")[::2] for w in words.split())
+                runs[label] = own or runs.get(label, {})
                 tables.setdefault(title, []).append(label)
         return tables, runs or {"": {}}
 
@@ -480,7 +477,7 @@ def typed(value, path: str, where: str):
     """value as the type of a field and within its range.  Raises: UserError naming path, expected
     and got."""
     field = choose(FIELDS, path, f"setting in {where}:")
-    kind, valid, out = field.type, field.metadata["valid"], None
+    kind, valid = field.type, field.metadata["valid"]
     if kind == "str" and isinstance(value, str):
         return choose(valid or (value,), value, path)
     if kind == "bool" and str(value).lower() in ("true", "false"):
@@ -511,19 +508,18 @@ def check(cfg: Config, processes: int = 1) -> None:
 
 def changed(cfg: Config, given: dict, where: str = "settings") -> Config:
     """The Config with other values, {"section.key": value} or YAML's {"section": {"key": value}}.
-
     Raises: UserError."""
     if not isinstance(given, dict):
         raise UserError(f"{where}: expected a mapping of settings, got {given!r}")
-    new: dict = {section: {} for section in ("", *PARTS)}
     for path, value in given.items():
         nested = isinstance(value, dict)
         flat = {f"{path}.{k}": v for k, v in value.items()} if nested else {str(path): value}
         for key, v in flat.items():
             section, _, leaf = key.rpartition(".")
-            new[section][leaf] = typed(v, key, where)
-    parts = {s: dataclasses.replace(getattr(cfg, s), **new[s]) for s in PARTS}
-    cfg = dataclasses.replace(cfg, **new[""], **parts)
+            new = {leaf: typed(v, key, where)}
+            if section:
+                new = {section: dataclasses.replace(getattr(cfg, section), **new)}
+            cfg = dataclasses.replace(cfg, **new)
     check(cfg)
     return cfg
 
@@ -533,25 +529,24 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-")
 
 
-def resolve(words: Sequence[str] = (), recipe: str = "", file: Path = RECIPE_FILE,
+def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "",
             run: Path | None = None) -> Config:
     """The frozen Config: default < recipe of the file (or the run's config.yaml) < words."""
     given = dict(w.partition("=")[::2] for w in words)
-    recipe = given.pop("recipe", recipe)
-    cfg = Config(recipe=recipe)
+    recipe, file = given.pop("recipe", recipe), Path(file or RECIPE_FILE)
+    base = Config(recipe=recipe)
     if run:
-        cfg = changed(cfg, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+        base = changed(base, read_yaml(run / "config.yaml"), f"{run / 'config.yaml'}")
     elif recipe:
         tree = choose(read_yaml(file), recipe, f"recipe in {file}")
-        cfg = changed(cfg, tree, f"{file}: {recipe}")
-    home = cfg.data.name
-    cfg = changed(cfg, given, "command line")
-    if not cfg.run:
-        names = [cfg.recipe or cfg.data.name]
-        names += [cfg.data.name] if cfg.recipe and cfg.data.name != home else []
-        names += [f"s{cfg.seed}"] if cfg.seed else []
-        cfg = dataclasses.replace(cfg, run=slug("-".join(names)))
-    return cfg
+        base = changed(base, tree, f"{file}: {recipe}")
+    cfg = changed(base, given, "command line")
+    name = recipe or cfg.data.name
+    if recipe and cfg.data.name != base.data.name:
+        name += f"-{cfg.data.name}"
+    if cfg.seed:
+        name += f"-s{cfg.seed}"
+    return cfg if cfg.run else dataclasses.replace(cfg, run=slug(name))
 
 
 def flat(cfg: Config) -> dict:
@@ -1209,11 +1204,11 @@ def augment(x, spec, generator, **options):
 def mix_labels(x, y, spec, generator, n_classes):
     """(x, soft labels (B,n_classes)): each image mixed with its neighbour by mixup or cutmix.
 
-    spec as in augment; with both names the batch draws one, with neither y becomes one-hot.
+    spec as in augment; with both names the batch draws one, with neither all stays as it is.
     """
     names = sorted(spec_names(spec) & set(LABEL_MIXERS))
     if not names:
-        return x, F.one_hot(y, n_classes).float()
+        return x, y
     with seeded(key := _key(generator)):
         mixer = LABEL_MIXERS[names[key % len(names)]](num_classes=n_classes)
         x, soft = mixer(x.float(), y)
@@ -3137,10 +3132,9 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         workers: int = 0) -> dict[str, float]:
     """Trains the module in place and returns {"images", "seconds", "gflops" (an image)}.
 
-    step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, which is
-    the module or its DDP wrapper.  checkpoint: where it goes on if it was interrupted, log.jsonl
-    beside it; key tells whose that is; None = nothing is written.
-    Raises: UserError on a loss that is not finite; Interrupted on a signal."""
+    step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, the module
+    or its DDP wrapper.  checkpoint: where it goes on, of the job that key tells, log.jsonl beside
+    it; None = nothing is written.  Raises: UserError on a loss that is not finite; Interrupted."""
     device, size, seed = pick_device(), world()[1], fold(seed, name)
     opt = make_optimizer(model.to(device).train(), cfg)
     scaler = torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)
@@ -3183,8 +3177,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
                 if checkpoint and at < total and (stops or saves):
                     keep(checkpoint, parts, at, seconds, key)
                 if stops:
-                    raise Interrupted(f"{name} stopped at step {at} of {total}; the same command "
-                                      "goes on from here")
+                    raise Interrupted(f"{name}, step {at} of {total}")
             bar.update(cfg.batch)
     if cfg.ema:
         model.load_state_dict(parts["average"].module.state_dict())
@@ -3202,29 +3195,6 @@ def harden(x: Tensor, cfg: Robustify, generator: torch.Generator) -> Tensor:
                    pixmix={"pictures": cfg.pictures or None}, deepaugment={"strength": strength})
 
 
-def plain_step(cfg: Train, aug: Robustify | None = None, n_classes: int = 0,
-               clean: bool = True) -> Callable:
-    """Cross-entropy of a whole network on x, or with aug on x and x~ alike (clean=False: on x~
-    alone); aug.jsd: on x alone, and AugMix's consistency over three views.
-
-    n_classes: mixup and cutmix of aug.augment mix images and labels first."""
-    mixes = n_classes and spec_names(aug.augment) & set(LABEL_MIXERS)
-    n_views = 0 if aug is None else 2 if aug.jsd and clean else 1
-
-    def step(model, batch):
-        x, y, g, _ = batch
-        if mixes:
-            x, y = mix_labels(x, y, aug.augment, g, n_classes)
-        z = model(torch.cat([x] * clean + [harden(x, aug, g) for _ in range(n_views)])).float()
-        if n_views == 2:
-            z = z.chunk(3)
-            ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
-            return ce + aug.jsd * consistency, {"ce": ce, "jsd": consistency}
-        y = torch.cat([y] * (len(z) // len(y)))
-        return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
-    return step
-
-
 def frozen_views(backbone: nn.Module, aug: Robustify | None = None, clean: bool = True,
                  original: nn.Module | None = None, teacher: nn.Module | None = None) -> Callable:
     """see(batch) -> [features of x, of x~], and with teachers their logits, the original's on x and
@@ -3237,12 +3207,31 @@ def frozen_views(backbone: nn.Module, aug: Robustify | None = None, clean: bool 
     return see
 
 
-def tail_step(cfg: Train, see: Callable) -> Callable:
-    """Cross-entropy of a tail on frozen features, x and x~ alike."""
+def plain_step(cfg: Train, see: Callable = frozen_views(nn.Identity())) -> Callable:
+    """Cross-entropy of a network on images, or of a tail on frozen features: all that `see` gives
+    of a batch, x and x~ alike."""
     def step(model, batch):
-        f = see(batch)
-        z, y = model(torch.cat(f)).float(), torch.cat([batch.y] * len(f))
+        views = see(batch)
+        z, y = model(torch.cat(views)).float(), torch.cat([batch.y] * len(views))
         return F.cross_entropy(z, y, label_smoothing=cfg.smoothing), {}
+    return step
+
+
+def robust_step(cfg: Robustify, n_classes: int) -> Callable:
+    """[A] section 3.1: cross-entropy on x (where cfg.clean) and x~, or with cfg.jsd on x alone, and
+    AugMix's consistency over three views; mixup and cutmix mix images and labels first."""
+    see = frozen_views(nn.Identity(), cfg, cfg.clean)
+    plain = plain_step(cfg, see)
+
+    def step(model, batch):
+        x, y = mix_labels(batch.x, batch.y, cfg.augment, batch.generator, n_classes)
+        batch = batch._replace(x=x, y=y)
+        if not (cfg.jsd and cfg.clean):
+            return plain(model, batch)
+        views = [*see(batch), harden(x, cfg, batch.generator)]
+        z = model(torch.cat(views)).float().chunk(3)
+        ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
+        return ce + cfg.jsd * consistency, {"ce": ce, "jsd": consistency}
     return step
 
 
@@ -3269,8 +3258,7 @@ def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes:
         if vqgan is not None and not others:
             draws = [rng("dad", *key) for key in batch.keys]
             others = [_bytes(255 * dad_samples(x, y, teacher, vqgan, draws, **attack(cfg)))]
-        if spec_names(cfg.augment) & set(LABEL_MIXERS):
-            x, y = mix_labels(x, y, cfg.augment, batch.generator, n_classes)
+        x, y = mix_labels(x, y, cfg.augment, batch.generator, n_classes)
         views = torch.cat([harden(x, cfg, batch.generator), *others])
         with torch.no_grad():
             zt = teacher(views)
@@ -3319,7 +3307,7 @@ def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip:
     batch, lr, ...).  Raises: UserError."""
     net, images = net if isinstance(net, Net) else Net(net), as_images(images)
     cfg = checked("robustify", options)
-    fit(net, plain_step(cfg, cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
+    fit(net, robust_step(cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
         Runtime(), name="robustify", seed=seed)
     return freeze(net)
 
@@ -3350,11 +3338,9 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
 @torch.no_grad()
 def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
          bar: Progress | None = None) -> dict:
-    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, batch by batch, each
-    on one process, in the set's order on every process.
-
-    A batch holds the same images for any number of processes, so the facts agree to the last bit;
-    nothing is padded or counted twice."""
+    """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, in the set's order on
+    every process.  A batch is one process's and holds the same images for any number of them, so
+    the facts agree to the last bit; nothing is padded or counted twice."""
     (rank, size), device, out = world(), pick_device(), {}
     starts = range(rank * batch, len(images), batch * size)
     lists = [[(0, p) for p in range(s, min(s + batch, len(images)))] for s in starts or [0]]
@@ -3387,16 +3373,13 @@ def facts(v: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
 
 def figures_of(v: np.ndarray, label: str) -> dict:
     """{"correct", "correct5", "nll", "ece"} of facts (n,4), in float64, in one order, and "heads"
-    where they tell the head that answered, (n,5).
-
-    ECE: 15 bins of confidence, (lo, hi].  Source: Guo et al. 2017.
-    Raises: UserError on outputs of NaN or inf."""
+    where they tell the head that answered, (n,5).  ECE: 15 bins of confidence, (lo, hi], Guo et al.
+    2017.  Raises: UserError on outputs of NaN or inf."""
     bad = int((~np.isfinite(v)).any(1).sum())
     if bad:
         raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
                         f"{bad} of {len(v)} images; try runtime.amp=none")
-    edges = torch.linspace(0, 1, 16)[1:-1]
-    at = torch.bucketize(torch.from_numpy(v[:, 3].copy()), edges).numpy()
+    at = np.searchsorted(torch.linspace(0, 1, 16)[1:-1].numpy(), v[:, 3])
     right, top5, nll, confidence, *head = v.astype(np.float64).T
     gap = np.bincount(at, right - confidence, 15)
     found = {"correct": int(right.sum()), "correct5": int(top5.sum()),
@@ -3406,8 +3389,7 @@ def figures_of(v: np.ndarray, label: str) -> dict:
     return found
 
 
-def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None,
-                  passes: int) -> dict:
+def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None, passes: int) -> dict:
     """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}; the rules
     that need sigma only where there is live dropout."""
     f, live = student.features(x), student.dropout > 0
@@ -3469,12 +3451,10 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
 
     predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
     {rule: the same figures and "heads", the images that clean, combined and robust answered},
-    "sigma", "kl" (means, of the clean and the robust head)}.
-    A module is put in eval mode, on the accelerator where there is one, as the images are.
-    images: what as_images takes, or the name of a set in ./data; picture files are cut as the
-    network wants them.  cell: (corruption, severity), made on the fly, with the JPEG round trip of
-    the published files.  options: batch, passes, amp, workers.
-    Raises: UserError, on outputs that are not finite too."""
+    "sigma", "kl" (means, of the clean and the robust head)}.  A module is put in eval mode, on the
+    accelerator where there is one.  images: what as_images takes, or the name of a set in ./data.
+    cell: (corruption, severity), made on the fly, with the JPEG round trip of the published files.
+    options: batch, passes, amp, workers.  Raises: UserError, on outputs that are not finite too."""
     card = getattr(predict, "card", Card())
     images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
     if hasattr(predict, "card") and images.images is None and not images.own_view:
@@ -3560,9 +3540,8 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
     weight, bias, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
                                     len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
-    fc = nn.Linear(weight.shape[1], len(weight))
+    fc = nn.Linear(*weight.T.shape).to(pick_device())
     fc.load_state_dict({"weight": weight, "bias": bias})
-    fc = fc.to(pick_device())
     for p in fc.parameters() if world()[1] > 1 else ():     # equal to the last bit on all processes
         dist.broadcast(p.data, 0)
     return fc
@@ -3571,10 +3550,10 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
 # ---- rows ----------------------------------------------------------------------------------------
 
 def weights_sha(net: nn.Module) -> str:
-    """A hash of the network's tensors, but class embeddings of prompts, which change with the
-    set."""
+    """A hash of the network's tensors, and of its prompts in the place of their embeddings."""
     texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
-    return sha({k: v for k, v in net.state_dict().items() if k not in texts})
+    prompts = getattr(net, "card", Card()).prompts
+    return sha({k: v for k, v in net.state_dict().items() if k not in texts}, repr(prompts))
 
 
 @torch.no_grad()
@@ -3605,7 +3584,7 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
            probes: dict) -> tuple[str, nn.Module]:
     """(label, network) that answers on a set: with its own head where its outputs are the set's
     classes (their number means nothing), by prompts where it has a text tower, else by a linear
-    probe on frozen features, one of those fitted so far or a new one.  Raises: UserError."""
+    probe, one of those fitted so far or a new one.  Raises: UserError."""
     card, how, row = model.card, cfg.eval.head, SETS.get(images.base)
     own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
     a_clip = card.prompts or card.name.startswith("open_clip:") and not card.n_classes
@@ -3613,9 +3592,9 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts)
     if how == "own" or how == "auto" and own:
-        if card.n_classes != len(images.outputs):
-            raise UserError(f"{label} has {card.n_classes} classes and {name} needs "
-                            f"{len(images.outputs)}")
+        n = len(images.outputs)
+        if card.n_classes != n:
+            raise UserError(f"{label} has {card.n_classes} classes and {name} needs {n}")
         return label, model
     home = images.base.removesuffix("-r") if row else name.replace("folder-c:", "folder:")
     try:
@@ -3623,8 +3602,8 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
                          card.view)
         features = frozen_features(model)
     except UserError as e:
-        raise type(e)(f"{label}: its classes are not those of {name}, and a linear probe cannot be "
-                      f"had: {e}") from None
+        raise UserError(f"{label}: its classes are not those of {name}, and a linear probe cannot "
+                        f"be had: {e}") from None
     if (label, train.base) not in probes:
         probe = nn.Sequential(features, Classifier(nn.Identity(), fit_probe(features, train, cfg)))
         probe.card = card
@@ -3642,8 +3621,8 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
     amp = str(amp_type(cfg.runtime.amp, pick_device()))
-    of = fold(label, weights_sha(model), card.prompts, images.name, transform, len(images),
-              cfg.seed, passes, amp, versions()["erpm"])
+    of = fold(label, weights_sha(model), images.name, transform, len(images), cfg.seed, passes, amp,
+              versions()["erpm"])
     return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
             "kind": kind_of(card, images), "n": len(images), "transform": transform,
             "rule": ev.rule if isinstance(model, Student) else "", "passes": passes, "amp": amp,
@@ -3654,24 +3633,13 @@ def read_rows(run: Path, rule: str = "") -> list[dict]:
     """The rows of a run's results.jsonl; rule: that of the headline figures, if not their own."""
     path, rows = run / "results.jsonl", []
     for n, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
-        try:
-            row = json.loads(line)
-            whole = row.pop("sum") == sha(json.dumps(row))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            whole = False
-        if whole:
-            rows.append(row | {"run": str(run)} | ({"rule": rule} if rule and row["rule"] else {}))
-        else:
+        text, mark, end = line.rpartition(b', "sum": "')
+        if not mark or end.decode("latin-1") != sha(text) + '"}':
             say(f"{path}: row {n} is damaged: eval makes it again")
+            continue
+        row = json.loads(text + b"}") | {"run": str(run)}
+        rows.append(row | {"rule": rule} if rule and row["rule"] else row)
     return rows
-
-
-def append_rows(run: Path, rows: list[dict]) -> None:
-    """Adds rows to a run's results.jsonl, each with its checksum, on the first process."""
-    if world()[0] == 0:
-        with open(run / "results.jsonl", "a") as f:
-            for text in map(json.dumps, rows):
-                f.write(json.dumps(json.loads(text) | {"sum": sha(text)}) + "\n")
 
 
 def done_cells(run: Path) -> set[tuple]:
@@ -3688,34 +3656,38 @@ def done_cells(run: Path) -> set[tuple]:
     return box[0]
 
 
+def scoring(cfg: Config) -> dict:
+    """The options of `evaluate`."""
+    return {"passes": cfg.eval.passes, "batch": cfg.eval.batch, "amp": cfg.runtime.amp,
+            "workers": cfg.data.workers}
+
+
 def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
     """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
     soon as it is known.  Returns the "of" of what was asked.  Raises: Interrupted by a signal."""
     ev, made = cfg.eval, images.corrupted and not images.archive
     images = images.subset(ev.n_cell) if made else images
     rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
-    done, todo = done_cells(cfg.dir), cells(images)
-    with Progress(len(todo) * len(images), f"eval: {images.name}") as bar, Signals() as signals:
-        for cell in todo:
-            pending = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
-            if not pending:
-                bar.update(len(images))
-                continue
-            since = time.perf_counter()
-            some = images
+    done, jobs = done_cells(cfg.dir), {}
+    for cell in cells(images):
+        jobs[cell] = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
+    jobs = {cell: pending for cell, pending in jobs.items() if pending}
+    with Progress(len(jobs) * len(images), f"eval: {images.name}") as bar, Signals() as signals:
+        for cell, pending in jobs.items():
+            since, some = time.perf_counter(), images
             if images.archive:
                 some = open_set(f"{images.base}-c", cfg.data, cell=cell)
-            found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
-                                 amp=cfg.runtime.amp, batch=ev.batch,
-                                 workers=cfg.data.workers, bar=bar)
+            found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
             seconds = time.perf_counter() - since
             where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
                      "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
                      "device": pick_device().type, "packages": versions()}
-            append_rows(cfg.dir, [rows[x] | where | figures for x, figures in found.items()])
+            for label, figures in found.items() if world()[0] == 0 else ():
+                text = json.dumps(rows[label] | where | figures)[:-1]
+                with open(cfg.dir / "results.jsonl", "a") as f:
+                    f.write(f'{text}, "sum": "{sha(text)}"}}\n')
             if any_rank(bool(signals.hit)):
-                raise Interrupted("eval stopped after a whole cell; the same command goes on from "
-                                  "here")
+                raise Interrupted(f"eval, after {images.name} {cell[0]} {cell[1]}")
     return {row["of"] for row in rows.values()}
 
 
@@ -4123,7 +4095,7 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
             opt.zero_grad()
         return once
 
-    return {"FT": step(whole, plain_step(Train(), plain)),
+    return {"FT": step(whole, plain_step(Train(), frozen_views(nn.Identity(), plain))),
             "ERPM": step(tuned.tuned, erpm_step(Distill(), see)),
             "ERPM, cached": step(tuned.tuned, erpm_step(Distill(), lambda batch: held))}
 
@@ -4173,7 +4145,6 @@ BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment,
 @contextlib.contextmanager
 def alone(cfg: Config):
     """Context of the one command that works in the run's folder; the lock dies with its process.
-
     Raises: UserError while another one does; or where processes differ in settings or code."""
     import fcntl
     mine = sha(json.dumps(flat(cfg)), versions()["erpm"])
@@ -4208,10 +4179,10 @@ def write_config(cfg: Config) -> None:
 
 def training_images(cfg: Config) -> ImageSet:
     """The training images, in the student's own view, for which it is built without memory."""
-    m, size = cfg.model, cfg.data.size_px
+    m = cfg.model
     card = read_weights(m.student_weights)[1] if m.student_weights else None
     with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
-        card = card or named(m.student, None, "random", size).card
+        card = card or named(m.student, None, "random", cfg.data.size_px).card
     return open_set(cfg.data.name, cfg.data, "train", card.view)
 
 
@@ -4228,8 +4199,7 @@ def validate(cfg: Config, *nets: nn.Module) -> None:
             images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
         except UserError as e:
             return say(f"{net.card.label}: no validation ({e})")
-        rows = [evaluate(net, images, cell, passes=cfg.eval.passes, amp=cfg.runtime.amp,
-                         batch=cfg.eval.batch, workers=cfg.data.workers) for cell in CHECKS]
+        rows = [evaluate(net, images, cell, **scoring(cfg)) for cell in CHECKS]
         clean, *others = (100 * row.get("rules", {cfg.eval.rule: row})[cfg.eval.rule]["correct"]
                           / row["n"] for row in rows)
         shifted.append(np.mean(others))
@@ -4260,7 +4230,7 @@ def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, 
             make(keys, some)
             bar.update(len(keys))
             if signals.hit:
-                raise Interrupted(f"{what} stopped; the same command goes on from here")
+                raise Interrupted(what)
     any_rank(False)
 
 
@@ -4290,8 +4260,7 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
         return images, see
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
     key = [d.method, d.tune, d.batch, len(images), str(amp_type(cfg.runtime.amp, device)),
-           [flat(cfg)[k] for k in (*DRAWN, *HARDENED)],
-           [(weights_sha(net), getattr(net, "card", Card()).prompts) for net in frozen]]
+           [flat(cfg)[k] for k in (*DRAWN, *HARDENED)], *map(weights_sha, frozen)]
     top, chunks, costs, flops = cfg.dir / f"views-{fold(key):016x}", {}, [], 0
     files = {(v, k): top / f"{v}-{k}.safetensors"
              for v in range(d.views) for k in range(0, len(images), d.batch)}
@@ -4326,7 +4295,7 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     r, top, device = cfg.robustify, cfg.dir / cfg.robustify.samples, pick_device()
     key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
                        "n": len(images.y), "teacher": weights_sha(teacher),
-                       "prompts": fold(teacher.card.prompts), "vqgan": weights_sha(vqgan)}
+                       "vqgan": weights_sha(vqgan)}
     file = top / "samples.json"
     other = differences(json.loads(file.read_text()) if file.is_file() else key, key)
     if other:
@@ -4436,9 +4405,7 @@ def make_teacher(cfg, images, train, guide=None, codes=None):
         return net, {}
     if codes and r.samples:
         images = stored_samples(cfg, images, guide, codes)
-    step = (dad_step(r, guide, codes, n) if guide else
-            plain_step(r, r, n_classes=n, clean=r.clean))
-    return net, train(net, step, images)
+    return net, train(net, dad_step(r, guide, codes, n) if guide else robust_step(r, n), images)
 
 
 def tune_erpm(cfg, images, train, net, teacher):
@@ -4456,7 +4423,7 @@ def tune_team(cfg, images, train, net, teacher):
     both = Team(net, teacher, cfg.distill.tune)
     see = frozen_views(both.net, cfg.robustify, clean=False)
     images, see = cached(cfg, images, see, both.net)
-    return both, train(both.tails[1], tail_step(cfg.distill, see), images)
+    return both, train(both.tails[1], plain_step(cfg.distill, see), images)
 
 
 def tune_apt(cfg, images, train, net, tune=None):
@@ -4467,14 +4434,13 @@ def tune_apt(cfg, images, train, net, tune=None):
     part = Tuned(*tail.requires_grad_(True))
     part.norms = d.norms
     tail[-1].features.requires_grad_(tune > 0)
-    return net, train(part, tail_step(d, see), images)
+    return net, train(part, plain_step(d, see), images)
 
 
 def tune_ft(cfg, images, train, net):
     """The whole network, end to end, on clean and augmented images."""
-    net.requires_grad_(True)
-    aug = dataclasses.replace(cfg.robustify, jsd=0.0)     # as the others: cross-entropy on x and x~
-    return net, train(net, plain_step(cfg.distill, aug), images)
+    see = frozen_views(nn.Identity(), cfg.robustify)
+    return net, train(net.requires_grad_(True), plain_step(cfg.distill, see), images)
 
 
 def tune_lp_ft(cfg, images, train, lp):
@@ -4497,8 +4463,8 @@ def tune_vpt(cfg, images, train, net):
     for name, p in net.named_parameters():
         p.requires_grad_(name.endswith("prompt"))
     stages(net)[-1].fc.requires_grad_(True)
-    aug = dataclasses.replace(cfg.robustify, jsd=0.0)
-    return net, train(Tuned(net), plain_step(cfg.distill, aug), images)
+    see = frozen_views(nn.Identity(), cfg.robustify)
+    return net, train(Tuned(net), plain_step(cfg.distill, see), images)
 
 
 # name: (label, section of its settings, how it is made, what it is made from, and beside DRAWN the
@@ -4536,7 +4502,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
         if r == "teacher":                # what cannot be tuned says so before one is made
             cut(nets["student"], cfg.distill.tune)
         net = nets[r] = network(cfg, images, r, words)
-        key = net.card.key | key | {r: [weights_sha(net), fold(net.card.prompts)]}
+        key = net.card.key | key | {r: weights_sha(net)}
     counts = (*DRAWN, *(u if "." in u else f"{section}.{u}" for u in uses.split()))
     key |= {k: sha(Path(v)) if isinstance(v, str) and os.path.isfile(v) else v
             for k, v in flat(cfg).items() if k.startswith(counts)}
@@ -4572,7 +4538,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
         for old in cfg.dir.glob(f"{file}.ckpt*"):
             old.unlink()
     if any_rank(bool(Signals.hit)):                  # all wait for the file
-        raise Interrupted(f"{section} is done; the same command goes on from here")
+        raise Interrupted(f"{section} is done")
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
         f"{path}: as it comes")
     net = load(path).to(pick_device())
@@ -4582,24 +4548,6 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
 
 
 # ---- eval ----------------------------------------------------------------------------------------
-
-def networks_of_run(cfg: Config) -> list[dict[str, nn.Module]]:
-    """{label: network} of a run's folder: original, teacher, what was tuned, and each of them in a
-    team with the teacher; a mapping for those that want the same pixels."""
-    order = {"student": 0, "teacher": 1, "model": 3}
-    files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
-    if not files:
-        raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first, or "
-                        "name another run")
-    nets = {p.stem: load(p).to(pick_device()) for p in files if p.stem != "vqgan"}
-    found, teacher = {net.card.label: net for net in nets.values()}, nets.get("teacher")
-    for stem, net in nets.items():
-        if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team) \
-                and net.card.classes == teacher.card.classes:
-            found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
-    return [{label: net for label, net in found.items() if net.card.view == view}
-            for view in dict.fromkeys(net.card.view for net in found.values())]
-
 
 def network_of_token(token: str) -> dict[str, nn.Module]:
     """{label: network} of [LABEL@]NAME[=WEIGHTS_FILE].  Raises: UserError."""
@@ -4613,6 +4561,30 @@ def network_of_token(token: str) -> dict[str, nn.Module]:
     return {label or token: freeze(net).to(pick_device())}
 
 
+def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
+    """{label: network} for those that want the same pixels: those of eval.models one by one, else a
+    run's original, teacher, what was tuned, and each in a team with the teacher.  Raises:
+    UserError."""
+    tokens = dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(","))))
+    for token in tokens:
+        yield network_of_token(token)
+    if tokens:
+        return
+    order = {"student": 0, "teacher": 1, "model": 3}
+    files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
+    if not files:
+        raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first, or "
+                        "name another run")
+    nets = {p.stem: load(p).to(pick_device()) for p in files if p.stem != "vqgan"}
+    found, teacher = {net.card.label: net for net in nets.values()}, nets.get("teacher")
+    for stem, net in nets.items():
+        if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team) \
+                and net.card.classes == teacher.card.classes:
+            found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
+    for view in dict.fromkeys(net.card.view for net in found.values()):
+        yield {label: net for label, net in found.items() if net.card.view == view}
+
+
 def set_names(cfg: Config) -> list[str]:
     """eval.sets, or the training set, its corrupted copy and its renditions."""
     name = cfg.data.name
@@ -4624,7 +4596,6 @@ def set_names(cfg: Config) -> list[str]:
 
 def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
     """Scores networks that want the same pixels on all sets.  Returns the "of" of what was asked.
-
     Raises: UserError; under `all` what cannot be had is passed over."""
     everything, card = cfg.eval.sets.strip() == "all", next(iter(nets.values())).card
     asked, opened, probes = set(), {}, {}
@@ -4636,31 +4607,28 @@ def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
                 raise
             say(f"left out: {str(e).partition(':')[0]}")
     for name, images in opened.items():
-        able = {}
+        able = []
         for label, net in nets.items():
             if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
                 continue                            # it answers on the classes of home alone
             try:
-                able |= dict([headed(label, net, name, images, cfg, probes)])
+                able.append(headed(label, net, name, images, cfg, probes))
             except UserError as e:
                 if len(nets) == 1 and not everything:
                     raise
                 say(f"left out: {e}")
-        if able:
-            asked |= score(able, images, cfg)
+        asked |= score(dict(able), images, cfg)
     return asked
 
 
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
-    tokens = list(dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(",")))))
-    if tokens and not (cfg.dir / "config.yaml").is_file():
+    if cfg.eval.models and not (cfg.dir / "config.yaml").is_file():
         write_config(cfg)                                # `report --run` looks for it
     asked = set()
-    for token in tokens:                                 # one by one: they may be large
-        asked |= score_all(network_of_token(token), cfg)
-    for nets in [] if tokens else networks_of_run(cfg):
+    for nets in networks(cfg):
         asked |= score_all(nets, cfg)
+        nets.clear()                                     # before the next, for they may be large
     if world()[0] == 0:
         rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
         say(summary(rows) if rows else "nothing to score")
@@ -4722,6 +4690,12 @@ def run_report(cfg: Config, args) -> None:
     say(f"{runs[0]}: {', '.join(['report.md', *drawn])} written")
 
 
+def run_stage(cfg: Config, args) -> None:
+    """Makes the network of pretrain, robustify or distill, after what it is made from."""
+    role = {"pretrain": "student", "robustify": "teacher"}.get(args.command, cfg.distill.method)
+    network(cfg, training_images(cfg), role, {}, "model" if args.command == "distill" else "")
+
+
 def run_compare(cfg: Config, args) -> None:
     """The recipe's own run and those of compare.rows, for every seed, then eval and report."""
     folders = []
@@ -4773,17 +4747,16 @@ def run_bench(cfg: Config, args) -> None:
         say(markdown(list(rows[0]), [list(r.values()) for r in rows]))
 
 
-class CorruptCopies(torch.utils.data.Dataset):
+@dataclass(eq=False)
+class CorruptCopies(ImageSet):
     """Item k writes the missing copies of image k: OUT/corruption/severity/class/name."""
-
-    def __init__(self, images: ImageSet, source: Path, out: Path):
-        self.images, self.source, self.out = images, source, out
+    out: Path = Path()
 
     def __getitem__(self, k: int) -> None:
-        x, _, _ = self.images.__getitems__([(0, k)])
-        file = Path(self.images.paths[k]).relative_to(self.source)
+        x, _, _ = self.__getitems__([(0, k)])
+        file = Path(self.paths[k]).relative_to(self.base)
         kind = Image.registered_extensions()[file.suffix.lower()]
-        for name, severity in cells(self.images):
+        for name, severity in cells(self):
             path = self.out / name / str(severity) / file
             if not path.is_file():
                 y = corrupt(x, name, severity, index=[k])[0]
@@ -4802,26 +4775,22 @@ def run_corrupt(cfg: Config, args) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
-    images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True)
-    jobs = CorruptCopies(images, source, out)
-    share = range(world()[0], len(paths), world()[1])
-    with Progress(len(share), "corrupt") as bar, Signals() as signals:
-        for _ in loader(jobs, cfg.data.workers or os.cpu_count(), batch_size=None, sampler=share):
+    copies = CorruptCopies(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True,
+                           out=out)
+    with Progress(len(paths), "corrupt") as bar, Signals() as signals:
+        for _ in loader(copies, cfg.data.workers or os.cpu_count(), batch_size=None):
             bar.update(1)
             if signals.hit:
-                raise Interrupted("corrupt stopped; the same command goes on from here")
-    say(f"{out}: {len(paths):,} images x {len(cells(images))} cells")
+                raise Interrupted("corrupt")
+    say(f"{out}: {len(paths):,} images x {len(cells(copies))} cells")
 
 
+STAGES = ("pretrain", "robustify", "distill")
 COMMANDS: dict[str, tuple[Callable, str]] = {
     "demo": (run_compare, "pretrain, robustify, distill, baselines, eval and report in one go"),
-    "pretrain": (lambda cfg, args: network(cfg, training_images(cfg), "student"),
-                 "train a network on clean data"),
-    "robustify": (lambda cfg, args: network(cfg, training_images(cfg), "teacher"),
-                  "make the small teacher robust"),
-    "distill": (lambda cfg, args: network(cfg, training_images(cfg), cfg.distill.method, {},
-                                          "model"),
-                "tune the large network with three heads"),
+    "pretrain": (run_stage, "train a network on clean data"),
+    "robustify": (run_stage, "make the small teacher robust"),
+    "distill": (run_stage, "tune the large network with three heads"),
     "eval": (run_eval, "score a run or a network on sets"),
     "compare": (run_compare, "every run of a table, methods, settings and seeds, and its report"),
     "report": (run_report, "tables and pictures of results"),
@@ -4829,8 +4798,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "corrupt": (run_corrupt, "corrupt IN OUT: the ImageNet-C-like copy of a folder"),
     "sets": (run_sets, "the data sets: found or not, how to get them"),
 }
-STAGES = ("pretrain", "robustify", "distill")
-ON_ONE_PROCESS = ("report", "bench", "sets")
+ON_ONE_PROCESS = ("report", "bench", "sets", "corrupt")
 OPTIONS = {
     "--recipe": "recipe of config.yaml", "--config": "another file of recipes",
     "--run": "folder of the run; report: of several, joined by commas",
@@ -4861,16 +4829,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def configure(args: argparse.Namespace) -> Config:
     """The Config of the command: for eval and report the run's own, where it has one."""
-    recipe, run = args.recipe or ("demo" if args.command == "demo" else ""), Path(args.run)
-    if args.command == "report":
-        run = Path(args.run.split(",")[0])
+    recipe = args.recipe or ("demo" if args.command == "demo" else "")
+    run = Path(args.run.split(",")[0] if args.command == "report" else args.run)
     words = args.words + ([f"out={run.parent}", f"run={run.name}"] if args.run else [])
-    cfg = resolve(words, recipe, Path(args.config or RECIPE_FILE))
-    if args.command not in ("eval", "report"):
-        return cfg
-    if (cfg.dir / "config.yaml").is_file():
+    cfg, scores = resolve(words, recipe, args.config), args.command in ("eval", "report")
+    if scores and (cfg.dir / "config.yaml").is_file():
         return dataclasses.replace(resolve(words, run=cfg.dir), out=cfg.out, run=cfg.run)
-    if args.run:
+    if scores and args.run:
         raise UserError(f"no run {run}: it has no config.yaml")
     return cfg
 
@@ -4914,27 +4879,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cfg.runtime.offline:
             os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         preflight(cfg, args.command)
-        writes = args.command not in (*ON_ONE_PROCESS, "corrupt")
-        with alone(cfg) if writes else contextlib.nullcontext():
-            if world()[0] == 0 or args.command not in ON_ONE_PROCESS:
+        one = args.command in ON_ONE_PROCESS
+        with contextlib.nullcontext() if one else alone(cfg):
+            if world()[0] == 0 or not one:
                 COMMANDS[args.command][0](cfg, args)
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
-        text = " ".join(str(e).strip().split("UserError: ")[-1].split())
-        print(f"erpm.py: {text}", file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt) as e:
-        print(f"erpm.py: {e or 'interrupted'}", file=sys.stderr)
-        return 128 + (Signals.hit or signal.SIGINT)
+        code, text = 2, str(e).split("UserError: ")[-1]
+    except Interrupted as e:
+        code, text = 128 + Signals.hit, f"stopped ({e}); the same command goes on from here"
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted"
     except (MemoryError, RuntimeError) as e:
         if "memory" not in str(e) and not isinstance(e, MemoryError):
             raise
-        print("erpm.py: out of memory: lower the stage's batch (or raise its accum), eval.batch or "
-              f"data.workers ({' '.join(str(e).split())[:160]})", file=sys.stderr)
-        return 2
+        code, text = 2, ("out of memory: lower the stage's batch (or raise its accum), eval.batch "
+                         f"or data.workers ({str(e)[:160]})")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    print(f"erpm.py: {' '.join(text.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

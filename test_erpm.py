@@ -981,7 +981,7 @@ def test_pixmix_blends_equal_the_formulas():
     assert torch.isfinite(erpm._blend(x * 0, y * 0, 0.8, -0.3, True)).all()
 
 
-@pytest.mark.parametrize("spec", ["augmix", "mixup", "cutmix", "mixup+cutmix", "augmix+cutmix"])
+@pytest.mark.parametrize("spec", ["mixup", "cutmix", "mixup+cutmix", "augmix+cutmix"])
 def test_soft_labels_are_the_shares_of_the_pixels(spec):
     y, state, shares = torch.arange(40) % 2, torch.get_rng_state(), set()
     x = (y * 200).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
@@ -991,7 +991,7 @@ def test_soft_labels_are_the_shares_of_the_pixels(spec):
         assert torch.allclose(mixed.float().mean((1, 2, 3)) / 200, soft[:, 1], atol=3e-3)
         assert torch.allclose(soft.sum(1), torch.ones(40))
         shares.add(soft[0, 0].item())
-    assert (len(shares) > 10) == (spec != "augmix") and torch.equal(torch.get_rng_state(), state)
+    assert len(shares) > 10 and torch.equal(torch.get_rng_state(), state)
 
 
 # ==== models ====
@@ -1472,7 +1472,7 @@ def test_accumulated_micro_batches_equal_one_batch():
     parts = []
     for accum in (1, 4):
         backbone, tail = erpm.cut(seeded_net(), 2)
-        step = erpm.tail_step(erpm.Train(), erpm.frozen_views(backbone))
+        step = erpm.plain_step(erpm.Train(), erpm.frozen_views(backbone))
         parts.append(quick_fit(None, erpm.Tuned(tail.requires_grad_(True)), step, accum=accum))
     for p, q in zip(*(part.parameters() for part in parts)):
         assert torch.allclose(p, q, atol=2e-5)
@@ -1512,7 +1512,7 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(tmp_path):
     options = {"ema": 0.9, "accum": 2}
     whole = quick_fit(tmp_path / "a", **options)
     stop = spied(lambda _, n: n == 11 and os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(erpm.Interrupted, match="stopped at step 6 of 8"):
+    with pytest.raises(erpm.Interrupted, match="t, step 6 of 8"):
         quick_fit(tmp_path / "b", step=stop, **options)
     assert equal(quick_fit(tmp_path / "b", **options), whole)
     a, b = ((tmp_path / d / "log.jsonl").read_text().splitlines() for d in "ab")
