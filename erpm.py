@@ -63,6 +63,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,6 +248,15 @@ def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
     return ImageOps.crop(im, border_px) if border_px else im
 
 
+def unreadable(path: Path | str) -> bool:
+    """Whether `read_picture` refuses the file."""
+    try:
+        read_picture(path)
+    except UserError:
+        return True
+    return False
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions that a result depends on: this file (once: it may be edited during a long run),
@@ -283,6 +293,9 @@ class Data:
     n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all", 0, MANY)
     n_test: int = opt(0, "images used at most of each scored set (likewise); 0 = all", 0, MANY)
     allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
+    on_bad_image: str = opt("stop", "training, where a picture cannot be read: stop, or skip = all "
+                                    "are read once before, and such ones left out and listed",
+                            "stop", "skip")
     workers: int = opt(0, "loader processes; images decoded from files want 4 or more", 0, 256)
 
 
@@ -3298,6 +3311,19 @@ def checked(section: str, options: dict) -> Train:
     return getattr(changed(Config(), values), section)
 
 
+def check_outputs(images: ImageSet, *nets: nn.Module) -> None:
+    """Raises: UserError unless all networks have as many outputs, and one for every label."""
+    x, found = images.__getitems__([(0, 0)])[0].to(pick_device()), set()
+    for net in nets:
+        with torch.no_grad():
+            z = net.to(x.device).eval()(x)
+        found.add((z if isinstance(z, Tensor) else z[0]).shape[-1])
+    least, most = images.y.min(), images.y.max()
+    if len(found) > 1 or not 0 <= least <= most < max(found):
+        raise UserError(f"images: labels {least} to {most} for networks of "
+                        f"{' and '.join(map(str, sorted(found)))} outputs")
+
+
 def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip: bool = True,
               **options) -> nn.Module:
     """The network, trained in place to be robust: cross-entropy on images and augmented images.
@@ -3307,6 +3333,7 @@ def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip:
     batch, lr, ...).  Raises: UserError."""
     net, images = net if isinstance(net, Net) else Net(net), as_images(images)
     cfg = checked("robustify", options)
+    check_outputs(images, net)
     fit(net, robust_step(cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
         Runtime(), name="robustify", seed=seed)
     return freeze(net)
@@ -3323,10 +3350,11 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
     teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
     cfg, aug = checked("distill", options), checked("robustify", {
         "augment": augment, "severity": severity})
-    student.to(pick_device())
+    images = as_images(images)
+    check_outputs(images, student, teacher)
     step = erpm_step(cfg, frozen_views(student.backbone, aug, True, student.original, teacher))
-    fit(student.tuned, step, as_images(images).training(seed, crop, flip), cfg, Runtime(),
-        name="distill", seed=seed)
+    fit(student.tuned, step, images.training(seed, crop, flip), cfg, Runtime(), name="distill",
+        seed=seed)
     return student.eval()
 
 
@@ -3595,6 +3623,9 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
         n = len(images.outputs)
         if card.n_classes != n:
             raise UserError(f"{label} has {card.n_classes} classes and {name} needs {n}")
+        odd = sorted({*card.classes} ^ {*images.outputs})
+        if how == "auto" and card.classes and odd:
+            raise UserError(f"{label} and {name} differ in their classes: {', '.join(odd[:9])}")
         return label, model
     home = images.base.removesuffix("-r") if row else name.replace("folder-c:", "folder:")
     try:
@@ -3677,7 +3708,12 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
             since, some = time.perf_counter(), images
             if images.archive:
                 some = open_set(f"{images.base}-c", cfg.data, cell=cell)
-            found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
+            try:
+                found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
+            except UserError as e:
+                bad = [str(path) for path in some.paths if unreadable(path)]
+                raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
+                                f"remove {', '.join(bad)}") if bad else e from None
             seconds = time.perf_counter() - since
             where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
                      "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
@@ -4177,13 +4213,37 @@ def write_config(cfg: Config) -> None:
         write_atomically(cfg.dir / "config.yaml", f"# sha256 {sha(text)}\n{text}")
 
 
+def readable(images: ImageSet, workers: int) -> ImageSet:
+    """The set without the pictures that cannot be read, which are listed; each process reads its
+    share of all."""
+    (rank, size), paths = world(), [images.paths[i] for i in images.index if images.images is None]
+    with ThreadPool(max(1, workers)) as pool:                        # Pillow lets threads run
+        spoilt = pool.map(unreadable, paths[rank::size])
+    mine = list(itertools.compress(range(rank, len(paths), size), spoilt))
+    found = [mine] * size
+    if size > 1:
+        dist.all_gather_object(found, mine)
+        mine = sorted(itertools.chain(*found))
+    say(f"left out, for they cannot be read: {len(mine)} of {len(images):,} pictures "
+        + ", ".join(str(paths[k]) for k in mine))
+    return dataclasses.replace(images, index=np.delete(images.index, mine))
+
+
 def training_images(cfg: Config) -> ImageSet:
     """The training images, in the student's own view, for which it is built without memory."""
-    m = cfg.model
+    m, data = cfg.model, cfg.data
     card = read_weights(m.student_weights)[1] if m.student_weights else None
     with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
-        card = card or named(m.student, None, "random", cfg.data.size_px).card
-    return open_set(cfg.data.name, cfg.data, "train", card.view)
+        card = card or named(m.student, None, "random", data.size_px).card
+    images = open_set(data.name, data, "train", card.view)
+    if set_row(data.name)[0].read is _folder:
+        odd = ()
+        with contextlib.suppress(UserError):                         # `validate` says what it lacks
+            odd = {*images.classes} ^ {*open_set(data.name, data).classes}
+        if odd:
+            raise UserError(f"{data.name}: classes of its training or its test pictures alone: "
+                            f"{', '.join(sorted(odd)[:9])}")
+    return images if data.on_bad_image == "stop" else readable(images, data.workers)
 
 
 CHECKS = [None, *((c, 3) for c in ("gaussian_noise", "defocus_blur", "fog", "contrast",
@@ -4213,7 +4273,7 @@ def validate(cfg: Config, *nets: nn.Module) -> None:
 # ---- what is computed once: frozen views, samples of [B] -----------------------------------------
 
 DRAWN = ("seed", "data.name", "data.size_px", "data.fit", "data.crop", "data.flip",
-         "data.n_train")                             # what an x depends on
+         "data.n_train", "data.on_bad_image")        # what an x depends on
 HARDENED = ("robustify.augment", "robustify.severity", "robustify.pictures")       # and its x~
 
 
@@ -4869,7 +4929,7 @@ def preflight(cfg: Config, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    Signals.hit = 0
+    Signals.hit, told = 0, False
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
@@ -4891,14 +4951,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, text = 130, "interrupted"
     except (MemoryError, RuntimeError) as e:
-        if "memory" not in str(e) and not isinstance(e, MemoryError):
+        advice = "the same command goes on from the last checkpoint"
+        if isinstance(e, MemoryError) or "memory" in str(e):
+            advice = "lower the stage's batch (or raise its accum), eval.batch or data.workers"
+        elif "CUDA" not in str(e):
             raise
-        code, text = 2, ("out of memory: lower the stage's batch (or raise its accum), eval.batch "
-                         f"or data.workers ({str(e)[:160]})")
+        code, text = 2, f"out of memory, or the GPU failed: {advice} ({str(e)[:160]})"
     finally:
         if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):                  # the store may be gone
+                store = dist.distributed_c10d._get_default_store()
+                told = store.add("told", 1) > 1
             dist.destroy_process_group()
-    print(f"erpm.py: {' '.join(text.split())}", file=sys.stderr)
+    if not told:                                                     # by another process
+        print(f"erpm.py: {' '.join(text.split())}", file=sys.stderr)
     return code
 
 
