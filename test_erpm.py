@@ -30,7 +30,6 @@ import erpm
 
 HERE = Path(__file__).parent
 SOURCE = (HERE / "erpm.py").read_text()
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SLOW = bool(os.environ.get("ERPM_SLOW"))
 TINY = """\
 model.student=cifar:resnet8-s2 model.teacher=cifar:resnet8-s2 distill.tune=2 distill.head=1
@@ -40,9 +39,18 @@ distill.epochs=2 eval.batch=32 eval.passes=3 eval.n_cell=20 runtime.log_every=2 
 runtime.save_every=3""".split()
 
 
+gflops, figures = erpm.gflops, erpm.figures              # for their own tests: see `quick`
+
+
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
+def quick():
+    """One thread; what takes long and does not matter is left out of the commands."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(erpm, "gflops", lambda *a: 1.0)
+        patch.setattr(erpm, "figures", lambda rows: {})
+        patch.setattr(erpm, "CHECKS", [None, ("contrast", 1)])
+        yield
 
 
 @pytest.fixture
@@ -80,26 +88,20 @@ def forked(work, *args):
     return job
 
 
-def fork_all(n, work):
-    """Calls work(rank) in n processes."""
-    jobs = [forked(work, rank) for rank in range(n)]
-    for job in jobs:
-        job.join(200)
-    assert [job.exitcode for job in jobs] == [0] * n
-
-
-def in_processes(n, cwd, *words):
-    """Runs a command as torchrun does on n processes."""
+def in_processes(n, *words, code=0, own=lambda rank: ()):
+    """Runs a command as torchrun does on n processes, each of which may have words of its own."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
 
     def work(rank):
-        os.chdir(cwd)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
                        "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        return erpm.main([str(w) for w in words])
-    fork_all(n, work)
+        return erpm.main([str(w) for w in (*words, *own(rank))])
+    jobs = [forked(work, rank) for rank in range(n)]
+    for job in jobs:
+        job.join(200)
+    assert [job.exitcode for job in jobs] == [code] * n
 
 
 def block(i, o):
@@ -190,8 +192,8 @@ def test_functions_are_short_lines_narrow_and_public_names_documented():
     assert all(n.startswith("_") or ast.get_docstring(node) for n, node in TOP.items())
 
 
-def test_import_has_no_side_effect_and_a_held_loader_keeps_no_process_from_ending(tmp_path):
-    make_tree(tmp_path / "set")
+def test_import_has_no_side_effect_and_a_held_loader_keeps_no_process_from_ending(here):
+    make_tree(here / "set")
     code = ("import torch, os, sys; "
             "before = torch.random.get_rng_state(), dict(os.environ), os.listdir()\n"
             f"sys.path.insert(0, {str(HERE)!r}); sys.argv = ['x', '--bad']; import erpm\n"
@@ -201,17 +203,13 @@ def test_import_has_no_side_effect_and_a_held_loader_keeps_no_process_from_endin
             "s = erpm.open_set('folder:set', erpm.Data(), 'train')\n"
             "it = iter(erpm.loader(s, 1, batch_sampler=erpm.Batches(len(s), 4, 0)))\n"
             "next(it); 1 / 0")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, text=True,
-                          capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=300)
     assert done.stdout == "" and re.match("Traceback[^$]*ZeroDivisionError", done.stderr)
 
 
-def test_every_recipe_of_config_yaml_loads():
+def test_every_recipe_loads_and_every_command_of_the_readme_parses():
     for name in erpm.read_yaml(HERE / "config.yaml"):
         assert erpm.resolve([], name).run == name
-
-
-def test_every_command_of_the_readme_parses():
     lines = re.findall(r"^ *(?:torchrun.* |python )erpm\.py (.*?)(?:  +#.*)?$",
                        (HERE / "README.md").read_text(), re.M)
     assert len(lines) >= 15
@@ -231,11 +229,6 @@ def test_the_python_of_the_readme_runs(here):
 
 
 # ==== basics and config ====
-
-def test_seeds_are_functions_of_the_key():
-    assert erpm.fold(1, "a") == erpm.fold(1, "a") != erpm.fold(1, "b")
-    assert torch.equal(*(torch.rand(3, generator=erpm.rng("k", 1)) for _ in range(2)))
-
 
 def test_precedence_is_default_recipe_words():
     cfg = erpm.resolve(["distill.lr=0.5", "seed=3"], "demo")
@@ -357,15 +350,14 @@ def test_shift_and_flip_is_the_slow_obvious_one(crop, flip):
         assert torch.equal(got[i], want.flip(-1) if flip and mirror >= 0.5 else want)
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_without_crop_and_flip_training_sees_what_scoring_sees(here, stored):
+def test_without_crop_and_flip_training_sees_what_scoring_sees(here):
     make_tree(here, splits=("",), size=(50, 90))
-    s = shown() if stored else erpm.open_set("folder:.", erpm.Data(size_px=32))
-    plain, flipped, cropped = (batch(s.training(0, crop, flip))[0] for crop, flip in (
-        (False, False), (False, True), (True, False)))
-    assert torch.equal(plain, batch(s)[0]) and not torch.equal(plain, cropped)
-    assert not torch.equal(flipped, plain)
-    assert all(torch.equal(x, y) or torch.equal(x, y.flip(-1)) for x, y in zip(flipped, plain))
+    for s in (shown(), erpm.open_set("folder:.", erpm.Data(size_px=32))):
+        plain, flipped, cropped = (batch(s.training(0, crop, flip))[0] for crop, flip in (
+            (False, False), (False, True), (True, False)))
+        assert torch.equal(plain, batch(s)[0]) and not torch.equal(plain, cropped)
+        assert not torch.equal(flipped, plain)
+        assert all(torch.equal(x, y) or torch.equal(x, y.flip(-1)) for x, y in zip(flipped, plain))
 
 
 @pytest.mark.parametrize("fit", ["", "crop", "squash"])
@@ -412,20 +404,16 @@ def test_folder_sets_read_train_and_val_and_take_a_label(here):
     for split in ("train", "test"):
         s = erpm.open_set("folder:.", erpm.Data(size_px=32), split)
         assert (len(s), s.classes, s.name) == (12, ("cat", "dog"), "folder:.")
-    x, y, index = batch(s, [0, 11])
-    assert x.shape == (2, 3, 32, 32) and y.tolist() == [0, 1] and index.tolist() == [0, 11]
-    s = erpm.open_set("birds@folder:flat")
-    assert (s.name, s.classes, s.y.tolist()) == ("birds", ("ant", "owl"), [0, 0, 1, 1])
+        assert batch(s, [0, 11])[1].tolist() == [0, 1]
     s = erpm.open_set("birds@folder-c:flat")
+    assert (s.classes, s.y.tolist()) == (("ant", "owl"), [0, 0, 1, 1])
     assert s.corrupted and s.name == "birds-c" and len(erpm.cells(s)) == 75
 
 
 @pytest.mark.parametrize("name, says", [
-    ("folder:none", "no folder none/val"), ("folder-c:none", "no folder none/val"),
-    ("folder:half", "no folder half/val"), ("folder:two/train/cat/0.png", "no folder"),
+    ("folder:half", "no folder half/val"), ("folder-c:two/train/cat/0.png", "no folder"),
     ("folder:one", "two classes or more, found 1"), ("folder:empty", "without images ['dog']"),
-    ("shapes-d", "unknown set 'shapes-d'; did you mean 'shapes"), ("a@shapes", "unknown set"),
-])
+    ("shapes-d", "unknown set 'shapes-d'; did you mean 'shapes"), ("a@shapes", "unknown set")])
 def test_a_folder_that_is_no_set_says_what_is_wanted(here, name, says):
     make_tree(here / "one", ("cat",), splits=("",))
     make_tree(here / "half", splits=("train",))
@@ -434,13 +422,11 @@ def test_a_folder_that_is_no_set_says_what_is_wanted(here, name, says):
     (here / "empty/dog").mkdir()
     with refuses(says):
         erpm.open_set(name)
-    with refuses("has no training split"):
-        erpm.open_set("folder-c:two", split="train")
 
 
 @pytest.mark.parametrize("x, n", [
     (images(4) / 255 * 2, 4), (images(4), 3), (images(4)[..., :9], 4), (images(4)[:, :1], 4),
-    (images(4)[0], 3), (images(4).int(), 4), (images(0), 0)], ids=range(7))
+    (images(4).int(), 4), (images(0), 0)], ids=range(6))
 def test_images_of_another_form_are_one_clear_line(x, n):
     with refuses("images: expected uint8 (n,3,S,S), or floats in [0, 1], and n labels"):
         erpm.as_images((x, [0] * n))
@@ -448,12 +434,10 @@ def test_images_of_another_form_are_one_clear_line(x, n):
 
 # ==== sets ====
 
-def encoded(k, kind="JPEG", size=(20, 14), frame=0):
+def encoded(k, size=(20, 14), frame=0):
     """The file of a picture whose colour tells the number k, with a red frame of `frame` px."""
-    colour = tuple(25 * (k // d % 10) + 12 for d in (100, 10, 1))
-    file = io.BytesIO()
-    picture = ImageOps.expand(Image.new("RGB", size, colour), frame, (255, 0, 0))
-    picture.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    colour, file = tuple(25 * (k // d % 10) + 12 for d in (100, 10, 1)), io.BytesIO()
+    ImageOps.expand(Image.new("RGB", size, colour), frame, (255, 0, 0)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -481,7 +465,7 @@ def mini(tmp_path_factory):
                  for c, data in some.items()}
               | {f"imagenet-{part}/{c}/0.jpg": encoded(names.index(c))
                  for part in "ar" for c in erpm.synsets(part)[::5]}
-              | {f"objectnet-1.0/images/{c}/{i}.png": encoded(i, "PNG", (30, 40), frame=2)
+              | {f"objectnet-1.0/images/{c}/{i}.png": encoded(i, (30, 40), frame=2)
                  for c, ids in erpm.OBJECTNET.items() for i in ids}
               | {f"imagenet-c/{cell}/{names[k]}/0.JPEG": encoded(k)
                  for cell in ("gaussian_noise/1", "weather/fog/3") for k in (3, 10, 500, 999)}
@@ -577,55 +561,43 @@ def test_tiny_imagenet_is_read_as_published(here, monkeypatch):
     assert s.y.tolist() == [0, 1] and a in s.paths[0] and s.view.size_px == 64
 
 
-@pytest.fixture
-def cifar_c(here, monkeypatch):
-    """The folder of a small CIFAR-10-C, four images a cell, and {corruption: its array}."""
+def test_cifar_c_is_read_from_its_arrays_and_its_rows_are_those_of_its_cells(here, monkeypatch):
     small_row(monkeypatch, "cifar10", n_test=4)
     folder, rng = here / "data/CIFAR-10-C", np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    np.save(folder / "labels.npy", np.tile(np.array([3, 8, 8, 0], np.uint8), 5))
     arrays = {c: rng.integers(0, 256, (20, 32, 32, 3), np.uint8) for c in erpm.CORRUPTIONS}
-    for c, x in arrays.items():
-        np.save(folder / f"{c}.npy", x)
-    return folder, arrays
-
-
-def test_cifar_c_is_read_from_its_arrays(cifar_c):
-    folder, arrays = cifar_c
-    for severity in (1, 5):
-        s = erpm.open_set("cifar10-c", cell=("fog", severity))
-        want = arrays["fog"][4 * severity - 4:4 * severity]
-        assert s.y.tolist() == [3, 8, 8, 0] and s.name == "cifar10-c"
-        assert np.array_equal(batch(s)[0].permute(0, 2, 3, 1), want)
-    np.save(folder / "labels.npy", np.zeros(19, np.uint8))
-    put_files(folder, {"snow.npy": b"no array"})
-    for cell, says in ((("fog", 1), "expected 4"), (("snow", 1), "snow.npy, or labels.npy")):
-        with refuses(says):
-            erpm.open_set("cifar10-c", cell=cell)
-
-
-def test_the_rows_of_an_archive_are_those_of_its_cells(cifar_c, here):
+    folder.mkdir(parents=True)
+    for name, x in {"labels": np.tile(np.uint8([3, 8, 8, 0]), 5), **arrays}.items():
+        np.save(folder / f"{name}.npy", x)
     net = saved(here / "x/model.safetensors", erpm.build("cifar:resnet8-s2", 10), "cifar10",
                 classes=tuple("0123456789"))
     runs("eval", "--model", "run:x", "--set", "cifar10-c", "runtime.amp=none")
     rows = {(r["corruption"], r["severity"]): r["nll"] for r in result_rows("runs/models")}
     assert list(rows) == erpm.cells(erpm.open_set("cifar10-c")) and len(rows) == 75
-    for cell in (("fog", 3), ("jpeg_compression", 5)):
-        assert rows[cell] == erpm.evaluate(net, erpm.open_set("cifar10-c", cell=cell))["nll"]
+    for name, k in (("fog", 1), ("jpeg_compression", 5)):
+        s = erpm.open_set("cifar10-c", cell=(name, k))
+        assert s.y.tolist() == [3, 8, 8, 0] and rows[name, k] == erpm.evaluate(net, s)["nll"]
+        assert np.array_equal(batch(s)[0].permute(0, 2, 3, 1), arrays[name][4 * k - 4:4 * k])
+    put_files(folder, {"snow.npy": b"no array"})
+    with refuses("snow.npy, or labels.npy"):
+        erpm.open_set("cifar10-c", cell=("snow", 1))
+    np.save(folder / "labels.npy", np.zeros(19, np.uint8))
+    with refuses("expected 4"):
+        erpm.open_set("cifar10-c", cell=("fog", 1))
 
 
-@pytest.mark.parametrize("name, cls, n_train", [
-    ("flowers102", "Flowers102", 5), ("cifar10", "CIFAR10", 3),
-    ("fashion-mnist", "FashionMNIST", 3)])
-def test_sets_by_torchvision_are_read_through_its_classes(name, cls, n_train, here, monkeypatch):
+@pytest.mark.parametrize("name, cls, n_train, border", [
+    ("flowers102", "Flowers102", 5, None), ("cifar10", "CIFAR10", 3, 4),
+    ("fashion-mnist", "FashionMNIST", 3, 0)])
+def test_sets_by_torchvision_are_read_through_its_classes(here, name, cls, n_train, border,
+                                                          monkeypatch):
     class Fake:
         classes = [f"flower {k}" for k in range(102)]
 
         def __init__(self, root, split="", train=True):
             n = {"train": 3, "val": 2, "test": 4}[split or ("train" if train else "test")]
             self._image_files, self._labels, self.targets = [Path("x")] * n, [7] * n, [1] * n
-            self.data = np.full((n, 32, 32, 3), n, np.uint8) if name == "cifar10" else \
-                torch.full((n, 28, 28), n, dtype=torch.uint8)
+            pixels = torch.full((n, 32, 32, 3), n, dtype=torch.uint8)
+            self.data = pixels.numpy() if name == "cifar10" else pixels[:, :28, :28, 0]
 
     with pytest.raises(erpm.Absent, match="download=True"):
         erpm.open_set(name)
@@ -634,8 +606,8 @@ def test_sets_by_torchvision_are_read_through_its_classes(name, cls, n_train, he
     small_row(monkeypatch, name, n_classes=102, n_train=n_train, n_test=4)
     test, train = (erpm.open_set(name, split=s) for s in ("test", "train"))
     assert (len(test), len(train)) == (4, n_train)
-    if name != "flowers102":
-        x, border = batch(test)[0], 0 if name == "fashion-mnist" else 4
+    if border is not None:                                        # 28 px are padded to 32
+        x = batch(test)[0]
         assert x.shape == (4, 3, 32, 32) and x[0, 0, 0, 0] == border and x[0, 0, 16, 16] == 4
 
 
@@ -675,39 +647,25 @@ def test_sets_lists_every_set_and_its_faults(here):
 # ==== corruptions ====
 
 # What the reference (make_imagenet_c.py with ImageMagick, OpenCV, scikit-image) makes of picture():
-# severities 1..5: (PSNR to the clean picture in dB, mean step between horizontal neighbours, mean).
-REFERENCE = {
-    "gaussian_noise": ((22.59, 21.32, 153), (19.21, 30.55, 152), (15.97, 43.43, 151),
-                       (13.19, 58.72, 149), (10.67, 77.09, 146)),
-    "shot_noise": ((21.14, 24.02, 152), (17.51, 35.49, 149), (14.61, 48.62, 146),
-                   (11.33, 69.14, 139), (9.48, 83.11, 133)),
-    "impulse_noise": ((19.66, 12.12, 155), (16.78, 18.91, 154), (14.98, 25.87, 153),
-                      (12.22, 42.81, 151), (10.19, 62.38, 148)),
-    "defocus_blur": ((28.02, 3.96, 155), (26.30, 3.68, 155), (23.49, 3.14, 155),
-                     (21.47, 2.65, 156), (19.71, 2.21, 156)),
-    "glass_blur": ((25.11, 4.37, 154), (25.44, 4.13, 154), (20.23, 4.13, 153), (21.25, 3.88, 154),
-                   (20.24, 3.14, 154)),
-    "motion_blur": ((23.45, 4.08, 156), (20.47, 3.65, 157), (18.14, 3.19, 158), (16.59, 2.70, 160),
-                    (15.79, 2.37, 161)),
-    "zoom_blur": ((18.13, 3.19, 156), (17.04, 2.86, 156), (16.77, 2.59, 156), (16.25, 2.42, 156),
-                  (16.01, 2.25, 156)),
-    "snow": ((16.62, 7.16, 186), (12.52, 10.37, 204), (12.50, 7.88, 204), (10.93, 7.75, 213),
-             (9.81, 7.96, 223)),
-    "frost": ((13.82, 5.23, 200), (12.20, 6.07, 208), (11.68, 6.74, 208), (11.89, 7.26, 206),
-              (11.82, 7.94, 203)),
-    "fog": ((13.18, 2.07, 137), (12.30, 1.80, 137), (11.47, 1.69, 134), (11.47, 1.87, 134),
-            (11.09, 2.23, 134)),
-    "brightness": ((22.91, 4.47, 171), (17.16, 4.16, 185), (14.01, 3.77, 197), (12.00, 3.20, 207),
-                   (10.65, 2.65, 214)),
-    "contrast": ((14.90, 1.89, 155), (13.56, 1.42, 155), (12.42, 0.95, 155), (11.39, 0.47, 155),
-                 (10.92, 0.24, 155)),
-    "elastic_transform": ((11.82, 4.55, 155), (10.27, 5.23, 158), (18.19, 4.64, 155),
-                          (17.78, 4.82, 155), (17.40, 5.37, 155)),
-    "pixelate": ((31.87, 4.51, 156), (29.79, 4.43, 156), (26.30, 4.24, 156), (25.02, 4.10, 156),
-                 (24.82, 3.96, 156)),
-    "jpeg_compression": ((33.40, 5.15, 155), (32.03, 5.27, 155), (31.07, 5.37, 155),
-                         (29.14, 5.59, 155), (27.31, 5.67, 155)),
-}
+# for severities 1 to 5 the PSNR to the clean picture in dB, the mean step between horizontal
+# neighbours and the mean.
+REFERENCE = dict(line.split(maxsplit=1) for line in """\
+gaussian_noise    22.59/21.32/153 19.21/30.55/152 15.97/43.43/151 13.19/58.72/149 10.67/77.09/146
+shot_noise        21.14/24.02/152 17.51/35.49/149 14.61/48.62/146 11.33/69.14/139 9.48/83.11/133
+impulse_noise     19.66/12.12/155 16.78/18.91/154 14.98/25.87/153 12.22/42.81/151 10.19/62.38/148
+defocus_blur      28.02/3.96/155 26.30/3.68/155 23.49/3.14/155 21.47/2.65/156 19.71/2.21/156
+glass_blur        25.11/4.37/154 25.44/4.13/154 20.23/4.13/153 21.25/3.88/154 20.24/3.14/154
+motion_blur       23.45/4.08/156 20.47/3.65/157 18.14/3.19/158 16.59/2.70/160 15.79/2.37/161
+zoom_blur         18.13/3.19/156 17.04/2.86/156 16.77/2.59/156 16.25/2.42/156 16.01/2.25/156
+snow              16.62/7.16/186 12.52/10.37/204 12.50/7.88/204 10.93/7.75/213 9.81/7.96/223
+frost             13.82/5.23/200 12.20/6.07/208 11.68/6.74/208 11.89/7.26/206 11.82/7.94/203
+fog               13.18/2.07/137 12.30/1.80/137 11.47/1.69/134 11.47/1.87/134 11.09/2.23/134
+brightness        22.91/4.47/171 17.16/4.16/185 14.01/3.77/197 12.00/3.20/207 10.65/2.65/214
+contrast          14.90/1.89/155 13.56/1.42/155 12.42/0.95/155 11.39/0.47/155 10.92/0.24/155
+elastic_transform 11.82/4.55/155 10.27/5.23/158 18.19/4.64/155 17.78/4.82/155 17.40/5.37/155
+pixelate          31.87/4.51/156 29.79/4.43/156 26.30/4.24/156 25.02/4.10/156 24.82/3.96/156
+jpeg_compression  33.40/5.15/155 32.03/5.27/155 31.07/5.37/155 29.14/5.59/155 27.31/5.67/155
+""".splitlines())
 
 FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
 
@@ -742,7 +700,8 @@ def test_every_severity_has_the_statistics_of_the_reference(name):
     n = 1 if name in FIXED else 64 if name in ("frost", "fog", "elastic_transform") else 12
     x = picture().expand(n, -1, -1, -1)
     near, bias = (0.1, 0.6) if n == 1 else (0.6, 1) if n == 12 else (0.6, 10)
-    for severity, (psnr, step, mean) in enumerate(REFERENCE[name], 1):
+    for severity, figures in enumerate(REFERENCE[name].split(), 1):
+        psnr, step, mean = map(float, figures.split("/"))
         y = erpm.corrupt(x, name, severity).float()
         ours = 10 * torch.log10(255 ** 2 / (y - x).square().mean((1, 2, 3))).mean().item()
         assert abs(ours - psnr) < near and abs(y.mean() - mean) < bias, (severity, ours)
@@ -750,23 +709,18 @@ def test_every_severity_has_the_statistics_of_the_reference(name):
 
 
 @pytest.mark.parametrize("name", erpm.CORRUPTIONS)
-def test_an_image_does_not_depend_on_its_batch_or_its_layout(name):
+def test_an_image_is_a_function_of_seed_and_index_not_of_batch_or_layout(name):
     for n, h, w in ((9, 32, 32), (9, 64, 80), (5, 224, 200)):
         x, some = pictures(n, h, w), [4, 1, 3]
         whole = erpm.corrupt(x, name, 3)
-        assert torch.equal(whole, erpm.corrupt(x, name, 3)) and whole.shape == x.shape
         assert torch.equal(whole[some], erpm.corrupt(x[some], name, 3, index=some))
         lying = x.contiguous(memory_format=torch.channels_last)
         assert torch.equal(whole, erpm.corrupt(lying, name, 3))
-
-
-@pytest.mark.parametrize("name", erpm.CORRUPTIONS)
-def test_seed_and_index_change_the_draw_and_every_size_works(name):
     x = pictures(1, 64, 64).expand(3, -1, -1, -1)
     a, b = erpm.corrupt(x, name, 3), erpm.corrupt(x, name, np.int64(3), seed=np.int64(1))
     assert torch.equal(a[0], a[1]) == torch.equal(a, b) == (name in FIXED)
     assert torch.equal(b, erpm.corrupt(x, name, 3, seed=1))
-    for n, h, w in ((1, 32, 512), (1, 301, 40), (0, 33, 65)):
+    for n, h, w in ((1, 32, 512), (1, 301, 40), (0, 33, 65)):        # every size works
         assert erpm.corrupt(pictures(4, h, w)[:n], name, 2).shape == (n, 3, h, w)
 
 
@@ -851,12 +805,11 @@ def test_plasma_is_the_diamond_square_loop():
 
 
 def test_elastic_transform_without_movement_is_the_identity():
-    x, shift = pictures(2, 64, 50), torch.zeros(2, 3, 2)
-    assert torch.allclose(erpm.affine(64, 50, shift), torch.eye(2, 3), atol=1e-6)
-    moved = erpm.affine(64, 50, shift + torch.tensor([3.0, 0]))  # all points 3 px to the right
+    x, still = pictures(2, 64, 50), torch.zeros(2, 3, 2)
+    moved = erpm.affine(64, 50, still + torch.tensor([3.0, 0]))  # all points 3 px to the right
     assert torch.allclose(moved[:, :, 2], torch.tensor([-3.0, 0]), atol=1e-5)
-    still = erpm.elastic_transform(x, (0, 0, 0), [erpm.rng(0), erpm.rng(1)])
-    assert (still.int() - x.int()).abs().max() <= 1
+    same = erpm.elastic_transform(x, (0, 0, 0), [erpm.rng(0), erpm.rng(1)])
+    assert (same.int() - x.int()).abs().max() <= 1
 
 
 def test_frost_reads_the_five_textures_of_the_package(tmp_path, monkeypatch):
@@ -868,9 +821,6 @@ def test_frost_reads_the_five_textures_of_the_package(tmp_path, monkeypatch):
 
 
 # ==== augmentations ====
-
-AUGMENTED = [*erpm.AUGMENTATIONS, "pixmix+augmix", "deepaugment+augmix", "augmix+mixup"]
-
 
 def shift(image, *matrix):
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
@@ -906,16 +856,18 @@ def test_each_operation_is_within_a_grey_level_of_pil(op, h, w):
         assert gap.max() <= 1
 
 
-@pytest.mark.parametrize("spec", AUGMENTED)
-@pytest.mark.parametrize("shape", [(16, 32, 32), (1, 32, 32), (0, 32, 32), (3, 17, 29)])
-def test_output_is_a_function_of_the_generator_anew_for_each_image(spec, shape):
-    x, state = pictures(1, *shape[1:]).repeat(shape[0], 1, 1, 1), torch.get_rng_state()
-    before = x.clone()
-    a, b, c = (erpm.augment(x, spec, erpm.rng("same", k)) for k in (0, 0, 1))
-    assert a.dtype == torch.uint8 and a.shape == x.shape and torch.equal(a, b)
-    if len(x) == 16 and spec != "none":
-        assert not torch.equal(a, c) and len(a.flatten(1).unique(dim=0)) > 3
-    assert torch.equal(x, before), "the input was changed"
+@pytest.mark.parametrize("spec", [*erpm.AUGMENTATIONS, "pixmix+augmix", "deepaugment+augmix",
+                                  "augmix+mixup"])
+def test_output_is_a_function_of_the_generator_anew_for_each_image(spec):
+    state = torch.get_rng_state()
+    for n, h, w in ((16, 32, 32), (1, 32, 32), (0, 32, 32), (3, 17, 29)):
+        x = pictures(1, h, w).repeat(n, 1, 1, 1)
+        before = x.clone()
+        a, b, c = (erpm.augment(x, spec, erpm.rng("same", k)) for k in (0, 0, 1))
+        assert a.dtype == torch.uint8 and a.shape == x.shape and torch.equal(a, b)
+        assert torch.equal(x, before), "the input was changed"
+        if n == 16 and spec != "none":
+            assert not torch.equal(a, c) and len(a.flatten(1).unique(dim=0)) > 3
     assert torch.equal(torch.get_rng_state(), state), "the global generator moved"
 
 
@@ -930,10 +882,6 @@ def test_augmix_deviates_as_much_as_the_original(severity):
     gap = (mixed.float() - x).abs().mean((1, 2, 3))
     mean, error = ORIGINAL[severity]
     assert abs(gap.mean() - mean) < 4 * (error**2 + gap.var() / len(gap)) ** 0.5
-
-
-def test_augmix_without_operations_is_the_image():
-    assert torch.equal(erpm.augmix(pictures(9), erpm.rng(0), depth=(0, 0)), pictures(9))
 
 
 def test_jsd_equals_the_formula():
@@ -976,8 +924,8 @@ def test_pixmix_blends_equal_the_formulas():
     x, y = torch.rand(2, 3, 4, 4, generator=erpm.rng(0))
     added = ((0.8 * (2 * x - 1) - 0.3 * (2 * y - 1) + 1) / 2).clamp(0, 1)
     times = ((2 * x) ** 0.8 * (2 * y) ** -0.3 / 2).clamp(0, 1)
-    assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, False), added, atol=1e-6)
-    assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, True), times, atol=1e-6)
+    for multiply, want in ((False, added), (True, times)):
+        assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, multiply), want, atol=1e-6)
     assert torch.isfinite(erpm._blend(x * 0, y * 0, 0.8, -0.3, True)).all()
 
 
@@ -1097,10 +1045,10 @@ def test_stages_of_a_chain_equal_it_and_keep_its_modules():
     net, x = tiny_net(), torch.rand(3, 3, 32, 32)
     parts = erpm.stages(net)
     assert len(parts) == 4 and parts[1][0] is net[1] and parts[-1].fc is net[-1]
-    assert torch.equal(parts(x), net(x))
     loose = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
                           nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
-    assert len(erpm.stages(loose)) == 4 and torch.equal(erpm.stages(loose)(x), loose(x))
+    assert len(erpm.stages(loose)) == 4
+    assert all(torch.equal(erpm.stages(chain)(x), chain(x)) for chain in (net, loose))
 
 
 def test_stages_that_give_something_else_are_refused(monkeypatch):
@@ -1113,7 +1061,6 @@ def test_stages_that_give_something_else_are_refused(monkeypatch):
 @pytest.mark.parametrize("net, says, settings", [
     (nn.Conv2d(3, 3, 1), "cannot be cut into stages: known are timm.VisionTransformer,", {}),
     (nn.Sequential(nn.Conv2d(3, 3, 1), nn.Softmax(1)), "without a final Linear layer", {}),
-    (nn.Sequential(nn.Linear(3, 2)), "cannot be cut", {}),
     ("torchvision:shufflenet_v2_x0_5", "or pass an nn.Sequential of your own that ends", {}),
     ("timm:test_vit", "without a final Linear layer cannot be cut: build it with classes=N", {}),
     (tiny_net(), "tune = 9: the network has ", {"tune": 9}),
@@ -1133,43 +1080,38 @@ def test_what_cannot_be_cut_says_so(net, says, settings):
     ("torchvision:resnet50/V1", "unknown weights of torchvision:resnet50 'V1'"),
     ("open_clip:ViT-B-33", "unknown network of open_clip 'ViT-B-33'; did you mean 'ViT-B-32'"),
     ("open_clip:ViT-B-32-quickgelu/opnai", "did you mean 'openai'"),
-    ("open_clip:ViT-B-32/openai", "use open_clip:ViT-B-32-quickgelu/openai"),
-])
+    ("open_clip:ViT-B-32/openai", "use open_clip:ViT-B-32-quickgelu/openai")])
 def test_an_unknown_network_is_one_clear_line(name, says):
     with refuses(says):
         erpm.build(name)
 
 
-def test_a_tag_says_classes_normalisation_size_and_view():
+def test_a_tag_says_classes_normalisation_size_and_view(monkeypatch):
+    import open_clip
     card = erpm.build("torchvision:mobilenet_v2/IMAGENET1K_V2", 5, "random").card
     assert (card.n_classes, card.size_px, card.view) == (5, 224, erpm.View(224, 224 / 232))
-    card = erpm.build("timm:vit_base_patch14_dinov2.lvd142m", 5, "random", size_px=28).card
-    assert (card.size_px, card.view) == (28, erpm.View(28, 1.0, "bicubic"))
-    net = erpm.build("open_clip:tiny")
-    view = erpm.View(32, 1.0, "bicubic")
+    small = "vit_tiny_patch16_224"
+    card = erpm.build(f"timm:{small}.augreg_in21k", 5, "random", size_px=48).card
+    assert (card.size_px, card.view) == (48, erpm.View(48, 0.9, "bicubic"))
+    net, view = erpm.build("open_clip:tiny"), erpm.View(32, 1.0, "bicubic")
     assert net.card == erpm.Card("open_clip:tiny", size_px=32, view=view, fresh=True)
     assert torch.allclose(net.mean.flatten(), torch.tensor([0.4815, 0.4578, 0.4082]), atol=1e-4)
     assert not net.training and net(images(2, 32)).shape == (2, 16)
-
-
-@pytest.mark.parametrize("tag", ["", "/webli"])
-def test_a_clip_without_its_weights_normalises_as_with_them(tag, monkeypatch):
-    import open_clip
-    small = open_clip.get_model_config("tiny")
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16-SigLIP", small)
-    net = erpm.build(f"open_clip:ViT-B-16-SigLIP{tag}", None, "random")     # as `load` builds it
-    assert net.mean.flatten().tolist() == [0.5] * 3 and net.card.view.squash
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16-SigLIP",
+                        open_clip.get_model_config("tiny"))
+    for tag in ("", "/webli"):                                         # as `load` builds it
+        net = erpm.build(f"open_clip:ViT-B-16-SigLIP{tag}", None, "random")
+        assert net.mean.flatten().tolist() == [0.5] * 3 and net.card.view.squash
 
 
 @pytest.mark.parametrize("name, own", [("timm:test_vit", 160), ("cifar:resnet8", 0),
                                        ("torchvision:resnet18", 0), ("open_clip:tiny-timm", 160)])
 def test_size_px_is_the_size_at_which_a_network_runs(name, own):
-    seen = []
-    assert erpm.build(name, 3).card.size_px == own
-    net = erpm.build(name, 3, size_px=96)
+    seen, net = [], erpm.build(name, 3, size_px=96)
     net.net.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[-1]))
     assert net(images(2, 40)).shape == (2, 3) and seen == [96]
     assert (net.card.size_px, net.card.view.size_px) == (96, 96)
+    assert erpm.build(name, 3).card.size_px == own
     erpm.Student(net, 1, 1)                                # is cut and checked at that size
 
 
@@ -1191,13 +1133,10 @@ def test_weights_come_from_any_plain_file(form, tmp_path):
     (lambda s: s | {"more": torch.ones(1)}, "does not fit cifar:resnet8"),
     (lambda s: {k: v for k, v in s.items() if k != "1.conv1.weight"}, "1.conv1.weight"),
     (lambda s: b"not weights", "is no file of plain tensors"),
-    (lambda s: b"", "is no file of plain tensors"), (lambda s: None, "no weights file")])
+    (lambda s: b"", "is no file of plain tensors")])
 def test_a_file_of_anything_else_is_refused(form, says, tmp_path):
     content, file = form(erpm.build("cifar:resnet8", 7).net.state_dict()), tmp_path / "w.pth"
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    elif content:
-        torch.save(content, file)
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with refuses(says):
         erpm.build("cifar:resnet8", 7, str(file))
 
@@ -1217,19 +1156,16 @@ def test_a_file_brings_its_classifier_or_gets_a_new_one(name, ours, tmp_path):
         assert torch.allclose(same(x), net(x), atol=1e-5)
     other = erpm.build(name, 3, file)
     assert other.card.fresh and other.card.n_classes == 3 and other(x).shape == (2, 3)
-    a, b = (erpm.stages(n) for n in (other, net))
-    assert torch.equal(a[-1].features(a[:-1](x)), b[-1].features(b[:-1](x)))
+    assert torch.equal(erpm.frozen_features(other)(x), erpm.frozen_features(net)(x))
 
 
 def test_the_weights_of_an_encoder_alone_leave_a_new_classifier(tmp_path):
     file, x = str(tmp_path / "encoder.pth"), images(1, 160)
     encoder = erpm.build("timm:test_vit", 0)
     torch.save(encoder.net.state_dict(), file)
-    net = erpm.build("timm:test_vit", 3, file)
-    assert net.card.fresh
-    assert torch.equal(erpm.stages(net)[-1].features(erpm.stages(net)[:-1](x)), encoder(x))
-    for alone in (erpm.build("timm:test_vit", n, file) for n in (None, 0)):
-        assert alone.card.n_classes == 0 and torch.equal(alone(x), encoder(x))
+    net, *alone = (erpm.build("timm:test_vit", n, file) for n in (3, None, 0))
+    assert net.card.fresh and torch.equal(erpm.frozen_features(net)(x), encoder(x))
+    assert all(n.card.n_classes == 0 and torch.equal(n(x), encoder(x)) for n in alone)
     torch.save(net.net.state_dict(), file)
     with refuses("encoder.pth does not fit timm:test_vit"):
         erpm.build("timm:test_vit", 0, file)
@@ -1249,12 +1185,11 @@ def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypa
     theirs = erpm.torchvision.models.mobilenet_v3_small()
     monkeypatch.setattr(erpm.torchvision.models.WeightsEnum, "get_state_dict",
                         lambda *a, **kw: dict(theirs.state_dict()))
-    name = "torchvision:mobilenet_v3_small/IMAGENET1K_V1"
-    one, five = erpm.build(name), erpm.build(name, 5)
-    state = {k: v for k, v in five.net.state_dict().items() if not k.startswith("classifier.3.")}
-    assert equal(one.net, theirs) and not one.card.fresh and five.card.fresh
-    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in state.items())
+    one, five = (erpm.build("torchvision:mobilenet_v3_small/IMAGENET1K_V1", n) for n in (None, 5))
+    assert equal(one.net, theirs) and (one.card.fresh, five.card.fresh) == (False, True)
     assert (one.card.n_classes, five.card.n_classes) == (1000, 5)
+    theirs.classifier[3] = five.net.classifier[3]
+    assert equal(five.net, theirs)
 
 
 def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
@@ -1664,9 +1599,11 @@ def test_a_set_of_other_classes_is_probed(three_networks):
     assert len(rows) == 6 and rows[0]["rule"] == "product" and "rules" not in rows[1]
 
 
-def test_any_number_of_processes_gives_the_same_rows_to_the_last_digit(three_networks):
+def test_any_number_of_processes_gives_the_same_rows_to_the_last_digit(three_networks,
+                                                                        monkeypatch):
     cwd, words = three_networks
-    in_processes(3, cwd, *words, "out=3")
+    monkeypatch.chdir(cwd)
+    in_processes(3, *words, "out=3")
     assert {r["processes"] for r in result_rows(cwd / "3/models")} == {3}
     assert untimed(cwd / "3/models") == untimed(cwd / "one/models")
 
@@ -2275,7 +2212,7 @@ def test_torchrun_trains_one_model_on_two_processes(here):
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                         "--nproc-per-node", "2", str(HERE / "erpm.py"), *words], check=True)
     else:
-        in_processes(2, here, *words)
+        in_processes(2, *words)
     lines = [json.loads(t) for t in (here / "runs/x/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines] == [2, 3, 4]                # written by one process alone
     assert erpm.load("runs/x/student.safetensors").card.train["images"] == 200
@@ -2467,14 +2404,9 @@ def test_one_command_at_a_time_works_in_a_run(here, capsys):
     assert f"process {os.getpid()} on " in line and "is at work there" in line
 
 
-def test_processes_with_other_settings_say_so_at_once(here):
-    def work(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "localhost", "MASTER_PORT": "29871"}
-        with contextlib.redirect_stderr(open(f"err{rank}", "w")):
-            return erpm.main(["pretrain", *TINY, f"pretrain.lr=1e-{3 + rank}"]) - 2
-    fork_all(2, work)
-    assert "were started with different settings" in Path("err0").read_text()
+def test_processes_with_other_settings_say_so_at_once(here, capfd):
+    in_processes(2, "pretrain", *TINY, code=2, own=lambda rank: [f"pretrain.lr=1e-{3 + rank}"])
+    assert "were started with different settings" in capfd.readouterr().err
 
 
 # ==== the cache of frozen views ====
@@ -2513,7 +2445,7 @@ def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(her
     for p in list(Path("runs/c").glob("views-*/*0.safetensors"))[::2]:
         p.unlink()
     Path("runs/c/model.safetensors").unlink()
-    in_processes(2, here, *words)
+    in_processes(2, *words)
     assert equal(kept_views(), whole) and len(whole) == 2 * 3 * 2
     monkeypatch.setattr(erpm, "harden", lambda x, *a: seen.append(len(x)) or harden(x, *a))
     next(Path("runs/c").glob("views-*/1-20.*")).unlink()
@@ -2686,7 +2618,7 @@ def test_stored_samples_go_on_are_shared_by_processes_and_others_are_refused(her
     assert files_of("runs/a/made") == first and equal(erpm.load(teacher), kept)
     teacher.unlink()
     assert "holds samples of other settings (radius" in fails(capsys, *words, "robustify.radius=.2")
-    in_processes(2, here, *words, "robustify.batch=40", "robustify.samples=two")     # 20 each
+    in_processes(2, *words, "robustify.batch=40", "robustify.samples=two")     # 20 each
     assert files_of("runs/a/two") == first
 
 
