@@ -19,7 +19,9 @@ import types
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -921,7 +923,6 @@ TINY_CLIPS = {                                      # configurations in open_cli
 @pytest.fixture(scope="session", autouse=True)
 def tiny_clips(tmp_path_factory):
     """Registers the tiny configurations with open_clip under their names."""
-    import open_clip
     folder = tmp_path_factory.mktemp("clips")
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     for name, cfg in TINY_CLIPS.items():
@@ -952,7 +953,6 @@ open_clip:ViT-B-16-SigLIP/webli open_clip:EVA02-B-16 open_clip:coca_ViT-B-32""".
 def network(label, rough=False):
     """(network, images for it).  rough: with random numbers where a fresh one has zeros and ones,
     for a scale of 0 would hide a block."""
-    import timm
     torch.manual_seed(0)
     net = timm.create_model(label, num_classes=7, **SMALL[label]) if label in SMALL else (
         erpm.build(label, 7, "random"))
@@ -998,16 +998,6 @@ def test_a_student_trains_predicts_and_is_loaded_again_on_every_family(label, tm
     assert torch.allclose(again.sigma, p.sigma, atol=1e-5)
 
 
-def test_stages_of_a_chain_equal_it_and_keep_its_modules():
-    net, x = tiny_net(), torch.rand(3, 3, 32, 32)
-    parts = erpm.stages(net)
-    assert len(parts) == 4 and parts[1][0] is net[1] and parts[-1].fc is net[-1]
-    loose = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
-                          nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
-    assert len(erpm.stages(loose)) == 4
-    assert all(torch.equal(erpm.stages(chain)(x), chain(x)) for chain in (net, loose))
-
-
 def test_stages_that_give_something_else_are_refused(monkeypatch):
     holders, after, *rest = erpm.CUTS["timm.ResNet"]
     monkeypatch.setitem(erpm.CUTS, "timm.ResNet", (holders, lambda n, x: after(n, x) + 1, *rest))
@@ -1016,7 +1006,6 @@ def test_stages_that_give_something_else_are_refused(monkeypatch):
 
 
 def test_a_tag_says_classes_normalisation_size_and_view(monkeypatch):
-    import open_clip
     card = erpm.build("torchvision:mobilenet_v2/IMAGENET1K_V2", 5, "random").card
     assert (card.n_classes, card.size_px, card.view) == (5, 224, erpm.View(224, 224 / 232))
     small = "vit_tiny_patch16_224"
@@ -1227,15 +1216,6 @@ def test_batched_passes_equal_one_pass_after_another(where):
                 d.masks = m[i:i + 1]
             assert torch.allclose(s._passes(f, 1)[0], batched[i], atol=1e-5)
     assert all(d.sample is None for d in dropouts(s))
-
-
-def test_a_prediction_does_not_depend_on_the_rest_of_the_batch():
-    s, x = moved(student()), torch.rand(8, 3, 32, 32)
-    for passes in (0, 5):
-        whole, alone = s.predict(x, passes), s.predict(x[2:3], passes)
-        assert torch.allclose(whole.probs[2:3], alone.probs, atol=1e-6)
-        assert torch.allclose(whole.sigma[2:3], alone.sigma, atol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(s.predict(x, 5), s.predict(x, 5)))
 
 
 @pytest.mark.parametrize("ids", [None, [[4, 4], [0, 3], [2, 2]]])
@@ -1458,17 +1438,13 @@ def test_a_linear_probe_is_the_optimum_that_slow_gradient_descent_finds():
     weight, bias, l2 = erpm.linear_probe(x, y, 3, l2s=(0.01,))
     u = ((x - x.mean(0)) / x.std(0, correction=0)).double()
     w = torch.zeros(3, 5, dtype=torch.double, requires_grad=True)
-    for _ in range(3000):
+    for _ in range(1500):
         loss = F.cross_entropy(u @ w[:, :4].T + w[:, 4], y) + 0.005 * w[:, :4].square().sum()
-        w = (w - torch.autograd.grad(loss, w)[0]).detach().requires_grad_()
+        w = (w - 2 * torch.autograd.grad(loss, w)[0]).detach().requires_grad_()
     slow, ours = (u @ w[:, :4].T + w[:, 4]).softmax(-1), (x @ weight.T + bias).softmax(-1)
     assert l2 == 0.01 and torch.allclose(slow.float(), ours, atol=1e-4)
-
-
-def test_a_probe_is_as_strong_as_a_held_out_tenth_wants_it():
-    x, y = blobs(300)
-    noisy = torch.cat([x, torch.randn(300, 200, generator=erpm.rng("noise"))], 1)
-    assert erpm.linear_probe(noisy[:90], y[:90], 3)[2] > min(erpm.PROBE_L2)
+    noisy = torch.cat([x, torch.randn(90, 200, generator=erpm.rng("noise"))], 1)
+    assert erpm.linear_probe(noisy, y, 3)[2] > min(erpm.PROBE_L2)       # as a held-out tenth wants
 
 
 def test_the_linear_layer_behind_the_features_gives_the_clean_head():
@@ -1493,28 +1469,22 @@ def three_networks(tmp_path_factory):
              "shapes,2@folder:two", "data.n_test=40", "data.n_train=40", "eval.batch=16",
              "eval.passes=2", "data.size_px=32", "runtime.amp=none"]
     with contextlib.chdir(cwd):
-        torch.set_num_threads(1)
         runs(*words, "out=one")
     return cwd, words
 
 
-def test_a_set_of_other_classes_is_probed(three_networks):
-    rows = untimed(three_networks[0] / "one/models")
-    unknown = "cifar:resnet8-s2=foreign.pth, linear probe"
+def test_other_classes_are_probed_with_the_same_rows_on_any_number_of_processes(three_networks,
+                                                                                monkeypatch):
+    cwd, words = three_networks
+    monkeypatch.chdir(cwd)
+    in_processes(2, *words, "out=2")
+    rows, unknown = untimed("one/models"), "cifar:resnet8-s2=foreign.pth, linear probe"
+    assert {r["processes"] for r in result_rows("2/models")} == {2} and untimed("2/models") == rows
     assert {(r["label"], r["set"], r["kind"], r["n"], r["passes"]) for r in rows} == {
         ("run:s", "shapes", "home", 40, 2), ("run:s, linear probe", "2", "transfer", 2, None),
         ("P", "shapes", "home", 40, None), ("P, linear probe", "2", "transfer", 2, None),
         (unknown, "shapes", "transfer", 40, None), (unknown, "2", "transfer", 2, None)}
     assert len(rows) == 6 and rows[0]["rule"] == "product" and "rules" not in rows[1]
-
-
-def test_any_number_of_processes_gives_the_same_rows_to_the_last_digit(three_networks,
-                                                                        monkeypatch):
-    cwd, words = three_networks
-    monkeypatch.chdir(cwd)
-    in_processes(3, *words, "out=3")
-    assert {r["processes"] for r in result_rows(cwd / "3/models")} == {3}
-    assert untimed(cwd / "3/models") == untimed(cwd / "one/models")
 
 
 def test_an_interrupted_eval_goes_on_to_the_same_rows(three_networks, monkeypatch):
@@ -1581,15 +1551,18 @@ def test_a_network_answers_itself_on_its_own_classes_alone(here, home, name, kin
 
 def test_all_scores_what_is_there_and_refuses_what_is_half_there(three_networks, here, capsys):
     torch.save(erpm.build("torchvision:shufflenet_v2_x0_5", 3).net.state_dict(), "w.pth")
+    foreign = f"N@cifar:resnet8-s2={three_networks[0]}/foreign.pth"
     words = ["eval", "--set", "all", "data.n_test=10", "data.n_train=100", "--model",
-             f"cifar:resnet8-s2={three_networks[0]}/foreign.pth,mine@torchvision:"
-             "shufflenet_v2_x0_5=w.pth"]
+             f"{foreign},mine@torchvision:shufflenet_v2_x0_5=w.pth"]
     out, rows = runs(*words), result_rows("runs/models")
     assert {r["set"] for r in rows} == {"shapes", "shapes-r", "shapes-c"} and len(rows) == 77
+    assert {r["label"] for r in rows} == {"N, linear probe"}
     assert all(f"left out: {n} is not there" in out for n in ("fashion-mnist", "imagenet-a"))
     assert "left out: mine: its classes are not those of shapes, and a linear probe c" in out
     make_tree(here / "data/imagenet-a", erpm.synsets("a")[:2], n=1, splits=("",))
     assert "imagenet-a: 2 images in data/imagenet-a, expected 7,500" in fails(capsys, *words)
+    runs("eval", "--set", "shapes", "--model", foreign, "eval.head=own", "out=own")
+    assert [r["label"] for r in result_rows("own/models")] == ["N"]     # its user says so
 
 
 def test_networks_see_their_own_view_by_any_name_and_a_team_answers_its_own_classes_alone(here):
@@ -1631,7 +1604,6 @@ def test_the_three_heads_tune_a_projection_each_and_share_the_text():
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny-rn", "tiny-timm", "erpm-tiny"])
 def test_zero_shot_logits_equal_open_clips_own_path(kind, tmp_path):
-    import open_clip
     torch.manual_seed(0)
     file, clip, x = str(tmp_path / "clip.pt"), erpm.clip_model(kind), images(3, 40)
     torch.save(clip.state_dict(), file)
@@ -1665,7 +1637,6 @@ def test_new_classes_share_all_weights_and_need_the_text_tower_once(tmp_path):
 
 
 def test_prompts_come_from_imagenet_the_folder_names_or_a_file(here):
-    import open_clip
     fish = ("n01443537", "n01440764")
     names, templates = erpm.prompts_of(erpm.ImageSet("x", [0], fish, outputs=erpm.synsets()))
     assert list(names) == list(open_clip.IMAGENET_CLASSNAMES)
@@ -1697,38 +1668,30 @@ def clip_run(tmp_path_factory):
     return cwd
 
 
-def test_a_text_demo_scores_original_and_student_zero_shot(clip_run, monkeypatch):
+def test_a_text_demo_scores_zero_shot_and_leaves_the_frozen_towers_as_they_were(clip_run,
+                                                                               monkeypatch):
     monkeypatch.chdir(clip_run)
     rows = {(r["label"], r["set"]): r for r in result_rows("runs/z")}
     assert set(rows) == {(label, s) for s in ("shapes", "shapes-r") for label in (
         "original", "teacher", "ERPM", "original + teacher", "ERPM + teacher")}
-    s = erpm.load("runs/z")
-    assert s.card.prompts[0] == tuple(erpm.SHAPES)
+    first, s, x = erpm.load("runs/z/student.safetensors"), erpm.load("runs/z"), images(4)
     found = erpm.evaluate(s, erpm.open_set("shapes", erpm.Data(n_test=20)), amp="none", passes=2)
     assert found["rules"] == rows["ERPM", "shapes"]["rules"]
-
-
-def test_the_frozen_towers_are_equal_bit_for_bit_after_training(clip_run, monkeypatch):
-    monkeypatch.chdir(clip_run)
-    first, s, x = erpm.load("runs/z/student.safetensors"), erpm.load("runs/z"), images(4)
-    before, _ = erpm.cut(first, 1)
-    assert len(before.state_dict()) > 20 and equal(s.backbone, before)
+    assert s.card.prompts[0] == tuple(erpm.SHAPES) and equal(s.backbone, erpm.cut(first, 1)[0])
     assert torch.equal(s.original(s.features(x)), first(x))
     assert torch.equal(s.original[-1].fc.weight, s.tuned.heads["robust"][-1].fc.weight)
     assert not torch.equal(s(x).clean, first(x))             # and the tuned part has moved
 
 
 def test_a_student_names_new_classes_with_its_own_text_tower(clip_run, here):
-    import open_clip
-    run = shutil.copytree(clip_run / "runs/z", here / "moved")     # a run's folder may be moved
+    run, names = shutil.copytree(clip_run / "runs/z", here / "moved"), ("red ring", "blue arrow")
     make_tree(here / "pets", ("red_ring", "blue-arrow"), n=2, splits=("",))
     runs("eval", "--model", "S@run:moved", "--set", "pets@folder:pets", "data.size_px=32")
     assert [r["label"] for r in result_rows("runs/models")] == ["S, zero-shot"]
+    there = erpm.zero_shot(erpm.load(run), (names, ("a photo of a {}.",)))
+    texts = [f"a photo of a {name}." for name in names]
     towers = erpm.clip_model("erpm-tiny", str(run / "student.safetensors"))
-    there = erpm.zero_shot(erpm.load(run), (("red ring", "blue arrow"), ("a photo of a {}.",)))
-    texts = open_clip.get_tokenizer("erpm-tiny")(["a photo of a red ring.",
-                                                  "a photo of a blue arrow."])
-    want = towers.encode_text(texts, normalize=True)
+    want = towers.encode_text(open_clip.get_tokenizer("erpm-tiny")(texts), True)
     assert torch.allclose(there.original[-1].fc.weight, want, atol=1e-6)
 
 
@@ -1974,14 +1937,6 @@ def test_local_weights_start_both_networks_and_none_takes_the_teacher_as_it_is(h
         capsys, "robustify", "run=c", *words, "model.teacher_weights=seven.safetensors")
 
 
-def test_a_foreign_file_answers_with_its_own_head_where_its_user_says_so(here):
-    make_tree(here / "pets", n=3)
-    torch.save(erpm.build("cifar:resnet8-s2", 2).net.state_dict(), "w.pth")
-    runs("eval", "--model", "N@cifar:resnet8-s2=w.pth", "--set", "pets@folder:pets",
-         "eval.head=own")
-    assert [(r["label"], r["set"]) for r in result_rows("runs/models")] == [("N", "pets")]
-
-
 def test_a_teacher_that_is_worse_than_the_student_is_told(here, monkeypatch):
     nets = [types.SimpleNamespace(card=erpm.Card(label=label)) for label in ("S", "T")]
     right = iter((9, 8, 8, 3))
@@ -2160,19 +2115,6 @@ def test_bench_pairs_the_same_work(monkeypatch):
 
 # ==== nothing lost, nothing silently wrong ====
 
-@pytest.fixture(scope="module")
-def left_behind(tmp_path_factory):
-    """A run's folder with a file of every kind."""
-    top = tmp_path_factory.mktemp("left")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(top)
-        runs("distill", *CACHED, "eval.sets=shapes")
-        runs("eval", "--run", "runs/c", "--set", "shapes")
-    for step in (3, 6):
-        erpm.keep(top / "runs/c/t.ckpt", {"model": seeded_net()}, step, 1.0, {})
-    return top / "runs/c"
-
-
 def checkpoint_of(run):
     net = seeded_net()
     return erpm.resume(run / "t.ckpt", {"model": net}, {})[0], erpm.weights_sha(net)
@@ -2185,9 +2127,13 @@ READ = {"t.ckpt": checkpoint_of,
 
 
 @pytest.mark.parametrize("file", READ)
-def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(left_behind, file):
-    run, whole = left_behind, (left_behind / file).read_bytes()
-    want, random = READ[file](run), np.random.default_rng(0)
+def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(run_of_demo, file):
+    run, random = run_of_demo, np.random.default_rng(0)
+    for step in (3, 6):
+        erpm.keep(run / "t.ckpt", {"model": seeded_net()}, step, 1.0, {})
+    rows = (run / "results.jsonl").read_text().splitlines(keepends=True)
+    (run / "results.jsonl").write_text("".join(rows[:5]))
+    whole, want = (run / file).read_bytes(), READ[file](run)
     for k in range(60 if SLOW else 16):
         part, at = bytearray(whole), random.integers(len(whole))
         if k % 2:
@@ -2200,31 +2146,15 @@ def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(left_behind, file):
             older = file == "t.ckpt" and got == (3, want[1])
             fewer = file == "results.jsonl" and all(r in want for r in got)
             assert older or fewer or got == want and k % 2, (k, got)
-    (run / file).write_bytes(whole)
 
 
-def test_a_damaged_row_is_computed_again(left_behind):
-    run = left_behind
-    whole, kept = (run / "results.jsonl").read_text(), ("of", "rules", "correct", "n")
-    before = [[r.get(k) for k in kept] for r in result_rows(run)]
-    (run / "results.jsonl").write_text("{\n" + whole.replace('"n": 60', '"n": 61', 1))
-    out = runs("eval", "--run", run, "--set", "shapes")
+def test_a_damaged_row_is_computed_again(run_of_demo):
+    file, kept = run_of_demo / "results.jsonl", ("of", "rules", "correct", "n")
+    before = {str([r.get(k) for k in kept]) for r in result_rows(run_of_demo)}
+    file.write_text("{\n" + file.read_text().replace('"n": 30', '"n": 31', 1))
+    out = runs("eval", "--run", run_of_demo, "--set", "shapes")
     assert "row 1 is damaged: eval makes it again" in out and "row 2 is damaged" in out
-    again = [[r.get(k) for k in kept] for r in erpm.read_rows(run)]
-    assert sorted(map(str, again)) == sorted(map(str, before))
-    (run / "results.jsonl").write_text(whole)
-
-
-def test_a_damaged_cache_is_refused(left_behind, capsys, monkeypatch):
-    monkeypatch.chdir(left_behind.parents[1])
-    [file], whole = left_behind.glob("views-*/0-0.*"), []
-    for path in (file, left_behind / "model.safetensors"):
-        whole.append((path, path.read_bytes()))
-        path.unlink()
-    file.write_bytes(whole[0][1][:-5] + bytes([whole[0][1][-5] ^ 4]) + whole[0][1][-4:])
-    assert "0-0.safetensors is damaged" in fails(capsys, "distill", *CACHED)
-    for path, content in whole:
-        path.write_bytes(content)
+    assert {str([r.get(k) for k in kept]) for r in erpm.read_rows(run_of_demo)} == before
 
 
 def test_16_bit_pictures_are_scaled_and_others_without_a_range_refused(tmp_path):
@@ -2288,7 +2218,8 @@ def kept_views():
             for k, v in erpm.read_weights(p)[0].items() if v.dtype != torch.float64}
 
 
-def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(here, monkeypatch):
+def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(here, monkeypatch,
+                                                                             capsys):
     words = ["distill", *CACHED, "distill.method=lp", "distill.epochs=1", "data.n_test=10"]
     runs(*words)
     whole, seen, harden = kept_views(), [], erpm.harden
@@ -2303,6 +2234,10 @@ def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(her
         Path("runs/c/model.safetensors").unlink()
         runs(*words, *more)
         assert equal(kept_views(), whole) and seen == [20]
+    Path("runs/c/model.safetensors").unlink()
+    [file] = Path("runs/c").glob("views-*/0-0.*")
+    file.write_bytes(file.read_bytes()[:-5] + bytes([file.read_bytes()[-5] ^ 4]) + b"\0" * 4)
+    assert "0-0.safetensors is damaged" in fails(capsys, *words)
 
 
 # ==== discrete adversarial distillation ====
@@ -2343,22 +2278,18 @@ def test_the_vqgan_gives_what_taming_transformers_gives():
 
 
 def test_vqgan_weights_load_strictly_from_a_nest_and_without_the_loss(tmp_path):
-    net, path = drawn_vqgan(), tmp_path / "vq.pt"
+    net, path, file = drawn_vqgan(), tmp_path / "vq.pt", tmp_path / "model.yaml"
     torch.save({"state_dict": net.state_dict() | {"loss.disc": torch.ones(1)}}, path)
-    assert equal(erpm.vqgan(SMALL_VQGAN, path), net)
+    words = dict(SMALL_VQGAN, ch_mult=[1, 2], attn_resolutions=[16], double_z=False)
+    top = {k: words.pop(k) for k in ("n_embed", "embed_dim")}
+    file.write_text(json.dumps({"model": {"params": {**top, "ddconfig": words}}}))
+    assert equal(erpm.vqgan(SMALL_VQGAN, path), net) and equal(erpm.vqgan(str(file), path), net)
     torch.save({k: v for k, v in net.state_dict().items() if "quant_conv" not in k}, path)
     with refuses("does not fit the VQGAN"):
         erpm.vqgan(SMALL_VQGAN, path)
     torch.save({"state_dict": net.state_dict(), "callbacks": slice(3)}, path)
     with refuses("weights_only=False)['state_dict'], 'plain.pt')"):        # what to do about it
         erpm.vqgan(SMALL_VQGAN, path)
-
-
-def test_a_vqgan_of_a_yaml_file_is_that_of_its_words(tmp_path):
-    words = dict(SMALL_VQGAN, ch_mult=[1, 2], attn_resolutions=[16], double_z=False)
-    top, file = {k: words.pop(k) for k in ("n_embed", "embed_dim")}, tmp_path / "model.yaml"
-    file.write_text(json.dumps({"model": {"params": {**top, "ddconfig": words}}}))
-    assert erpm.vqgan(str(file)).state_dict().keys() == drawn_vqgan().state_dict().keys()
 
 
 @pytest.mark.parametrize("more", [{}, {"steps": 3}, {"start": 0.0}, {"step": 5.0}])
@@ -2438,32 +2369,25 @@ def test_a_vqgan_in_training_fits_its_images_and_wakes_dead_codes():
     assert len(net.nearest(net.encode(x / 255)).unique()) > 16
 
 
-def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*.png")}
-
-
-def test_stored_samples_go_on_are_shared_by_processes_and_others_are_refused(here, capsys):
-    words, teacher = ["robustify", "run=a", *DAD], here / "runs/a/teacher.safetensors"
-    runs(*words)
-    first, kept = files_of("runs/a/made"), erpm.load(teacher)
+def test_samples_of_a_clip_teacher_are_stored_go_on_and_are_shared_by_processes(here, capsys):
+    def files_of(folder):
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
+    words, run = ["run=a", *DAD, "robustify.teacher=open_clip:tiny"], here / "runs/a"
+    out = runs("compare", *words, "distill.epochs=0.2", "eval.sets=shapes",
+               "compare.rows=KD: robustify.method=kd distill.method=none\nERPM:")
+    assert all(w in out for w in ("guide ", "KD ", "ERPM + teacher")) and "KD + teac" not in out
+    words, teacher = ["robustify", *words], run / "teacher.safetensors"
+    first, kept = files_of(run / "made"), erpm.load(teacher)
     assert len(first) == 40 and {p.partition("/")[0] for p in first} <= {*erpm.SHAPES}
     for p in list(first)[::3]:
-        (here / "runs/a/made" / p).unlink()
+        (run / "made" / p).unlink()
     teacher.unlink()
     runs(*words)
-    assert files_of("runs/a/made") == first and equal(erpm.load(teacher), kept)
+    assert files_of(run / "made") == first and equal(erpm.load(teacher), kept)
     teacher.unlink()
     assert "holds samples of other settings (radius" in fails(capsys, *words, "robustify.radius=.2")
-    in_processes(2, *words, "robustify.batch=40", "robustify.samples=two")     # 20 each
-    assert files_of("runs/a/two") == first
-
-
-def test_a_vision_language_teacher_a_small_and_a_large_network_are_three_rows(here, tiny_clips):
-    rows = "KD: robustify.method=kd distill.method=none\nERPM:"
-    out = runs("compare", *DAD, "robustify.teacher=open_clip:tiny", "robustify.epochs=0.2",
-               "distill.epochs=0.2", f"compare.rows={rows}", "eval.sets=shapes")
-    assert "guide " in out and "KD " in out and "ERPM + teacher" in out
-    assert "KD + teacher" not in out
+    in_processes(2, *words, "robustify.batch=40", "robustify.samples=two")           # 20 each
+    assert files_of(run / "two") == first
 
 
 # ==== from another project ====
