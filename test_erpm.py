@@ -2369,7 +2369,6 @@ def test_another_project_trains_in_place_on_any_form_of_images(here):
     assert not any(p.requires_grad for p in small.parameters()) and not os.listdir()
 
 
-
 # ==== mistakes ====
 
 @pytest.mark.parametrize("says, call", [
@@ -2424,7 +2423,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("distill distill.head=9", "distill.head: expected 0 to distill.tune = "),
     ("distill distill.method=ermp", "unknown distill.method 'ermp'; did you mean 'erpm'?"),
     ("distill data.size_px=16", "expected 0 or 32 to 512, got 16"),
-    ("distill distill.accum=7", "distill.batch: 50 images cannot be shared equally"),
+    ("distill distill.accum=7", "distill.batch: 20 images cannot be shared equally"),
     ("distill model.teacher=timm:resnet50.foo", "unknown network of timm 'resnet50.foo'"),
     ("distill distill.tune=99", "tune = 99"), ("distill eval.sets=shape", "'shapes'?"),
     ("distill model.student_weights=none.safetensors", "no file none.safetensors"),
@@ -2435,7 +2434,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("distill robustify.method=dad vqgan.name=none.yaml", "No such file or directory: 'none.yaml'"),
     ("distill robustify.method=dad vqgan.weights=none.pt", "no file none.pt"),
     ("distill distill.method=none", "unknown distill.method 'none'"),
-    ("pretrain pretrain.batch=700", "600 training images are fewer than a batch of 700"),
+    ("pretrain pretrain.batch=700", "40 training images are fewer than a batch of 700"),
     ("compare 'compare.rows=A: distill.methd=lp'", "compare.rows: A: 'distill.methd'; did you"),
     ("compare 'compare.rows=A: distill.method=lp model.head=text'", "no linear layer to train"),
     ("eval --model resnet50", "expected FAMILY:NAME"),
@@ -2472,7 +2471,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, says, here,
     (here / "in/dog/0.png").write_bytes(b"no picture")
     saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 2), "folder:in")
     words = shlex.split(words)
-    line = fails(capsys, *words, *[t for t in TINY if words[0] in ("distill", "pretrain")
+    line = fails(capsys, *words, *[t for t in SHORT if words[0] in ("distill", "pretrain")
                                    and t.split("=")[0] not in str(words)])
     for worker in torch.multiprocessing.active_children():   # for which a loader waits 10 s
         worker.kill()
