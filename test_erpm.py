@@ -1250,13 +1250,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def seeded_net():
-    torch.manual_seed(0)
-    return erpm.build("cifar:resnet8-s2", 5)
-
-
 def quick_fit(out=None, model=None, step=erpm.plain_step(erpm.Train()), key={}, **cfg):
-    model, cfg = model or seeded_net(), {"epochs": 2, "batch": 16, "lr": 1e-3, **cfg}
+    model, cfg = model or erpm.Net(tiny_net()), {"epochs": 2, "batch": 16, "lr": 1e-3, **cfg}
     erpm.fit(model, step, shown(n=64).training(0), erpm.Train(**cfg),
              erpm.Runtime(amp="none", log_every=1, save_every=3), name="t", seed=0,
              checkpoint=out and out / "t.ckpt", key=key)
@@ -1277,7 +1272,7 @@ def spied(do):
 def test_accumulated_micro_batches_equal_one_batch():
     parts = []
     for accum in (1, 4):
-        backbone, tail = erpm.cut(seeded_net(), 2)
+        backbone, tail = erpm.cut(erpm.Net(tiny_net()), 2)
         step = erpm.tail_step(erpm.Train(), erpm.frozen_views(backbone))
         parts.append(quick_fit(None, erpm.Tuned(tail.requires_grad_(True)), step, accum=accum))
     for p, q in zip(*(part.parameters() for part in parts)):
@@ -1297,13 +1292,13 @@ def test_averaged_weights_are_the_ones_kept():
 
 def test_weight_decay_spares_biases_and_norms_and_clip_bounds_the_step():
     for name in ("adamw", "sgd"):
-        opt = erpm.make_optimizer(seeded_net(), erpm.Train(optimizer=name, weight_decay=0.5))
+        opt = erpm.make_optimizer(tiny_net(), erpm.Train(optimizer=name, weight_decay=0.5))
         decays = {g["weight_decay"]: {p.ndim for p in g["params"]} for g in opt.param_groups}
         assert decays == {0.0: {1}, 0.5: {2, 4}}
     loud = lambda m, b: (1e6 * m(b.x).square().mean(), {})                     # noqa: E731
     net = quick_fit(step=loud, clip=0.01, optimizer="sgd", weight_decay=0.0, epochs=0.25, lr=1.0,
                     warmup=0)
-    gaps = [(p - q).detach() for p, q in zip(net.parameters(), seeded_net().parameters())]
+    gaps = [(p - q).detach() for p, q in zip(net.parameters(), tiny_net().parameters())]
     gap = sum(g.square().sum() for g in gaps) ** 0.5
     assert gap.item() == pytest.approx(0.01 * 1.9, rel=1e-3)                  # Nesterov: 1 + 0.9
 
@@ -2080,7 +2075,7 @@ def test_bench_pairs_the_same_work(monkeypatch):
 # ==== nothing lost, nothing silently wrong ====
 
 def checkpoint_of(run):
-    net = seeded_net()
+    net = erpm.Net(tiny_net())
     return erpm.resume(run / "t.ckpt", {"model": net}, {})[0], erpm.weights_sha(net)
 
 
@@ -2093,7 +2088,7 @@ READ = {"t.ckpt": checkpoint_of, "results.jsonl": erpm.read_rows,
 def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(run_of_demo, file):
     run, random = run_of_demo, np.random.default_rng(0)
     for step in (3, 6):
-        erpm.keep(run / "t.ckpt", {"model": seeded_net()}, step, 1.0, {})
+        erpm.keep(run / "t.ckpt", {"model": erpm.Net(tiny_net())}, step, 1.0, {})
     rows = (run / "results.jsonl").read_text().splitlines(keepends=True)
     (run / "results.jsonl").write_text("".join(rows[:5]))
     whole, want = (run / file).read_bytes(), READ[file](run)
