@@ -1465,12 +1465,9 @@ def test_an_interrupted_eval_goes_on_to_the_same_rows(three_networks, monkeypatc
         assert untimed(cwd / "half/models") == untimed(cwd / "one/models") and len(calls) == 7
 
 
-def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(three_networks,
-                                                                         monkeypatch):
-    cwd, _ = three_networks
-    monkeypatch.chdir(cwd)
-    net = saved(cwd / "q/model.safetensors", erpm.build("cifar:resnet8-s2", 10))
-    make_tree(cwd / "four", "abcd", n=3)
+def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(here, monkeypatch):
+    net = saved(here / "q/model.safetensors", erpm.build("cifar:resnet8-s2", 10))
+    make_tree(here / "four", "abcd", n=3)
 
     def rows_after(word=""):
         runs("eval", "--model", "run:q", "--set", "folder:four", "out=kept", "data.size_px=32",
@@ -1481,7 +1478,7 @@ def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(three_n
         assert rows_after(word) == n == len(result_rows("kept/models"))
     with torch.no_grad():
         net.net[0][0].weight.mul_(1.1)
-    saved(cwd / "q/model.safetensors", net)
+    saved(here / "q/model.safetensors", net)
     assert rows_after() == 5
     monkeypatch.setattr(erpm, "versions", lambda: {"erpm": "other"})
     assert rows_after() == 6
@@ -1493,8 +1490,8 @@ def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(three_n
     ("shapes", "folder:a", "transfer"), ("cifar10", "shapes", "transfer"),
     ("", "shapes", "transfer"), ("folder:b", "folder:d", "transfer")])
 def test_a_network_answers_itself_on_its_own_classes_alone(here, home, name, kind, monkeypatch):
-    for folder, names in (("a", list(erpm.SHAPES)[::-1]), ("b", ("cat", "dog")),
-                          ("c", ("cat", "dog")), ("d", ("cat", "emu"))):
+    for folder, names in {"a": [*erpm.SHAPES][::-1], "b": ("cat", "dog"), "c": ("cat", "dog"),
+                          "d": ("cat", "emu")}.items():
         make_tree(here / folder, names, n=1)
     monkeypatch.setattr(erpm, "fit_probe", lambda f, images, cfg: nn.Linear(64, 10))
     cfg = erpm.resolve(["data.size_px=32", "data.n_test=4", "data.n_train=20"])
@@ -2458,10 +2455,10 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("corrupt in", "takes two folders"), ("corrupt none out", "no image below none"),
     ("corrupt in in/out", "lies in")])
 def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, says, here, capsys):
-    for folder, split, classes in (("in", "", ("cat", "dog")), ("flat", "", ("cat", "dog")),
-                                   ("half", "train", ("cat", "dog")), ("one", "", ("cat",)),
-                                   ("empty", "", ("cat",))):
-        make_tree(here / folder, classes, n=1, splits=(split,))
+    for folder in ("in", "flat", "half/train"):
+        make_tree(here / folder, n=1, splits=("",))
+    for folder in ("one", "empty"):
+        make_tree(here / folder, ("cat",), n=1, splits=("",))
     (here / "empty/dog").mkdir()
     (here / "in/dog/0.png").write_bytes(b"no picture")
     saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 2), "folder:in")
