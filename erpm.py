@@ -1395,8 +1395,8 @@ class Batches:
 
 
 def _kill_workers() -> None:
-    """At exit, ends workers whose iterator is still held, by a traceback for example: Python would
-    wait for ever for the effect of a SIGTERM, which they ignore."""
+    """Ends workers whose iterator is still held, by a traceback for example: Python would wait for
+    ever, at exit, for the effect of a SIGTERM, which they ignore."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's handler reports it as a crash
     for process in torch.multiprocessing.active_children():
         if process.daemon:
@@ -4946,6 +4946,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
         code, text = 2, str(e).split("UserError: ")[-1]
+        _kill_workers()                    # one that failed would be waited for
     except Interrupted as e:
         code, text = 128 + Signals.hit, f"stopped ({e}); the same command goes on from here"
     except KeyboardInterrupt:

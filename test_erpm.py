@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -19,7 +20,9 @@ import types
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,7 +33,6 @@ import erpm
 
 HERE = Path(__file__).parent
 SOURCE = (HERE / "erpm.py").read_text()
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SLOW = bool(os.environ.get("ERPM_SLOW"))
 TINY = """\
 model.student=cifar:resnet8-s2 model.teacher=cifar:resnet8-s2 distill.tune=2 distill.head=1
@@ -40,9 +42,18 @@ distill.epochs=2 eval.batch=32 eval.passes=3 eval.n_cell=20 runtime.log_every=2 
 runtime.save_every=3""".split()
 
 
+gflops, figures = erpm.gflops, erpm.figures              # for their own tests: see `quick`
+
+
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
+def quick():
+    """One thread; what takes long and does not matter is left out of the commands."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(erpm, "gflops", lambda *a: 1.0)
+        patch.setattr(erpm, "figures", lambda rows: {})
+        patch.setattr(erpm, "CHECKS", [None, ("contrast", 1)])
+        yield
 
 
 @pytest.fixture
@@ -80,26 +91,20 @@ def forked(work, *args):
     return job
 
 
-def fork_all(n, work):
-    """Calls work(rank) in n processes."""
-    jobs = [forked(work, rank) for rank in range(n)]
-    for job in jobs:
-        job.join(200)
-    assert [job.exitcode for job in jobs] == [0] * n
-
-
-def in_processes(n, cwd, *words):
-    """Runs a command as torchrun does on n processes."""
+def in_processes(n, *words, code=0, own=lambda rank: ()):
+    """Runs a command as torchrun does on n processes, each of which may have words of its own."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
 
     def work(rank):
-        os.chdir(cwd)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
                        "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        return erpm.main([str(w) for w in words])
-    fork_all(n, work)
+        return erpm.main([str(w) for w in (*words, *own(rank))])
+    jobs = [forked(work, rank) for rank in range(n)]
+    for job in jobs:
+        job.join(200)
+    assert [job.exitcode for job in jobs] == [code] * n
 
 
 def block(i, o):
@@ -190,8 +195,8 @@ def test_functions_are_short_lines_narrow_and_public_names_documented():
     assert all(n.startswith("_") or ast.get_docstring(node) for n, node in TOP.items())
 
 
-def test_import_has_no_side_effect_and_a_held_loader_keeps_no_process_from_ending(tmp_path):
-    make_tree(tmp_path / "set")
+def test_import_has_no_side_effect_and_a_held_loader_keeps_no_process_from_ending(here):
+    make_tree(here / "set")
     code = ("import torch, os, sys; "
             "before = torch.random.get_rng_state(), dict(os.environ), os.listdir()\n"
             f"sys.path.insert(0, {str(HERE)!r}); sys.argv = ['x', '--bad']; import erpm\n"
@@ -201,17 +206,13 @@ def test_import_has_no_side_effect_and_a_held_loader_keeps_no_process_from_endin
             "s = erpm.open_set('folder:set', erpm.Data(), 'train')\n"
             "it = iter(erpm.loader(s, 1, batch_sampler=erpm.Batches(len(s), 4, 0)))\n"
             "next(it); 1 / 0")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, text=True,
-                          capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=300)
     assert done.stdout == "" and re.match("Traceback[^$]*ZeroDivisionError", done.stderr)
 
 
-def test_every_recipe_of_config_yaml_loads():
+def test_every_recipe_loads_and_every_command_of_the_readme_parses():
     for name in erpm.read_yaml(HERE / "config.yaml"):
         assert erpm.resolve([], name).run == name
-
-
-def test_every_command_of_the_readme_parses():
     lines = re.findall(r"^ *(?:torchrun.* |python )erpm\.py (.*?)(?:  +#.*)?$",
                        (HERE / "README.md").read_text(), re.M)
     assert len(lines) >= 15
@@ -231,11 +232,6 @@ def test_the_python_of_the_readme_runs(here):
 
 
 # ==== basics and config ====
-
-def test_seeds_are_functions_of_the_key():
-    assert erpm.fold(1, "a") == erpm.fold(1, "a") != erpm.fold(1, "b")
-    assert torch.equal(*(torch.rand(3, generator=erpm.rng("k", 1)) for _ in range(2)))
-
 
 def test_precedence_is_default_recipe_words():
     cfg = erpm.resolve(["distill.lr=0.5", "seed=3"], "demo")
@@ -267,20 +263,6 @@ def test_every_number_has_a_range_and_nothing_outside_it_passes(key):
     for bad in (least - 1, most + 1, "nan", "inf", math.inf, math.nan, "x", "", None, True, [1]):
         with refuses(f"here: {key}: expected {field.type} of "):
             erpm.typed(bad, key, "here")
-
-
-@pytest.mark.parametrize("words, says", [
-    (["distill.lrr=1"], "'distill.lrr'; did you mean 'distill.lr'?"),
-    (["distill.lr=fast"], "command line: distill.lr: expected float of 1e-09 to 100, got 'fast'"),
-    (["distill=3"], "unknown setting in command line: 'distill'"), (["nonsense"], "'nonsense'"),
-    (["data.crop=yes"], "data.crop: expected bool, got 'yes'"),
-    (["distill.head=9"], "distill.head: expected 0 to distill.tune = 5, got 9"),
-    (["distill.method=ermp"], "unknown distill.method 'ermp'; did you mean 'erpm'?"),
-    (["data.size_px=16"], "expected 0 or 32 to 512, got 16"),
-    (["distill.accum=7"], "distill.batch: 64 images cannot be shared equally")])
-def test_a_bad_word_is_one_clear_line(words, says):
-    with refuses(says):
-        erpm.resolve(words, "demo")
 
 
 @pytest.mark.parametrize("text, says", [
@@ -357,15 +339,14 @@ def test_shift_and_flip_is_the_slow_obvious_one(crop, flip):
         assert torch.equal(got[i], want.flip(-1) if flip and mirror >= 0.5 else want)
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_without_crop_and_flip_training_sees_what_scoring_sees(here, stored):
+def test_without_crop_and_flip_training_sees_what_scoring_sees(here):
     make_tree(here, splits=("",), size=(50, 90))
-    s = shown() if stored else erpm.open_set("folder:.", erpm.Data(size_px=32))
-    plain, flipped, cropped = (batch(s.training(0, crop, flip))[0] for crop, flip in (
-        (False, False), (False, True), (True, False)))
-    assert torch.equal(plain, batch(s)[0]) and not torch.equal(plain, cropped)
-    assert not torch.equal(flipped, plain)
-    assert all(torch.equal(x, y) or torch.equal(x, y.flip(-1)) for x, y in zip(flipped, plain))
+    for s in (shown(), erpm.open_set("folder:.", erpm.Data(size_px=32))):
+        plain, flipped, cropped = (batch(s.training(0, crop, flip))[0] for crop, flip in (
+            (False, False), (False, True), (True, False)))
+        assert torch.equal(plain, batch(s)[0]) and not torch.equal(plain, cropped)
+        assert not torch.equal(flipped, plain)
+        assert all(torch.equal(x, y) or torch.equal(x, y.flip(-1)) for x, y in zip(flipped, plain))
 
 
 @pytest.mark.parametrize("fit", ["", "crop", "squash"])
@@ -393,8 +374,6 @@ def test_orders_are_permutations_that_a_restart_repeats(monkeypatch):
         monkeypatch.setattr(erpm, "world", lambda: (rank, 3))
         shares.append(take(0, 25))
     assert [sum(parts, []) for parts in zip(*shares)] == whole
-    with refuses("9 training images are fewer than a batch of 10"):
-        erpm.Batches(9, 10, 0)
 
 
 def test_a_smaller_subset_is_part_of_a_larger_one():
@@ -412,48 +391,18 @@ def test_folder_sets_read_train_and_val_and_take_a_label(here):
     for split in ("train", "test"):
         s = erpm.open_set("folder:.", erpm.Data(size_px=32), split)
         assert (len(s), s.classes, s.name) == (12, ("cat", "dog"), "folder:.")
-    x, y, index = batch(s, [0, 11])
-    assert x.shape == (2, 3, 32, 32) and y.tolist() == [0, 1] and index.tolist() == [0, 11]
-    s = erpm.open_set("birds@folder:flat")
-    assert (s.name, s.classes, s.y.tolist()) == ("birds", ("ant", "owl"), [0, 0, 1, 1])
+        assert batch(s, [0, 11])[1].tolist() == [0, 1]
     s = erpm.open_set("birds@folder-c:flat")
+    assert (s.classes, s.y.tolist()) == (("ant", "owl"), [0, 0, 1, 1])
     assert s.corrupted and s.name == "birds-c" and len(erpm.cells(s)) == 75
-
-
-@pytest.mark.parametrize("name, says", [
-    ("folder:none", "no folder none/val"), ("folder-c:none", "no folder none/val"),
-    ("folder:half", "no folder half/val"), ("folder:two/train/cat/0.png", "no folder"),
-    ("folder:one", "two classes or more, found 1"), ("folder:empty", "without images ['dog']"),
-    ("shapes-d", "unknown set 'shapes-d'; did you mean 'shapes"), ("a@shapes", "unknown set"),
-])
-def test_a_folder_that_is_no_set_says_what_is_wanted(here, name, says):
-    make_tree(here / "one", ("cat",), splits=("",))
-    make_tree(here / "half", splits=("train",))
-    make_tree(here / "two")
-    make_tree(here / "empty", ("cat",), splits=("",))
-    (here / "empty/dog").mkdir()
-    with refuses(says):
-        erpm.open_set(name)
-    with refuses("has no training split"):
-        erpm.open_set("folder-c:two", split="train")
-
-
-@pytest.mark.parametrize("x, n", [
-    (images(4) / 255 * 2, 4), (images(4), 3), (images(4)[..., :9], 4), (images(4)[:, :1], 4),
-    (images(4)[0], 3), (images(4).int(), 4), (images(0), 0)], ids=range(7))
-def test_images_of_another_form_are_one_clear_line(x, n):
-    with refuses("images: expected uint8 (n,3,S,S), or floats in [0, 1], and n labels"):
-        erpm.as_images((x, [0] * n))
 
 
 # ==== sets ====
 
-def encoded(k, kind="JPEG", size=(20, 14), frame=0):
+def encoded(k, size=(20, 14), frame=0):
     """The file of a picture whose colour tells the number k, with a red frame of `frame` px."""
-    colour = tuple(25 * (k // d % 10) + 12 for d in (100, 10, 1))
-    file = io.BytesIO()
-    picture = ImageOps.expand(Image.new("RGB", size, colour), frame, (255, 0, 0))
-    picture.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    colour, file = tuple(25 * (k // d % 10) + 12 for d in (100, 10, 1)), io.BytesIO()
+    ImageOps.expand(Image.new("RGB", size, colour), frame, (255, 0, 0)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -481,7 +430,7 @@ def mini(tmp_path_factory):
                  for c, data in some.items()}
               | {f"imagenet-{part}/{c}/0.jpg": encoded(names.index(c))
                  for part in "ar" for c in erpm.synsets(part)[::5]}
-              | {f"objectnet-1.0/images/{c}/{i}.png": encoded(i, "PNG", (30, 40), frame=2)
+              | {f"objectnet-1.0/images/{c}/{i}.png": encoded(i, (30, 40), frame=2)
                  for c, ids in erpm.OBJECTNET.items() for i in ids}
               | {f"imagenet-c/{cell}/{names[k]}/0.JPEG": encoded(k)
                  for cell in ("gaussian_noise/1", "weather/fog/3") for k in (3, 10, 500, 999)}
@@ -577,55 +526,43 @@ def test_tiny_imagenet_is_read_as_published(here, monkeypatch):
     assert s.y.tolist() == [0, 1] and a in s.paths[0] and s.view.size_px == 64
 
 
-@pytest.fixture
-def cifar_c(here, monkeypatch):
-    """The folder of a small CIFAR-10-C, four images a cell, and {corruption: its array}."""
+def test_cifar_c_is_read_from_its_arrays_and_its_rows_are_those_of_its_cells(here, monkeypatch):
     small_row(monkeypatch, "cifar10", n_test=4)
     folder, rng = here / "data/CIFAR-10-C", np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    np.save(folder / "labels.npy", np.tile(np.array([3, 8, 8, 0], np.uint8), 5))
     arrays = {c: rng.integers(0, 256, (20, 32, 32, 3), np.uint8) for c in erpm.CORRUPTIONS}
-    for c, x in arrays.items():
-        np.save(folder / f"{c}.npy", x)
-    return folder, arrays
-
-
-def test_cifar_c_is_read_from_its_arrays(cifar_c):
-    folder, arrays = cifar_c
-    for severity in (1, 5):
-        s = erpm.open_set("cifar10-c", cell=("fog", severity))
-        want = arrays["fog"][4 * severity - 4:4 * severity]
-        assert s.y.tolist() == [3, 8, 8, 0] and s.name == "cifar10-c"
-        assert np.array_equal(batch(s)[0].permute(0, 2, 3, 1), want)
-    np.save(folder / "labels.npy", np.zeros(19, np.uint8))
-    put_files(folder, {"snow.npy": b"no array"})
-    for cell, says in ((("fog", 1), "expected 4"), (("snow", 1), "snow.npy: ")):
-        with refuses(says):
-            erpm.open_set("cifar10-c", cell=cell)
-
-
-def test_the_rows_of_an_archive_are_those_of_its_cells(cifar_c, here):
+    folder.mkdir(parents=True)
+    for name, x in {"labels": np.tile(np.uint8([3, 8, 8, 0]), 5), **arrays}.items():
+        np.save(folder / f"{name}.npy", x)
     net = saved(here / "x/model.safetensors", erpm.build("cifar:resnet8-s2", 10), "cifar10",
                 classes=tuple("0123456789"))
     runs("eval", "--model", "run:x", "--set", "cifar10-c", "runtime.amp=none")
     rows = {(r["corruption"], r["severity"]): r["nll"] for r in result_rows("runs/models")}
     assert list(rows) == erpm.cells(erpm.open_set("cifar10-c")) and len(rows) == 75
-    for cell in (("fog", 3), ("jpeg_compression", 5)):
-        assert rows[cell] == erpm.evaluate(net, erpm.open_set("cifar10-c", cell=cell))["nll"]
+    for name, k in (("fog", 1), ("jpeg_compression", 5)):
+        s = erpm.open_set("cifar10-c", cell=(name, k))
+        assert s.y.tolist() == [3, 8, 8, 0] and rows[name, k] == erpm.evaluate(net, s)["nll"]
+        assert np.array_equal(batch(s)[0].permute(0, 2, 3, 1), arrays[name][4 * k - 4:4 * k])
+    put_files(folder, {"snow.npy": b"no array"})
+    with refuses("snow.npy: "):
+        erpm.open_set("cifar10-c", cell=("snow", 1))
+    np.save(folder / "labels.npy", np.zeros(19, np.uint8))
+    with refuses("expected 4"):
+        erpm.open_set("cifar10-c", cell=("fog", 1))
 
 
-@pytest.mark.parametrize("name, cls, n_train", [
-    ("flowers102", "Flowers102", 5), ("cifar10", "CIFAR10", 3),
-    ("fashion-mnist", "FashionMNIST", 3)])
-def test_sets_by_torchvision_are_read_through_its_classes(name, cls, n_train, here, monkeypatch):
+@pytest.mark.parametrize("name, cls, n_train, border", [
+    ("flowers102", "Flowers102", 5, None), ("cifar10", "CIFAR10", 3, 4),
+    ("fashion-mnist", "FashionMNIST", 3, 0)])
+def test_sets_by_torchvision_are_read_through_its_classes(here, name, cls, n_train, border,
+                                                          monkeypatch):
     class Fake:
         classes = [f"flower {k}" for k in range(102)]
 
         def __init__(self, root, split="", train=True):
             n = {"train": 3, "val": 2, "test": 4}[split or ("train" if train else "test")]
             self._image_files, self._labels, self.targets = [Path("x")] * n, [7] * n, [1] * n
-            self.data = np.full((n, 32, 32, 3), n, np.uint8) if name == "cifar10" else \
-                torch.full((n, 28, 28), n, dtype=torch.uint8)
+            pixels = torch.full((n, 32, 32, 3), n, dtype=torch.uint8)
+            self.data = pixels.numpy() if name == "cifar10" else pixels[:, :28, :28, 0]
 
     with pytest.raises(erpm.Absent, match="download=True"):
         erpm.open_set(name)
@@ -634,8 +571,8 @@ def test_sets_by_torchvision_are_read_through_its_classes(name, cls, n_train, he
     small_row(monkeypatch, name, n_classes=102, n_train=n_train, n_test=4)
     test, train = (erpm.open_set(name, split=s) for s in ("test", "train"))
     assert (len(test), len(train)) == (4, n_train)
-    if name != "flowers102":
-        x, border = batch(test)[0], 0 if name == "fashion-mnist" else 4
+    if border is not None:                                        # 28 px are padded to 32
+        x = batch(test)[0]
         assert x.shape == (4, 3, 32, 32) and x[0, 0, 0, 0] == border and x[0, 0, 16, 16] == 4
 
 
@@ -675,39 +612,25 @@ def test_sets_lists_every_set_and_its_faults(here):
 # ==== corruptions ====
 
 # What the reference (make_imagenet_c.py with ImageMagick, OpenCV, scikit-image) makes of picture():
-# severities 1..5: (PSNR to the clean picture in dB, mean step between horizontal neighbours, mean).
-REFERENCE = {
-    "gaussian_noise": ((22.59, 21.32, 153), (19.21, 30.55, 152), (15.97, 43.43, 151),
-                       (13.19, 58.72, 149), (10.67, 77.09, 146)),
-    "shot_noise": ((21.14, 24.02, 152), (17.51, 35.49, 149), (14.61, 48.62, 146),
-                   (11.33, 69.14, 139), (9.48, 83.11, 133)),
-    "impulse_noise": ((19.66, 12.12, 155), (16.78, 18.91, 154), (14.98, 25.87, 153),
-                      (12.22, 42.81, 151), (10.19, 62.38, 148)),
-    "defocus_blur": ((28.02, 3.96, 155), (26.30, 3.68, 155), (23.49, 3.14, 155),
-                     (21.47, 2.65, 156), (19.71, 2.21, 156)),
-    "glass_blur": ((25.11, 4.37, 154), (25.44, 4.13, 154), (20.23, 4.13, 153), (21.25, 3.88, 154),
-                   (20.24, 3.14, 154)),
-    "motion_blur": ((23.45, 4.08, 156), (20.47, 3.65, 157), (18.14, 3.19, 158), (16.59, 2.70, 160),
-                    (15.79, 2.37, 161)),
-    "zoom_blur": ((18.13, 3.19, 156), (17.04, 2.86, 156), (16.77, 2.59, 156), (16.25, 2.42, 156),
-                  (16.01, 2.25, 156)),
-    "snow": ((16.62, 7.16, 186), (12.52, 10.37, 204), (12.50, 7.88, 204), (10.93, 7.75, 213),
-             (9.81, 7.96, 223)),
-    "frost": ((13.82, 5.23, 200), (12.20, 6.07, 208), (11.68, 6.74, 208), (11.89, 7.26, 206),
-              (11.82, 7.94, 203)),
-    "fog": ((13.18, 2.07, 137), (12.30, 1.80, 137), (11.47, 1.69, 134), (11.47, 1.87, 134),
-            (11.09, 2.23, 134)),
-    "brightness": ((22.91, 4.47, 171), (17.16, 4.16, 185), (14.01, 3.77, 197), (12.00, 3.20, 207),
-                   (10.65, 2.65, 214)),
-    "contrast": ((14.90, 1.89, 155), (13.56, 1.42, 155), (12.42, 0.95, 155), (11.39, 0.47, 155),
-                 (10.92, 0.24, 155)),
-    "elastic_transform": ((11.82, 4.55, 155), (10.27, 5.23, 158), (18.19, 4.64, 155),
-                          (17.78, 4.82, 155), (17.40, 5.37, 155)),
-    "pixelate": ((31.87, 4.51, 156), (29.79, 4.43, 156), (26.30, 4.24, 156), (25.02, 4.10, 156),
-                 (24.82, 3.96, 156)),
-    "jpeg_compression": ((33.40, 5.15, 155), (32.03, 5.27, 155), (31.07, 5.37, 155),
-                         (29.14, 5.59, 155), (27.31, 5.67, 155)),
-}
+# for severities 1 to 5 the PSNR to the clean picture in dB, the mean step between horizontal
+# neighbours and the mean.
+REFERENCE = dict(line.split(maxsplit=1) for line in """\
+gaussian_noise    22.59/21.32/153 19.21/30.55/152 15.97/43.43/151 13.19/58.72/149 10.67/77.09/146
+shot_noise        21.14/24.02/152 17.51/35.49/149 14.61/48.62/146 11.33/69.14/139 9.48/83.11/133
+impulse_noise     19.66/12.12/155 16.78/18.91/154 14.98/25.87/153 12.22/42.81/151 10.19/62.38/148
+defocus_blur      28.02/3.96/155 26.30/3.68/155 23.49/3.14/155 21.47/2.65/156 19.71/2.21/156
+glass_blur        25.11/4.37/154 25.44/4.13/154 20.23/4.13/153 21.25/3.88/154 20.24/3.14/154
+motion_blur       23.45/4.08/156 20.47/3.65/157 18.14/3.19/158 16.59/2.70/160 15.79/2.37/161
+zoom_blur         18.13/3.19/156 17.04/2.86/156 16.77/2.59/156 16.25/2.42/156 16.01/2.25/156
+snow              16.62/7.16/186 12.52/10.37/204 12.50/7.88/204 10.93/7.75/213 9.81/7.96/223
+frost             13.82/5.23/200 12.20/6.07/208 11.68/6.74/208 11.89/7.26/206 11.82/7.94/203
+fog               13.18/2.07/137 12.30/1.80/137 11.47/1.69/134 11.47/1.87/134 11.09/2.23/134
+brightness        22.91/4.47/171 17.16/4.16/185 14.01/3.77/197 12.00/3.20/207 10.65/2.65/214
+contrast          14.90/1.89/155 13.56/1.42/155 12.42/0.95/155 11.39/0.47/155 10.92/0.24/155
+elastic_transform 11.82/4.55/155 10.27/5.23/158 18.19/4.64/155 17.78/4.82/155 17.40/5.37/155
+pixelate          31.87/4.51/156 29.79/4.43/156 26.30/4.24/156 25.02/4.10/156 24.82/3.96/156
+jpeg_compression  33.40/5.15/155 32.03/5.27/155 31.07/5.37/155 29.14/5.59/155 27.31/5.67/155
+""".splitlines())
 
 FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
 
@@ -742,7 +665,8 @@ def test_every_severity_has_the_statistics_of_the_reference(name):
     n = 1 if name in FIXED else 64 if name in ("frost", "fog", "elastic_transform") else 12
     x = picture().expand(n, -1, -1, -1)
     near, bias = (0.1, 0.6) if n == 1 else (0.6, 1) if n == 12 else (0.6, 10)
-    for severity, (psnr, step, mean) in enumerate(REFERENCE[name], 1):
+    for severity, figures in enumerate(REFERENCE[name].split(), 1):
+        psnr, step, mean = map(float, figures.split("/"))
         y = erpm.corrupt(x, name, severity).float()
         ours = 10 * torch.log10(255 ** 2 / (y - x).square().mean((1, 2, 3))).mean().item()
         assert abs(ours - psnr) < near and abs(y.mean() - mean) < bias, (severity, ours)
@@ -750,23 +674,18 @@ def test_every_severity_has_the_statistics_of_the_reference(name):
 
 
 @pytest.mark.parametrize("name", erpm.CORRUPTIONS)
-def test_an_image_does_not_depend_on_its_batch_or_its_layout(name):
+def test_an_image_is_a_function_of_seed_and_index_not_of_batch_or_layout(name):
     for n, h, w in ((9, 32, 32), (9, 64, 80), (5, 224, 200)):
         x, some = pictures(n, h, w), [4, 1, 3]
         whole = erpm.corrupt(x, name, 3)
-        assert torch.equal(whole, erpm.corrupt(x, name, 3)) and whole.shape == x.shape
         assert torch.equal(whole[some], erpm.corrupt(x[some], name, 3, index=some))
         lying = x.contiguous(memory_format=torch.channels_last)
         assert torch.equal(whole, erpm.corrupt(lying, name, 3))
-
-
-@pytest.mark.parametrize("name", erpm.CORRUPTIONS)
-def test_seed_and_index_change_the_draw_and_every_size_works(name):
     x = pictures(1, 64, 64).expand(3, -1, -1, -1)
     a, b = erpm.corrupt(x, name, 3), erpm.corrupt(x, name, np.int64(3), seed=np.int64(1))
     assert torch.equal(a[0], a[1]) == torch.equal(a, b) == (name in FIXED)
     assert torch.equal(b, erpm.corrupt(x, name, 3, seed=1))
-    for n, h, w in ((1, 32, 512), (1, 301, 40), (0, 33, 65)):
+    for n, h, w in ((1, 32, 512), (1, 301, 40), (0, 33, 65)):        # every size works
         assert erpm.corrupt(pictures(4, h, w)[:n], name, 2).shape == (n, 3, h, w)
 
 
@@ -779,18 +698,6 @@ def test_the_15_have_two_columns_of_constants_that_go_by_the_longer_side():
         error = [(erpm.corrupt(x[..., :64], name, s) - x[..., :64] / 1).square().mean()
                  for s in range(1, 6)]
         assert error == sorted(error), name
-
-
-@pytest.mark.parametrize("x, name, severity, index, words", [
-    (torch.zeros(1, 3, 32, 32), "fog", 1, None, r"uint8 \(B,3,H,W\).*float32"),
-    (pictures(1)[0], "fog", 1, None, r"\(B,3,H,W\).*\(3, 32, 32\)"),
-    (pictures(1, 31, 513), "fog", 1, None, r"32 to 512.*\(1, 3, 31, 513\)"),
-    (pictures(1), "fogg", 1, None, "did you mean 'fog'.*jpeg_compression"),
-    (pictures(1), "fog", 2.5, None, "1, 2, 3, 4 or 5, got 2.5"),
-    (pictures(1), "fog", 1, [1, 2], "1 images but 2 indices")])
-def test_bad_input_is_one_clear_error(x, name, severity, index, words):
-    with pytest.raises(erpm.UserError, match=words):
-        erpm.corrupt(x, name, severity, index=index)
 
 
 def test_jpeg_pixelate_and_the_published_round_trip_equal_pillow():
@@ -851,12 +758,11 @@ def test_plasma_is_the_diamond_square_loop():
 
 
 def test_elastic_transform_without_movement_is_the_identity():
-    x, shift = pictures(2, 64, 50), torch.zeros(2, 3, 2)
-    assert torch.allclose(erpm.affine(64, 50, shift), torch.eye(2, 3), atol=1e-6)
-    moved = erpm.affine(64, 50, shift + torch.tensor([3.0, 0]))  # all points 3 px to the right
+    x, still = pictures(2, 64, 50), torch.zeros(2, 3, 2)
+    moved = erpm.affine(64, 50, still + torch.tensor([3.0, 0]))  # all points 3 px to the right
     assert torch.allclose(moved[:, :, 2], torch.tensor([-3.0, 0]), atol=1e-5)
-    still = erpm.elastic_transform(x, (0, 0, 0), [erpm.rng(0), erpm.rng(1)])
-    assert (still.int() - x.int()).abs().max() <= 1
+    same = erpm.elastic_transform(x, (0, 0, 0), [erpm.rng(0), erpm.rng(1)])
+    assert (same.int() - x.int()).abs().max() <= 1
 
 
 def test_frost_reads_the_five_textures_of_the_package(tmp_path, monkeypatch):
@@ -868,9 +774,6 @@ def test_frost_reads_the_five_textures_of_the_package(tmp_path, monkeypatch):
 
 
 # ==== augmentations ====
-
-AUGMENTED = [*erpm.AUGMENTATIONS, "pixmix+augmix", "deepaugment+augmix", "augmix+mixup"]
-
 
 def shift(image, *matrix):
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
@@ -906,34 +809,28 @@ def test_each_operation_is_within_a_grey_level_of_pil(op, h, w):
         assert gap.max() <= 1
 
 
-@pytest.mark.parametrize("spec", AUGMENTED)
-@pytest.mark.parametrize("shape", [(16, 32, 32), (1, 32, 32), (0, 32, 32), (3, 17, 29)])
-def test_output_is_a_function_of_the_generator_anew_for_each_image(spec, shape):
-    x, state = pictures(1, *shape[1:]).repeat(shape[0], 1, 1, 1), torch.get_rng_state()
-    before = x.clone()
-    a, b, c = (erpm.augment(x, spec, erpm.rng("same", k)) for k in (0, 0, 1))
-    assert a.dtype == torch.uint8 and a.shape == x.shape and torch.equal(a, b)
-    if len(x) == 16 and spec != "none":
-        assert not torch.equal(a, c) and len(a.flatten(1).unique(dim=0)) > 3
-    assert torch.equal(x, before), "the input was changed"
+@pytest.mark.parametrize("spec", [*erpm.AUGMENTATIONS, "pixmix+augmix", "deepaugment+augmix",
+                                  "augmix+mixup"])
+def test_output_is_a_function_of_the_generator_anew_for_each_image(spec):
+    state = torch.get_rng_state()
+    for n, h, w in ((16, 32, 32), (1, 32, 32), (0, 32, 32), (3, 17, 29)):
+        x = pictures(1, h, w).repeat(n, 1, 1, 1)
+        before = x.clone()
+        a, b, c = (erpm.augment(x, spec, erpm.rng("same", k)) for k in (0, 0, 1))
+        assert a.dtype == torch.uint8 and a.shape == x.shape and torch.equal(a, b)
+        assert torch.equal(x, before), "the input was changed"
+        if n == 16 and spec != "none":
+            assert not torch.equal(a, c) and len(a.flatten(1).unique(dim=0)) > 3
     assert torch.equal(torch.get_rng_state(), state), "the global generator moved"
 
 
-# severity: mean |augmix(x) - x| of google-research/augmix on pictures(4), 8,000 draws; its error
-ORIGINAL = {1: (8.928, 0.115), 3: (15.786, 0.159)}
-
-
-@pytest.mark.parametrize("severity", ORIGINAL)
-def test_augmix_deviates_as_much_as_the_original(severity):
+# mean |augmix(x) - x| of google-research/augmix on pictures(4), 8,000 draws, and its error
+@pytest.mark.parametrize("severity, mean, error", [(1, 8.928, 0.115), (3, 15.786, 0.159)])
+def test_augmix_deviates_as_much_as_the_original(severity, mean, error):
     x = pictures(4).repeat(500, 1, 1, 1)
     mixed = erpm.augmix(x, erpm.rng("deviation"), severity=severity)
     gap = (mixed.float() - x).abs().mean((1, 2, 3))
-    mean, error = ORIGINAL[severity]
     assert abs(gap.mean() - mean) < 4 * (error**2 + gap.var() / len(gap)) ** 0.5
-
-
-def test_augmix_without_operations_is_the_image():
-    assert torch.equal(erpm.augmix(pictures(9), erpm.rng(0), depth=(0, 0)), pictures(9))
 
 
 def test_jsd_equals_the_formula():
@@ -954,15 +851,6 @@ def test_a_sum_is_a_sequence_in_a_fixed_order_and_options_reach_their_part():
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("x, spec, options, words", [
-    (pictures(1), "augmx", {}, "pixmix.*augmix.*cutmix"), (pictures(1), "augmix+", {}, "once"),
-    (pictures(1), "augmix+augmix", {}, "once"), (pictures(1), "augmix", {"agumix": {}}, "agumix"),
-    (pictures(1) / 1, "augmix", {}, "uint8"), (pictures(1)[0], "augmix", {}, r"\(B,3,H,W\)")])
-def test_a_wrong_augmentation_or_image_is_one_clear_error(x, spec, options, words):
-    with pytest.raises(erpm.UserError, match=words):
-        erpm.augment(x, spec, erpm.rng(0), **options)
-
-
 def test_a_folder_of_pictures_serves_pixmix(tmp_path):
     with pytest.raises(erpm.UserError, match="no picture"):
         erpm.pixmix(pictures(2), erpm.rng(0), pictures=str(tmp_path / "none"))
@@ -976,8 +864,8 @@ def test_pixmix_blends_equal_the_formulas():
     x, y = torch.rand(2, 3, 4, 4, generator=erpm.rng(0))
     added = ((0.8 * (2 * x - 1) - 0.3 * (2 * y - 1) + 1) / 2).clamp(0, 1)
     times = ((2 * x) ** 0.8 * (2 * y) ** -0.3 / 2).clamp(0, 1)
-    assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, False), added, atol=1e-6)
-    assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, True), times, atol=1e-6)
+    for multiply, want in ((False, added), (True, times)):
+        assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, multiply), want, atol=1e-6)
     assert torch.isfinite(erpm._blend(x * 0, y * 0, 0.8, -0.3, True)).all()
 
 
@@ -1016,7 +904,6 @@ TINY_CLIPS = {                                      # configurations in open_cli
 @pytest.fixture(scope="session", autouse=True)
 def tiny_clips(tmp_path_factory):
     """Registers the tiny configurations with open_clip under their names."""
-    import open_clip
     folder = tmp_path_factory.mktemp("clips")
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     for name, cfg in TINY_CLIPS.items():
@@ -1047,7 +934,6 @@ open_clip:ViT-B-16-SigLIP/webli open_clip:EVA02-B-16 open_clip:coca_ViT-B-32""".
 def network(label, rough=False):
     """(network, images for it).  rough: with random numbers where a fresh one has zeros and ones,
     for a scale of 0 would hide a block."""
-    import timm
     torch.manual_seed(0)
     net = timm.create_model(label, num_classes=7, **SMALL[label]) if label in SMALL else (
         erpm.build(label, 7, "random"))
@@ -1093,16 +979,6 @@ def test_a_student_trains_predicts_and_is_loaded_again_on_every_family(label, tm
     assert torch.allclose(again.sigma, p.sigma, atol=1e-5)
 
 
-def test_stages_of_a_chain_equal_it_and_keep_its_modules():
-    net, x = tiny_net(), torch.rand(3, 3, 32, 32)
-    parts = erpm.stages(net)
-    assert len(parts) == 4 and parts[1][0] is net[1] and parts[-1].fc is net[-1]
-    assert torch.equal(parts(x), net(x))
-    loose = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
-                          nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
-    assert len(erpm.stages(loose)) == 4 and torch.equal(erpm.stages(loose)(x), loose(x))
-
-
 def test_stages_that_give_something_else_are_refused(monkeypatch):
     holders, after, *rest = erpm.CUTS["timm.ResNet"]
     monkeypatch.setitem(erpm.CUTS, "timm.ResNet", (holders, lambda n, x: after(n, x) + 1, *rest))
@@ -1110,66 +986,31 @@ def test_stages_that_give_something_else_are_refused(monkeypatch):
         erpm.Student(erpm.build("timm:test_resnet", 3), 1, 1)
 
 
-@pytest.mark.parametrize("net, says, settings", [
-    (nn.Conv2d(3, 3, 1), "cannot be cut into stages: known are timm.VisionTransformer,", {}),
-    (nn.Sequential(nn.Conv2d(3, 3, 1), nn.Softmax(1)), "without a final Linear layer", {}),
-    (nn.Sequential(nn.Linear(3, 2)), "cannot be cut", {}),
-    ("torchvision:shufflenet_v2_x0_5", "or pass an nn.Sequential of your own that ends", {}),
-    ("timm:test_vit", "without a final Linear layer cannot be cut: build it with classes=N", {}),
-    (tiny_net(), "tune = 9: the network has ", {"tune": 9}),
-    (tiny_net(), "head = 2: expected 0 to tune = 1", {"head": 2}),
-    (tiny_net(), "dropout = 1.0: expected", {"dropout": 1.0})])
-def test_what_cannot_be_cut_says_so(net, says, settings):
-    net = erpm.build(net, 0) if isinstance(net, str) else net
-    with refuses(says):
-        erpm.Student(net, **{"tune": 1, "head": 0} | settings)
-
-
-@pytest.mark.parametrize("name, says", [
-    ("resnet50", "expected FAMILY:NAME"), ("timmm:resnet50", "did you mean 'timm'?"),
-    ("timm:resnet50.foo", "unknown network of timm 'resnet50.foo'"),
-    ("cifar:resnet21", "expected cifar:resnetD"), ("run:nowhere", "no trained model nowhere"),
-    ("torchvision:resnet5", "unknown network of torchvision 'resnet5'; did you mean"),
-    ("torchvision:resnet50/V1", "unknown weights of torchvision:resnet50 'V1'"),
-    ("open_clip:ViT-B-33", "unknown network of open_clip 'ViT-B-33'; did you mean 'ViT-B-32'"),
-    ("open_clip:ViT-B-32-quickgelu/opnai", "did you mean 'openai'"),
-    ("open_clip:ViT-B-32/openai", "use open_clip:ViT-B-32-quickgelu/openai"),
-])
-def test_an_unknown_network_is_one_clear_line(name, says):
-    with refuses(says):
-        erpm.build(name)
-
-
-def test_a_tag_says_classes_normalisation_size_and_view():
+def test_a_tag_says_classes_normalisation_size_and_view(monkeypatch):
     card = erpm.build("torchvision:mobilenet_v2/IMAGENET1K_V2", 5, "random").card
     assert (card.n_classes, card.size_px, card.view) == (5, 224, erpm.View(224, 224 / 232))
-    card = erpm.build("timm:vit_base_patch14_dinov2.lvd142m", 5, "random", size_px=28).card
-    assert (card.size_px, card.view) == (28, erpm.View(28, 1.0, "bicubic"))
-    net = erpm.build("open_clip:tiny")
-    view = erpm.View(32, 1.0, "bicubic")
+    small = "vit_tiny_patch16_224"
+    card = erpm.build(f"timm:{small}.augreg_in21k", 5, "random", size_px=48).card
+    assert (card.size_px, card.view) == (48, erpm.View(48, 0.9, "bicubic"))
+    net, view = erpm.build("open_clip:tiny"), erpm.View(32, 1.0, "bicubic")
     assert net.card == erpm.Card("open_clip:tiny", size_px=32, view=view, fresh=True)
     assert torch.allclose(net.mean.flatten(), torch.tensor([0.4815, 0.4578, 0.4082]), atol=1e-4)
     assert not net.training and net(images(2, 32)).shape == (2, 16)
-
-
-@pytest.mark.parametrize("tag", ["", "/webli"])
-def test_a_clip_without_its_weights_normalises_as_with_them(tag, monkeypatch):
-    import open_clip
-    small = open_clip.get_model_config("tiny")
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16-SigLIP", small)
-    net = erpm.build(f"open_clip:ViT-B-16-SigLIP{tag}", None, "random")     # as `load` builds it
-    assert net.mean.flatten().tolist() == [0.5] * 3 and net.card.view.squash
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16-SigLIP",
+                        open_clip.get_model_config("tiny"))
+    for tag in ("", "/webli"):                                         # as `load` builds it
+        net = erpm.build(f"open_clip:ViT-B-16-SigLIP{tag}", None, "random")
+        assert net.mean.flatten().tolist() == [0.5] * 3 and net.card.view.squash
 
 
 @pytest.mark.parametrize("name, own", [("timm:test_vit", 160), ("cifar:resnet8", 0),
                                        ("torchvision:resnet18", 0), ("open_clip:tiny-timm", 160)])
 def test_size_px_is_the_size_at_which_a_network_runs(name, own):
-    seen = []
-    assert erpm.build(name, 3).card.size_px == own
-    net = erpm.build(name, 3, size_px=96)
+    seen, net = [], erpm.build(name, 3, size_px=96)
     net.net.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[-1]))
     assert net(images(2, 40)).shape == (2, 3) and seen == [96]
     assert (net.card.size_px, net.card.view.size_px) == (96, 96)
+    assert erpm.build(name, 3).card.size_px == own
     erpm.Student(net, 1, 1)                                # is cut and checked at that size
 
 
@@ -1191,12 +1032,12 @@ def test_weights_come_from_any_plain_file(form, tmp_path):
     (lambda s: s | {"more": torch.ones(1)}, "does not fit cifar:resnet8"),
     (lambda s: {k: v for k, v in s.items() if k != "1.conv1.weight"}, "1.conv1.weight"),
     (lambda s: b"not weights", "is no file of plain tensors"),
-    (lambda s: b"", "is no file of plain tensors"), (lambda s: None, "no weights file")])
+    (lambda s: b"", "is no file of plain tensors")])
 def test_a_file_of_anything_else_is_refused(form, says, tmp_path):
     content, file = form(erpm.build("cifar:resnet8", 7).net.state_dict()), tmp_path / "w.pth"
     if isinstance(content, bytes):
         file.write_bytes(content)
-    elif content:
+    else:
         torch.save(content, file)
     with refuses(says):
         erpm.build("cifar:resnet8", 7, str(file))
@@ -1217,19 +1058,16 @@ def test_a_file_brings_its_classifier_or_gets_a_new_one(name, ours, tmp_path):
         assert torch.allclose(same(x), net(x), atol=1e-5)
     other = erpm.build(name, 3, file)
     assert other.card.fresh and other.card.n_classes == 3 and other(x).shape == (2, 3)
-    a, b = (erpm.stages(n) for n in (other, net))
-    assert torch.equal(a[-1].features(a[:-1](x)), b[-1].features(b[:-1](x)))
+    assert torch.equal(erpm.frozen_features(other)(x), erpm.frozen_features(net)(x))
 
 
 def test_the_weights_of_an_encoder_alone_leave_a_new_classifier(tmp_path):
     file, x = str(tmp_path / "encoder.pth"), images(1, 160)
     encoder = erpm.build("timm:test_vit", 0)
     torch.save(encoder.net.state_dict(), file)
-    net = erpm.build("timm:test_vit", 3, file)
-    assert net.card.fresh
-    assert torch.equal(erpm.stages(net)[-1].features(erpm.stages(net)[:-1](x)), encoder(x))
-    for alone in (erpm.build("timm:test_vit", n, file) for n in (None, 0)):
-        assert alone.card.n_classes == 0 and torch.equal(alone(x), encoder(x))
+    net, *alone = (erpm.build("timm:test_vit", n, file) for n in (3, None, 0))
+    assert net.card.fresh and torch.equal(erpm.frozen_features(net)(x), encoder(x))
+    assert all(n.card.n_classes == 0 and torch.equal(n(x), encoder(x)) for n in alone)
     torch.save(net.net.state_dict(), file)
     with refuses("encoder.pth does not fit timm:test_vit"):
         erpm.build("timm:test_vit", 0, file)
@@ -1249,12 +1087,11 @@ def test_weights_of_a_tag_with_other_classes_come_with_a_new_classifier(monkeypa
     theirs = erpm.torchvision.models.mobilenet_v3_small()
     monkeypatch.setattr(erpm.torchvision.models.WeightsEnum, "get_state_dict",
                         lambda *a, **kw: dict(theirs.state_dict()))
-    name = "torchvision:mobilenet_v3_small/IMAGENET1K_V1"
-    one, five = erpm.build(name), erpm.build(name, 5)
-    state = {k: v for k, v in five.net.state_dict().items() if not k.startswith("classifier.3.")}
-    assert equal(one.net, theirs) and not one.card.fresh and five.card.fresh
-    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in state.items())
+    one, five = (erpm.build("torchvision:mobilenet_v3_small/IMAGENET1K_V1", n) for n in (None, 5))
+    assert equal(one.net, theirs) and (one.card.fresh, five.card.fresh) == (False, True)
     assert (one.card.n_classes, five.card.n_classes) == (1000, 5)
+    theirs.classifier[3] = five.net.classifier[3]
+    assert equal(five.net, theirs)
 
 
 def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
@@ -1323,23 +1160,19 @@ def test_the_frozen_part_stays_equal_bit_for_bit(norms):
     assert changed - learned == (statistics if norms == "own" else set())
 
 
-def test_head_loss_is_the_formula_worked_by_hand():
-    z, zt = torch.tensor([[1., 2, 0], [0, 1, 1]]), torch.tensor([[0., 3, 1], [2, 0, 1]])
-    y, a, t, p, q = torch.tensor([1, 0]), 0.3, 2.0, (zt / 2).softmax(1), (z / 2).softmax(1)
-    for smooth in (0.0, 0.2):
-        target = F.one_hot(y, 3) * (1 - smooth) + smooth / 3
-        ce = -(target * z.softmax(1).log()).sum(1).mean()
-        want = (1 - a) * ce + a * t * t * (p * (p / q).log()).sum(1).mean()
-        assert torch.isclose(erpm.head_loss(z, zt, y, a, t, smooth), want)
-
-
 def test_the_losses_are_those_of_equations_3_and_4():
+    def slow(z, zt, y, a, t, smooth=0.0):
+        p, q = (zt / t).softmax(1), (z / t).softmax(1)
+        target = F.one_hot(y, 5) * (1 - smooth) + smooth / 5
+        ce = -(target * z.softmax(1).log()).sum(1).mean()
+        return (1 - a) * ce + a * t * t * (p * (p / q).log()).sum(1).mean()
     a, combined, b, z0, zt = (torch.randn(n, 5) for n in (4, 8, 4, 4, 4))
     y = torch.tensor([0, 1, 2, 3])
     parts = erpm.erpm_loss(erpm.Heads(a, combined, b), z0, zt, y, alpha=0.4, t=3.0)
     pairs = (a, z0), (combined[:4], z0), (b, zt), (combined[4:], zt)
-    want = sum(erpm.head_loss(z, teacher, y, 0.4, 3.0) for z, teacher in pairs)
+    want = sum(slow(z, teacher, y, 0.4, 3.0) for z, teacher in pairs)
     assert torch.isclose(sum(parts.values()), want)
+    assert torch.isclose(erpm.head_loss(a, zt, y, 0.3, 2.0, 0.2), slow(a, zt, y, 0.3, 2.0, 0.2))
 
 
 def test_student_and_teacher_see_the_same_augmented_pixels():
@@ -1369,15 +1202,6 @@ def test_batched_passes_equal_one_pass_after_another(where):
     assert all(d.sample is None for d in dropouts(s))
 
 
-def test_a_prediction_does_not_depend_on_the_rest_of_the_batch():
-    s, x = moved(student()), torch.rand(8, 3, 32, 32)
-    for passes in (0, 5):
-        whole, alone = s.predict(x, passes), s.predict(x[2:3], passes)
-        assert torch.allclose(whole.probs[2:3], alone.probs, atol=1e-6)
-        assert torch.allclose(whole.sigma[2:3], alone.sigma, atol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(s.predict(x, 5), s.predict(x, 5)))
-
-
 @pytest.mark.parametrize("ids", [None, [[4, 4], [0, 3], [2, 2]]])
 def test_closed_form_is_the_limit_of_many_passes(ids):
     s = moved(student(tune=2, head=2, dropout=0.01, dropout_in="head"))
@@ -1386,13 +1210,6 @@ def test_closed_form_is_the_limit_of_many_passes(ids):
     p1, s1, z1 = s.moments(f, 4000, ids)
     assert torch.allclose(s0, s1, rtol=0.1, atol=1e-4) and torch.allclose(p0, p1, atol=1e-2)
     assert torch.allclose(z0, z1, atol=0.05) and s0.min() > 0
-
-
-def test_divergence_is_the_kl_to_the_combined_head():
-    mean = torch.rand(4, 3, 5, generator=erpm.rng(1)).softmax(-1)
-    want = [[(mean[b, h] * (mean[b, h] / mean[b, 1]).log()).sum() for h in (0, 2)]
-            for b in range(4)]
-    assert torch.allclose(erpm.divergence(mean), torch.tensor(want), atol=1e-6)
 
 
 def test_each_rule_picks_the_head_worked_by_hand():
@@ -1408,23 +1225,14 @@ def test_each_rule_picks_the_head_worked_by_hand():
     assert erpm.select(mean, 0 * sigma).tolist() == [0, 2]      # saturated: the KL alone decides
 
 
-def test_soft_mixes_by_the_inverse_objective():
+def test_soft_mixes_by_the_inverse_of_sigma_times_the_kl_to_the_combined_head():
     mean, sigma = torch.rand(2, 3, 4).softmax(-1), torch.tensor([[.1, .3], [.2, .1]])
-    o = sigma * erpm.divergence(mean)
-    w = (1 / o) / (1 / o).sum(1, keepdim=True)
+    kl = torch.tensor([[(m[h] * (m[h] / m[1]).log()).sum() for h in (0, 2)] for m in mean])
+    assert torch.allclose(erpm.divergence(mean), kl, atol=1e-6)
+    w = 1 / (sigma * kl)
+    w = w / w.sum(1, keepdim=True)
     want = w[:, :1] * mean[:, 0] + w[:, 1:] * mean[:, 2]
     assert torch.allclose(erpm.answer(mean, sigma, torch.zeros(2).long(), "soft"), want, atol=1e-5)
-
-
-def test_a_rule_without_what_it_needs_is_refused():
-    mean, still = torch.rand(2, 3, 4), student(dropout=0.0)
-    for rule, says in (("oracle", "needs the labels"), ("max-logit", "needs the logits"),
-                       ("prodct", "did you mean 'product'?")):
-        with refuses(says):
-            erpm.select(mean, torch.ones(2, 2), rule)
-    with refuses("needs sigma, which is 0 without dropout"):
-        still.predict(torch.rand(2, 3, 32, 32))
-    assert still.predict(torch.rand(2, 3, 32, 32), rule="kl").head.shape == (2,)
 
 
 def test_what_was_made_from_a_network_of_ones_own_comes_back_on_it(tmp_path):
@@ -1444,13 +1252,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def seeded_net():
-    torch.manual_seed(0)
-    return erpm.build("cifar:resnet8-s2", 5)
-
-
 def quick_fit(out=None, model=None, step=erpm.plain_step(erpm.Train()), key={}, **cfg):
-    model, cfg = model or seeded_net(), {"epochs": 2, "batch": 16, "lr": 1e-3, **cfg}
+    model, cfg = model or erpm.Net(tiny_net()), {"epochs": 2, "batch": 16, "lr": 1e-3, **cfg}
     erpm.fit(model, step, shown(n=64).training(0), erpm.Train(**cfg),
              erpm.Runtime(amp="none", log_every=1, save_every=3), name="t", seed=0,
              checkpoint=out and out / "t.ckpt", key=key)
@@ -1471,7 +1274,7 @@ def spied(do):
 def test_accumulated_micro_batches_equal_one_batch():
     parts = []
     for accum in (1, 4):
-        backbone, tail = erpm.cut(seeded_net(), 2)
+        backbone, tail = erpm.cut(erpm.Net(tiny_net()), 2)
         step = erpm.plain_step(erpm.Train(), erpm.frozen_views(backbone))
         parts.append(quick_fit(None, erpm.Tuned(tail.requires_grad_(True)), step, accum=accum))
     for p, q in zip(*(part.parameters() for part in parts)):
@@ -1491,13 +1294,13 @@ def test_averaged_weights_are_the_ones_kept():
 
 def test_weight_decay_spares_biases_and_norms_and_clip_bounds_the_step():
     for name in ("adamw", "sgd"):
-        opt = erpm.make_optimizer(seeded_net(), erpm.Train(optimizer=name, weight_decay=0.5))
+        opt = erpm.make_optimizer(tiny_net(), erpm.Train(optimizer=name, weight_decay=0.5))
         decays = {g["weight_decay"]: {p.ndim for p in g["params"]} for g in opt.param_groups}
         assert decays == {0.0: {1}, 0.5: {2, 4}}
     loud = lambda m, b: (1e6 * m(b.x).square().mean(), {})                     # noqa: E731
     net = quick_fit(step=loud, clip=0.01, optimizer="sgd", weight_decay=0.0, epochs=0.25, lr=1.0,
                     warmup=0)
-    gaps = [(p - q).detach() for p, q in zip(net.parameters(), seeded_net().parameters())]
+    gaps = [(p - q).detach() for p, q in zip(net.parameters(), tiny_net().parameters())]
     gap = sum(g.square().sum() for g in gaps) ** 0.5
     assert gap.item() == pytest.approx(0.01 * 1.9, rel=1e-3)                  # Nesterov: 1 + 0.9
 
@@ -1585,13 +1388,6 @@ def test_a_cell_is_the_corruption_of_the_same_images():
     assert got["nll"] != erpm.evaluate(net, data, ("contrast", 3), amp="none")["nll"]
 
 
-def test_outputs_that_are_not_finite_are_refused():
-    z = torch.zeros(16, 5)
-    z[3, 2] = math.nan
-    with refuses("its outputs are not finite (NaN or inf) for 1 of 16 images"):
-        erpm.evaluate(lambda x: z, shown(5, 16))
-
-
 def test_tensors_loaders_and_sets_are_scored_alike():
     net, x, y = erpm.Net(tiny_net()), images(30), torch.arange(30) % 5
     pairs = TensorDataset(x / 255, y)                            # floats, as of ToTensor
@@ -1602,36 +1398,20 @@ def test_tensors_loaders_and_sets_are_scored_alike():
 
 # ---- linear probes ----
 
-def blobs(n=90, d=4, c=3):
-    g = erpm.rng("blobs")
-    y = torch.arange(n) % c
-    x = torch.randn(c, d, generator=g)[y] + torch.randn(n, d, generator=g)
-    return x * torch.tensor([1.0, 10, 0.1, 1]) + 5, y
-
-
 def test_a_linear_probe_is_the_optimum_that_slow_gradient_descent_finds():
-    x, y = blobs()
+    g, y = erpm.rng("blobs"), torch.arange(90) % 3
+    x = torch.randn(3, 4, generator=g)[y] + torch.randn(90, 4, generator=g)
+    x = x * torch.tensor([1.0, 10, 0.1, 1]) + 5
     weight, bias, l2 = erpm.linear_probe(x, y, 3, l2s=(0.01,))
     u = ((x - x.mean(0)) / x.std(0, correction=0)).double()
     w = torch.zeros(3, 5, dtype=torch.double, requires_grad=True)
-    for _ in range(3000):
+    for _ in range(1500):
         loss = F.cross_entropy(u @ w[:, :4].T + w[:, 4], y) + 0.005 * w[:, :4].square().sum()
-        w = (w - torch.autograd.grad(loss, w)[0]).detach().requires_grad_()
+        w = (w - 2 * torch.autograd.grad(loss, w)[0]).detach().requires_grad_()
     slow, ours = (u @ w[:, :4].T + w[:, 4]).softmax(-1), (x @ weight.T + bias).softmax(-1)
     assert l2 == 0.01 and torch.allclose(slow.float(), ours, atol=1e-4)
-
-
-def test_a_probe_is_as_strong_as_a_held_out_tenth_wants_it():
-    x, y = blobs(300)
-    noisy = torch.cat([x, torch.randn(300, 200, generator=erpm.rng("noise"))], 1)
-    assert erpm.linear_probe(noisy[:90], y[:90], 3)[2] > min(erpm.PROBE_L2)
-
-
-def test_the_linear_layer_behind_the_features_gives_the_clean_head():
-    s, x = moved(student()), images(4)
-    with torch.no_grad():
-        h = erpm.frozen_features(s)(x)
-        assert torch.equal(s.tuned.heads["clean"][-1].fc(h), s(x).clean)
+    noisy = torch.cat([x, torch.randn(90, 200, generator=erpm.rng("noise"))], 1)
+    assert erpm.linear_probe(noisy, y, 3)[2] > min(erpm.PROBE_L2)       # as a held-out tenth wants
 
 
 # ---- rows: any network on any set ----
@@ -1649,26 +1429,22 @@ def three_networks(tmp_path_factory):
              "shapes,2@folder:two", "data.n_test=40", "data.n_train=40", "eval.batch=16",
              "eval.passes=2", "data.size_px=32", "runtime.amp=none"]
     with contextlib.chdir(cwd):
-        torch.set_num_threads(1)
         runs(*words, "out=one")
     return cwd, words
 
 
-def test_a_set_of_other_classes_is_probed(three_networks):
-    rows = untimed(three_networks[0] / "one/models")
-    unknown = "cifar:resnet8-s2=foreign.pth, linear probe"
+def test_other_classes_are_probed_with_the_same_rows_on_any_number_of_processes(three_networks,
+                                                                                monkeypatch):
+    cwd, words = three_networks
+    monkeypatch.chdir(cwd)
+    in_processes(2, *words, "out=2")
+    rows, unknown = untimed("one/models"), "cifar:resnet8-s2=foreign.pth, linear probe"
+    assert {r["processes"] for r in result_rows("2/models")} == {2} and untimed("2/models") == rows
     assert {(r["label"], r["set"], r["kind"], r["n"], r["passes"]) for r in rows} == {
         ("run:s", "shapes", "home", 40, 2), ("run:s, linear probe", "2", "transfer", 2, None),
         ("P", "shapes", "home", 40, None), ("P, linear probe", "2", "transfer", 2, None),
         (unknown, "shapes", "transfer", 40, None), (unknown, "2", "transfer", 2, None)}
     assert len(rows) == 6 and rows[0]["rule"] == "product" and "rules" not in rows[1]
-
-
-def test_any_number_of_processes_gives_the_same_rows_to_the_last_digit(three_networks):
-    cwd, words = three_networks
-    in_processes(3, cwd, *words, "out=3")
-    assert {r["processes"] for r in result_rows(cwd / "3/models")} == {3}
-    assert untimed(cwd / "3/models") == untimed(cwd / "one/models")
 
 
 def test_an_interrupted_eval_goes_on_to_the_same_rows(three_networks, monkeypatch):
@@ -1691,12 +1467,9 @@ def test_an_interrupted_eval_goes_on_to_the_same_rows(three_networks, monkeypatc
         assert untimed(cwd / "half/models") == untimed(cwd / "one/models") and len(calls) == 7
 
 
-def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(three_networks,
-                                                                         monkeypatch):
-    cwd, _ = three_networks
-    monkeypatch.chdir(cwd)
-    net = saved(cwd / "q/model.safetensors", erpm.build("cifar:resnet8-s2", 10))
-    make_tree(cwd / "four", "abcd", n=3)
+def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(here, monkeypatch):
+    net = saved(here / "q/model.safetensors", erpm.build("cifar:resnet8-s2", 10))
+    make_tree(here / "four", "abcd", n=3)
 
     def rows_after(word=""):
         runs("eval", "--model", "run:q", "--set", "folder:four", "out=kept", "data.size_px=32",
@@ -1707,7 +1480,7 @@ def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(three_n
         assert rows_after(word) == n == len(result_rows("kept/models"))
     with torch.no_grad():
         net.net[0][0].weight.mul_(1.1)
-    saved(cwd / "q/model.safetensors", net)
+    saved(here / "q/model.safetensors", net)
     assert rows_after() == 5
     monkeypatch.setattr(erpm, "versions", lambda: {"erpm": "other"})
     assert rows_after() == 6
@@ -1719,8 +1492,8 @@ def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(three_n
     ("shapes", "folder:a", "transfer"), ("cifar10", "shapes", "transfer"),
     ("", "shapes", "transfer"), ("folder:b", "folder:d", "transfer")])
 def test_a_network_answers_itself_on_its_own_classes_alone(here, home, name, kind, monkeypatch):
-    for folder, names in (("a", list(erpm.SHAPES)[::-1]), ("b", ("cat", "dog")),
-                          ("c", ("cat", "dog")), ("d", ("cat", "emu"))):
+    for folder, names in {"a": [*erpm.SHAPES][::-1], "b": ("cat", "dog"), "c": ("cat", "dog"),
+                          "d": ("cat", "emu")}.items():
         make_tree(here / folder, names, n=1)
     monkeypatch.setattr(erpm, "fit_probe", lambda f, images, cfg: nn.Linear(64, 10))
     cfg = erpm.resolve(["data.size_px=32", "data.n_test=4", "data.n_train=20"])
@@ -1729,57 +1502,45 @@ def test_a_network_answers_itself_on_its_own_classes_alone(here, home, name, kin
     net, s = erpm.build("cifar:resnet8-s2", len(known) or 10), erpm.open_set(name, cfg.data)
     net.card = dataclasses.replace(net.card, classes=known, home=home)
     label, answering = erpm.headed("x", net, name, s, cfg, {})
-    assert (label, answering is net) == (("x, linear probe", False) if kind == "transfer" else
-                                         ("x", True))
-    assert erpm.kind_of(net.card, s) == kind
-
-
-def test_a_network_that_has_other_classes_now_is_refused(three_networks, here, capsys):
-    saved(here / "x/model.safetensors", erpm.build("cifar:resnet8-s2", 7))
-    assert "has 7 classes and shapes needs 10" in fails(
-        capsys, "eval", "--model", f"run:{here}/x", "--set", "shapes")
-    make_tree(here / "flat", n=1, splits=("",))
-    line = fails(capsys, "eval", "--model", f"run:{three_networks[0]}/p", "--set", "folder:flat")
-    assert "its classes are not those of folder:flat, and a linear probe cannot be had" in line
-
-
-def test_a_team_is_not_asked_on_other_classes(here):
-    for file, label in (("student", "original"), ("teacher", "teacher")):
-        saved(here / f"runs/x/{file}.safetensors", erpm.build("cifar:resnet8-s2", 10), label=label)
-    (here / "runs/x/config.yaml").write_text("run: x")
-    make_tree(here / "two", n=1)
-    words = ["--set", "shapes,folder:two", "data.n_test=9", "data.size_px=32"]
-    assert "left out" not in runs("eval", "--run", "runs/x", *words)
-    assert [r["label"] for r in result_rows("runs/x")] == [
-        "original", "teacher", "original + teacher", "original, linear probe",
-        "teacher, linear probe"]
+    assert erpm.kind_of(net.card, s) == kind and (answering is net) == (kind != "transfer")
+    assert label == ("x, linear probe" if kind == "transfer" else "x")
 
 
 def test_all_scores_what_is_there_and_refuses_what_is_half_there(three_networks, here, capsys):
     torch.save(erpm.build("torchvision:shufflenet_v2_x0_5", 3).net.state_dict(), "w.pth")
+    foreign = f"N@cifar:resnet8-s2={three_networks[0]}/foreign.pth"
     words = ["eval", "--set", "all", "data.n_test=10", "data.n_train=100", "--model",
-             f"cifar:resnet8-s2={three_networks[0]}/foreign.pth,mine@torchvision:"
-             "shufflenet_v2_x0_5=w.pth"]
+             f"{foreign},mine@torchvision:shufflenet_v2_x0_5=w.pth"]
     out, rows = runs(*words), result_rows("runs/models")
     assert {r["set"] for r in rows} == {"shapes", "shapes-r", "shapes-c"} and len(rows) == 77
+    assert {r["label"] for r in rows} == {"N, linear probe"}
     assert all(f"left out: {n} is not there" in out for n in ("fashion-mnist", "imagenet-a"))
     assert "left out: mine: its classes are not those of shapes, and a linear probe c" in out
     make_tree(here / "data/imagenet-a", erpm.synsets("a")[:2], n=1, splits=("",))
     assert "imagenet-a: 2 images in data/imagenet-a, expected 7,500" in fails(capsys, *words)
+    runs("eval", "--set", "shapes", "--model", foreign, "eval.head=own", "out=own")
+    assert [r["label"] for r in result_rows("own/models")] == ["N"]     # its user says so
 
 
-def test_a_network_sees_images_at_its_own_size_by_whatever_name_it_comes(here):
-    w = here / "runs/x/model.safetensors"
-    saved(w, erpm.build("cifar:resnet8-s2", 2), "folder:odd", classes=("cat", "dog"),
-          view=erpm.View(32, 0.9, "bicubic"), label="net")
+def test_networks_see_their_own_view_by_any_name_and_a_team_answers_its_own_classes_alone(here):
+    for file, label in (("student", "original"), ("teacher", "teacher")):
+        saved(here / f"runs/x/{file}.safetensors", erpm.build("cifar:resnet8-s2", 2), "folder:odd",
+              classes=("cat", "dog"), view=erpm.View(32, 0.9, "bicubic"), label=label)
     (here / "runs/x/config.yaml").write_text("data: {name: 'folder:odd'}\nrun: x")
     make_tree(here / "odd", n=8, size=(41, 67))
-    want = erpm.evaluate(erpm.load("runs/x"), "folder:odd", amp="none")
-    for asked in (["--run", "runs/x"], ["--model", f"a@run:runs/x,b@cifar:resnet8-s2={w}"]):
-        runs("eval", *asked, "--set", "folder:odd", "runtime.amp=none")
-    rows = result_rows("runs/x") + result_rows("runs/models")
-    assert [r["label"] for r in rows] == ["net", "a", "b"] and want["n"] == 16
-    assert all({k: r[k] for k in want} == want and "32" in r["transform"] for r in rows)
+    make_tree(here / "two", "ab", n=1)
+    out = runs("eval", "--run", "runs/x", "--set", "folder:odd,folder:two", "runtime.amp=none")
+    w = here / "runs/x/student.safetensors"
+    runs("eval", "--model", f"a@run:runs/x/student.safetensors,b@cifar:resnet8-s2={w}", "--set",
+         "folder:odd", "runtime.amp=none")
+    rows, others = result_rows("runs/x"), result_rows("runs/models")
+    assert "left out" not in out and [r["label"] for r in rows] == [
+        "original", "teacher", "original + teacher", "original, linear probe",
+        "teacher, linear probe"]
+    want = erpm.evaluate(erpm.load(w), "folder:odd", amp="none")
+    assert [r["label"] for r in others] == ["a", "b"] and want["n"] == 16
+    assert all({k: r[k] for k in want} == want and "32" in r["transform"]
+               for r in (rows[0], *others))
 
 
 # ---- zero-shot ----
@@ -1800,7 +1561,6 @@ def test_the_three_heads_tune_a_projection_each_and_share_the_text():
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny-rn", "tiny-timm", "erpm-tiny"])
 def test_zero_shot_logits_equal_open_clips_own_path(kind, tmp_path):
-    import open_clip
     torch.manual_seed(0)
     file, clip, x = str(tmp_path / "clip.pt"), erpm.clip_model(kind), images(3, 40)
     torch.save(clip.state_dict(), file)
@@ -1834,7 +1594,6 @@ def test_new_classes_share_all_weights_and_need_the_text_tower_once(tmp_path):
 
 
 def test_prompts_come_from_imagenet_the_folder_names_or_a_file(here):
-    import open_clip
     fish = ("n01443537", "n01440764")
     names, templates = erpm.prompts_of(erpm.ImageSet("x", [0], fish, outputs=erpm.synsets()))
     assert list(names) == list(open_clip.IMAGENET_CLASSNAMES)
@@ -1852,8 +1611,8 @@ def test_prompts_come_from_imagenet_the_folder_names_or_a_file(here):
 
 
 CLIP = """model.head=text model.student=open_clip:erpm-tiny model.teacher=cifar:resnet8-s2
-distill.tune=1 distill.head=1 data.n_train=100 data.n_test=20 pretrain.batch=50 robustify.batch=50
-distill.batch=50 pretrain.epochs=1 robustify.epochs=1 distill.epochs=1 eval.batch=20 eval.passes=2
+distill.tune=1 distill.head=1 data.n_train=40 data.n_test=20 pretrain.batch=20 robustify.batch=20
+distill.batch=20 pretrain.epochs=1 robustify.epochs=1 distill.epochs=1 eval.batch=20 eval.passes=2
 pretrain.n_images=0 robustify.n_images=0 distill.n_images=0 eval.n_cell=10 eval.sets=shapes,shapes-r
 runtime.amp=none compare.rows=""".split()
 
@@ -1866,42 +1625,34 @@ def clip_run(tmp_path_factory):
     return cwd
 
 
-def test_a_text_demo_scores_original_and_student_zero_shot(clip_run, monkeypatch):
+def test_a_text_demo_scores_zero_shot_and_leaves_the_frozen_towers_as_they_were(clip_run,
+                                                                               monkeypatch):
     monkeypatch.chdir(clip_run)
     rows = {(r["label"], r["set"]): r for r in result_rows("runs/z")}
     assert set(rows) == {(label, s) for s in ("shapes", "shapes-r") for label in (
         "original", "teacher", "ERPM", "original + teacher", "ERPM + teacher")}
-    s = erpm.load("runs/z")
-    assert s.card.prompts[0] == tuple(erpm.SHAPES)
+    first, s, x = erpm.load("runs/z/student.safetensors"), erpm.load("runs/z"), images(4)
     found = erpm.evaluate(s, erpm.open_set("shapes", erpm.Data(n_test=20)), amp="none", passes=2)
     assert found["rules"] == rows["ERPM", "shapes"]["rules"]
-
-
-def test_the_frozen_towers_are_equal_bit_for_bit_after_training(clip_run, monkeypatch):
-    monkeypatch.chdir(clip_run)
-    first, s, x = erpm.load("runs/z/student.safetensors"), erpm.load("runs/z"), images(4)
-    before, _ = erpm.cut(first, 1)
-    assert len(before.state_dict()) > 20 and equal(s.backbone, before)
+    assert s.card.prompts[0] == tuple(erpm.SHAPES) and equal(s.backbone, erpm.cut(first, 1)[0])
     assert torch.equal(s.original(s.features(x)), first(x))
     assert torch.equal(s.original[-1].fc.weight, s.tuned.heads["robust"][-1].fc.weight)
     assert not torch.equal(s(x).clean, first(x))             # and the tuned part has moved
 
 
 def test_a_student_names_new_classes_with_its_own_text_tower(clip_run, here):
-    import open_clip
-    run = shutil.copytree(clip_run / "runs/z", here / "moved")     # a run's folder may be moved
+    run, names = shutil.copytree(clip_run / "runs/z", here / "moved"), ("red ring", "blue arrow")
     make_tree(here / "pets", ("red_ring", "blue-arrow"), n=2, splits=("",))
     runs("eval", "--model", "S@run:moved", "--set", "pets@folder:pets", "data.size_px=32")
     assert [r["label"] for r in result_rows("runs/models")] == ["S, zero-shot"]
+    there = erpm.zero_shot(erpm.load(run), (names, ("a photo of a {}.",)))
+    texts = [f"a photo of a {name}." for name in names]
     towers = erpm.clip_model("erpm-tiny", str(run / "student.safetensors"))
-    there = erpm.zero_shot(erpm.load(run), (("red ring", "blue arrow"), ("a photo of a {}.",)))
-    texts = open_clip.get_tokenizer("erpm-tiny")(["a photo of a red ring.",
-                                                  "a photo of a blue arrow."])
-    want = towers.encode_text(texts, normalize=True)
+    want = towers.encode_text(open_clip.get_tokenizer("erpm-tiny")(texts), True)
     assert torch.allclose(there.original[-1].fc.weight, want, atol=1e-6)
 
 
-def test_other_prompts_and_only_they_make_new_rows(clip_run, here):
+def test_other_prompts_and_only_they_make_new_rows_and_another_training(clip_run, here, capsys):
     (here / "t.txt").write_text("a drawing of the {}\n")
     (here / "n.txt").write_text("\n".join(f"thing {k}" for k in range(10)))
     model = f"open_clip:erpm-tiny={clip_run / 'runs/z/student.safetensors'}"
@@ -1912,13 +1663,9 @@ def test_other_prompts_and_only_they_make_new_rows(clip_run, here):
         rows = result_rows("runs/models")
         assert len(rows) == n == len({r["of"] for r in rows})
         assert {r["label"] for r in rows} == {model}
-
-
-def test_other_prompts_are_another_training(clip_run, here, capsys):
-    shutil.copytree(clip_run / "runs", here / "runs")
-    (here / "t.txt").write_text("a drawing of the {}\n")
-    line = fails(capsys, "distill", "run=z", *CLIP, "--recipe", "demo", "model.templates=t.txt")
-    assert "made with other settings" in line
+    shutil.copytree(clip_run / "runs/z", here / "runs/z")
+    assert "made with other settings" in fails(capsys, "distill", "run=z", *CLIP, "--recipe",
+                                               "demo", "model.templates=t.txt")
 
 
 # ==== report ====
@@ -2036,7 +1783,7 @@ def test_published_figures_and_clean_images_of_the_same_classes_stand_beside_our
 def test_figures_show_the_numbers_of_the_tables_and_what_nothing_beats(monkeypatch):
     rows = fake_rows() + fake_rows(label="net", right=4) + fake_rows(
         label="original", right=3, train={})
-    drawn = erpm.figures(rows)
+    drawn = figures(rows)
     for figure in drawn.values():
         figure.draw_without_rendering()
     line = drawn["severity.png"].axes[0].lines[0]
@@ -2048,14 +1795,7 @@ def test_figures_show_the_numbers_of_the_tables_and_what_nothing_beats(monkeypat
     assert ax.lines[-1].get_xydata().tolist() == points[2] + points[0]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError):
-        erpm.figures(rows)
-
-
-def test_methods_keep_their_looks_and_no_two_networks_look_alike():
-    labels = [f"{x}{t}" for x in ("ERPM", *map(str, range(30))) for t in ("", " + teacher")]
-    looks = erpm.styles([fake_row(label=x) for x in labels])
-    assert (looks["ERPM"]["color"], looks["ERPM"]["marker"]) == erpm.STYLES["ERPM"]
-    assert len({str(looks[x]) for x in labels}) == len(labels)
+        figures(rows)
 
 
 def test_pictures_show_what_each_head_said(here):
@@ -2076,10 +1816,12 @@ def test_pictures_show_what_each_head_said(here):
 # ==== commands ====
 
 LEFT = {"student.safetensors", "teacher.safetensors", "model.safetensors", "team.safetensors",
-        "lp.safetensors", "log.jsonl", "config.yaml", "results.jsonl", "report.md", "pictures.png"}
-DEMO = [*TINY, "data.n_train=300", "data.n_test=30", "eval.n_cell=10", "distill.epochs=1",
+        "lp.safetensors", "log.jsonl", "config.yaml", "results.jsonl", "report.md", "pictures.png",
+        "severity.png", "pareto.png"}
+DEMO = [*TINY, "data.n_train=200", "data.n_test=30", "eval.n_cell=5", "distill.epochs=1",
         "compare.rows=LP: distill.method=lp\nERPM:\nTeam: distill.method=team"]
-SHORT = [*TINY, "data.n_train=100", "data.n_test=20", "pretrain.epochs=0.5", "distill.epochs=0.5"]
+SHORT = [*TINY, "data.n_train=40", "data.n_test=20", "pretrain.epochs=0.5", "distill.epochs=0.5",
+         "pretrain.batch=20", "robustify.batch=20", "distill.batch=20", "robustify.epochs=0.5"]
 FOLDER = [*TINY, "data.name=folder:set", "data.size_px=32", "data.n_train=0"]
 
 
@@ -2088,6 +1830,8 @@ def demo(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
+        patch.setattr(erpm, "gflops", gflops)                      # here all is real
+        patch.setattr(erpm, "figures", figures)
         return cwd, runs("demo", *DEMO)
 
 
@@ -2126,19 +1870,17 @@ def test_a_second_demo_computes_nothing_again_and_other_settings_do_not_overwrit
     assert all((run_of_demo / name).read_bytes() == old for name, old in before.items())
 
 
-@pytest.mark.parametrize("tune, same", [(0, 4), (-1, 0)])
-def test_pretrain_trains_everything_or_with_tune_0_a_linear_probe(here, tune, same):
+def test_pretrain_trains_everything_or_with_tune_0_a_linear_probe(here):
     net = saved(here / "w.safetensors", erpm.build("cifar:resnet8-s2", 7))
-    runs("pretrain", "run=x", *TINY, "data.n_train=100", "pretrain.epochs=0.5",
-         f"pretrain.tune={tune}", "model.student_weights=w.safetensors")
-    made = erpm.load("runs/x/student.safetensors")
-    assert [equal(a, b) for a, b in zip(net.net[:4], made.net)] == [True] * same + [
-        False] * (4 - same)
-    if tune == 0:
-        s = erpm.open_set("shapes", erpm.Data(n_train=100), "train")
-        with torch.no_grad():
-            x, y = erpm.frozen_features(net)(s.images[s.index]), torch.from_numpy(s.y[s.index])
-        assert torch.allclose(erpm.linear_probe(x, y, 10)[0], made.net[-1].weight, atol=1e-5)
+    for tune, same in ((-1, False), (0, True)):
+        runs("pretrain", f"run=x{tune}", *SHORT, f"pretrain.tune={tune}",
+             "model.student_weights=w.safetensors")
+        made = erpm.load(f"runs/x{tune}/student.safetensors")
+        assert [equal(a, b) for a, b in zip(net.net[:4], made.net)] == [same] * 4
+    s = erpm.open_set("shapes", erpm.Data(n_train=40), "train")
+    with torch.no_grad():
+        x, y = erpm.frozen_features(net)(s.images[s.index]), torch.from_numpy(s.y[s.index])
+    assert torch.allclose(erpm.linear_probe(x, y, 10)[0], made.net[-1].weight, atol=1e-5)
 
 
 def test_local_weights_start_both_networks_and_none_takes_the_teacher_as_it_is(here, capsys):
@@ -2154,19 +1896,10 @@ def test_local_weights_start_both_networks_and_none_takes_the_teacher_as_it_is(h
         capsys, "robustify", "run=c", *words, "model.teacher_weights=seven.safetensors")
 
 
-def test_a_foreign_file_answers_with_its_own_head_where_its_user_says_so(here):
-    make_tree(here / "pets", n=3)
-    torch.save(erpm.build("cifar:resnet8-s2", 2).net.state_dict(), "w.pth")
-    runs("eval", "--model", "N@cifar:resnet8-s2=w.pth", "--set", "pets@folder:pets",
-         "eval.head=own")
-    assert [(r["label"], r["set"]) for r in result_rows("runs/models")] == [("N", "pets")]
-
-
 def test_a_teacher_that_is_worse_than_the_student_is_told(here, monkeypatch):
     nets = [types.SimpleNamespace(card=erpm.Card(label=label)) for label in ("S", "T")]
-    right = {"S": [9, 8, 8, 8, 8, 8], "T": [8, 3, 3, 3, 3, 3]}
-    monkeypatch.setattr(erpm, "evaluate", lambda net, *a, **kw: {
-        "n": 10, "correct": right[net.card.label][erpm.CHECKS.index(a[1])]})
+    right = iter((9, 8, 8, 3))
+    monkeypatch.setattr(erpm, "evaluate", lambda *a, **kw: {"n": 10, "correct": next(right)})
     with contextlib.redirect_stdout(io.StringIO()) as out:
         erpm.validate(erpm.resolve(TINY), *nets)
     assert "T: 80.0 % of 60 test images right, 30.0 % under corruption" in out.getvalue()
@@ -2175,7 +1908,7 @@ def test_a_teacher_that_is_worse_than_the_student_is_told(here, monkeypatch):
 
 def tuned(run, *words):
     (run / "model.safetensors").unlink()
-    runs("distill", "--recipe", "demo", *DEMO, "distill.epochs=0.2", *words)
+    runs("distill", "--recipe", "demo", *DEMO, "distill.epochs=0.3", *words)
     return erpm.load(run)
 
 
@@ -2247,13 +1980,11 @@ def test_gflops_are_those_of_the_shapes():
                 2 * m.weight.numel() * (y[0, 0].numel() if y.ndim > 2 else 1)))
     net(images(1))
     want, student = sum(convs) / 1e9, erpm.Student(net, 2, 1)
-    assert erpm.gflops(net, 32) == pytest.approx(want, abs=1e-6)
-    assert want < erpm.gflops(student, 32) < erpm.gflops(student, 32, 9)
+    assert gflops(net, 32) == pytest.approx(want, abs=1e-6)
+    assert want < gflops(student, 32) < gflops(student, 32, 9)
 
 
-def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here, monkeypatch):
-    monkeypatch.setattr(erpm, "CHECKS", [None, ("contrast", 1)])
-    monkeypatch.setattr(erpm, "figures", lambda rows: {})
+def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here):
     words = ["compare", "run=c", *SHORT, "eval.sets=shapes", "compare.seeds=2",
              "compare.rows=# Methods; as known\nLP: distill.method=lp\nERPM:\n# Teachers\nERPM:\n"
              "Other: robustify.augment=augmix"]
@@ -2275,7 +2006,7 @@ def test_torchrun_trains_one_model_on_two_processes(here):
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                         "--nproc-per-node", "2", str(HERE / "erpm.py"), *words], check=True)
     else:
-        in_processes(2, here, *words)
+        in_processes(2, *words)
     lines = [json.loads(t) for t in (here / "runs/x/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines] == [2, 3, 4]                # written by one process alone
     assert erpm.load("runs/x/student.safetensors").card.train["images"] == 200
@@ -2314,35 +2045,6 @@ def test_a_signal_to_the_whole_group_stops_cleanly_with_its_own_exit_code(here, 
     assert re.fullmatch(r"erpm.py: .*goes on from here\n", Path("err").read_text())
 
 
-@pytest.mark.parametrize("words, says", [
-    (["eval", "--set", "imagenet-rr"], "unknown set 'imagenet-rr'; did you mean 'imagenet-r'?"),
-    (["eval", "--model", "timm:resnet18.foo"], "unknown network of timm"),
-    (["eval", "--set", "imagenet-r", "--model", "run:r"], "looked for data/imagenet-r; expec"),
-    (["eval", "--set", "folder:in", "--model", "run:r", "data.workers=1"], "image in/dog/0.png"),
-    (["eval", "--run", "r,b"], "no run r,b: it has no config.yaml"),
-    (["eval", "eval.rule=products"], "unknown rule 'products'; did you mean"),
-    (["eval", "--set", "shapes"], "no trained network in runs/shapes"),
-    (["distill", "model.teacher=timm:resnet50.foo"], "unknown network of timm 'resnet50.foo'"),
-    (["distill", "distill.tune=99"], "tune = 99"), (["distill", "eval.sets=shape"], "'shapes'?"),
-    (["distill", "model.student_weights=none.safetensors"], "no file none.safetensors"),
-    (["distill", "data.name=imagenet-r"], "has no training split"),
-    (["pretrain", "pretrain.batch=700"], "600 training images are fewer than a batch of 700"),
-    (["distill", "model.head=text", "model.student=open_clip:erpm-tiny", "model.templates=no.txt"],
-     "model.templates: cannot read no.t"),
-    (["compare", "compare.rows=A: distill.methd=lp"], "compare.rows: A: 'distill.methd'; did you"),
-    (["compare", "compare.rows=A: distill.method=lp model.head=text"], "no linear layer to train"),
-    (["report"], "no results in runs/shapes"), (["bench", "speed"], "unknown bench 'speed'"),
-    (["corrupt", "in"], "takes two folders"), (["corrupt", "none", "out"], "no image below none"),
-    (["corrupt", "in", "in/out"], "lies in")])
-def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, says, here, capsys):
-    make_tree(here / "in", n=1, splits=("",))
-    (here / "in/dog/0.png").write_bytes(b"no picture")
-    saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 2), "folder:in")
-    line = fails(capsys, *words, *[t for t in TINY if words[0] in ("distill", "pretrain")
-                                   and t.split("=")[0] not in str(words)])
-    assert says in line and not (here / "data").exists()
-
-
 def test_corrupt_writes_the_benchmark_tree_and_goes_on(here):
     make_tree(here / "in", n=2, splits=("",))
     words = ["corrupt", "in", "out", "data.size_px=32", "data.workers=2"]
@@ -2362,7 +2064,6 @@ def test_bench_pairs_the_same_work(monkeypatch):
     calls = []
     row = erpm.paired(lambda: calls.append("a"), lambda: calls.append("b"), 10, 10, 3)
     assert calls == ["a", "b"] * 4 and row["spread"][0] <= row["ratio"] <= row["spread"][1]
-    assert erpm.paired(lambda: time.sleep(0.01), None, 10, 10, 3)["ours"] <= 1000
     monkeypatch.setattr(erpm, "frost_folder", lambda: None)
     monkeypatch.setitem(sys.modules, "imagecorruptions", types.SimpleNamespace(
         corrupt=lambda x, severity, name: calls.append(name)))
@@ -2373,34 +2074,24 @@ def test_bench_pairs_the_same_work(monkeypatch):
 
 # ==== nothing lost, nothing silently wrong ====
 
-@pytest.fixture(scope="module")
-def left_behind(tmp_path_factory):
-    """A run's folder with a file of every kind."""
-    top = tmp_path_factory.mktemp("left")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(top)
-        runs("distill", *CACHED, "eval.sets=shapes")
-        runs("eval", "--run", "runs/c", "--set", "shapes")
-    for step in (3, 6):
-        erpm.keep(top / "runs/c/t.ckpt", {"model": seeded_net()}, step, 1.0, {})
-    return top / "runs/c"
-
-
 def checkpoint_of(run):
-    net = seeded_net()
+    net = erpm.Net(tiny_net())
     return erpm.resume(run / "t.ckpt", {"model": net}, {})[0], erpm.weights_sha(net)
 
 
-READ = {"t.ckpt": checkpoint_of,
+READ = {"t.ckpt": checkpoint_of, "results.jsonl": erpm.read_rows,
         "config.yaml": lambda run: erpm.flat(erpm.resolve(run=run)),
-        "results.jsonl": lambda run: erpm.read_rows(run),
         "model.safetensors": lambda run: erpm.weights_sha(erpm.load(run))}
 
 
 @pytest.mark.parametrize("file", READ)
-def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(left_behind, file):
-    run, whole = left_behind, (left_behind / file).read_bytes()
-    want, random = READ[file](run), np.random.default_rng(0)
+def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(run_of_demo, file):
+    run, random = run_of_demo, np.random.default_rng(0)
+    for step in (3, 6):
+        erpm.keep(run / "t.ckpt", {"model": erpm.Net(tiny_net())}, step, 1.0, {})
+    rows = (run / "results.jsonl").read_text().splitlines(keepends=True)
+    (run / "results.jsonl").write_text("".join(rows[:5]))
+    whole, want = (run / file).read_bytes(), READ[file](run)
     for k in range(60 if SLOW else 16):
         part, at = bytearray(whole), random.integers(len(whole))
         if k % 2:
@@ -2413,31 +2104,15 @@ def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(left_behind, file):
             older = file == "t.ckpt" and got == (3, want[1])
             fewer = file == "results.jsonl" and all(r in want for r in got)
             assert older or fewer or got == want and k % 2, (k, got)
-    (run / file).write_bytes(whole)
 
 
-def test_a_damaged_row_is_computed_again(left_behind):
-    run = left_behind
-    whole, kept = (run / "results.jsonl").read_text(), ("of", "rules", "correct", "n")
-    before = [[r.get(k) for k in kept] for r in result_rows(run)]
-    (run / "results.jsonl").write_text("{\n" + whole.replace('"n": 60', '"n": 61', 1))
-    out = runs("eval", "--run", run, "--set", "shapes")
+def test_a_damaged_row_is_computed_again(run_of_demo):
+    file, kept = run_of_demo / "results.jsonl", ("of", "rules", "correct", "n")
+    before = {str([r.get(k) for k in kept]) for r in result_rows(run_of_demo)}
+    file.write_text("{\n" + file.read_text().replace('"n": 30', '"n": 31', 1))
+    out = runs("eval", "--run", run_of_demo, "--set", "shapes")
     assert "row 1 is damaged: eval makes it again" in out and "row 2 is damaged" in out
-    again = [[r.get(k) for k in kept] for r in erpm.read_rows(run)]
-    assert sorted(map(str, again)) == sorted(map(str, before))
-    (run / "results.jsonl").write_text(whole)
-
-
-def test_a_damaged_cache_is_refused(left_behind, capsys, monkeypatch):
-    monkeypatch.chdir(left_behind.parents[1])
-    [file], whole = left_behind.glob("views-*/0-0.*"), []
-    for path in (file, left_behind / "model.safetensors"):
-        whole.append((path, path.read_bytes()))
-        path.unlink()
-    file.write_bytes(whole[0][1][:-5] + bytes([whole[0][1][-5] ^ 4]) + whole[0][1][-4:])
-    assert "0-0.safetensors is damaged" in fails(capsys, "distill", *CACHED)
-    for path, content in whole:
-        path.write_bytes(content)
+    assert {str([r.get(k) for k in kept]) for r in erpm.read_rows(run_of_demo)} == before
 
 
 def test_16_bit_pictures_are_scaled_and_others_without_a_range_refused(tmp_path):
@@ -2467,14 +2142,41 @@ def test_one_command_at_a_time_works_in_a_run(here, capsys):
     assert f"process {os.getpid()} on " in line and "is at work there" in line
 
 
-def test_processes_with_other_settings_say_so_at_once(here):
-    def work(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "localhost", "MASTER_PORT": "29871"}
-        with contextlib.redirect_stderr(open(f"err{rank}", "w")):
-            return erpm.main(["pretrain", *TINY, f"pretrain.lr=1e-{3 + rank}"]) - 2
-    fork_all(2, work)
-    assert "were started with different settings" in Path("err0").read_text()
+def test_processes_with_other_settings_say_so_at_once(here, capfd):
+    in_processes(2, "pretrain", *TINY, code=2, own=lambda rank: [f"pretrain.lr=1e-{3 + rank}"])
+    assert "were started with different settings" in capfd.readouterr().err
+
+
+def test_spoilt_pictures_stop_training_or_are_left_out_and_eval_lists_them_all(here, capsys):
+    make_tree(here / "photos")
+    words = [*TINY, "data.name=folder:photos", "data.size_px=32", "pretrain.batch=4"]
+    (here / "photos/train/cat/1.png").write_bytes(b"junk")
+    assert "cat/1.png" in fails(capsys, "pretrain", *words, "run=a")
+    out = runs("pretrain", *words, "run=b", "data.on_bad_image=skip")
+    assert "1 of 12 pictures photos/train/cat/1.png" in out and "pretrain: 11 images" in out
+    for path in ("val/cat/1.png", "val/dog/3.png"):
+        (here / "photos" / path).write_bytes(b"junk")
+    line = fails(capsys, "eval", "--run", "runs/b")
+    assert "2 pictures of folder:photos" in line and "cat/1.png, photos/val/dog/3.png" in line
+
+
+def test_training_and_test_pictures_of_other_classes_are_refused_by_name(here, capsys):
+    make_tree(here / "photos")
+    (here / "photos/val/cat").rename(here / "photos/val/cow")
+    for command in (["pretrain", *TINY, "run=x"], ["eval", "--run", "runs/y"]):
+        saved(here / "runs/y/model.safetensors", erpm.build("cifar:resnet8-s2", 2),
+              "folder:photos", classes=("cat", "dog"), label="net")
+        (here / "runs/y/config.yaml").write_text("data: {name: 'folder:photos'}")
+        assert "cat, cow" in fails(capsys, *command, "data.name=folder:photos", "data.size_px=32")
+
+
+def test_labels_without_an_output_are_refused_before_training():
+    x = images(8)
+    for y, says in (([0, 12], "labels 0 to 12"), ([-1, 0], "labels -1 to 0")):
+        with refuses(f"{says} for networks of 5 outputs"):
+            erpm.robustify(tiny_net(), (x, torch.tensor(y * 4)), epochs=1, batch=8)
+    with refuses("networks of 5 and 7 outputs"):
+        erpm.distill(student(), tiny_net(7), (x, torch.zeros(8).long()), epochs=1, batch=8)
 
 
 # ==== the cache of frozen views ====
@@ -2506,14 +2208,15 @@ def kept_views():
             for k, v in erpm.read_weights(p)[0].items() if v.dtype != torch.float64}
 
 
-def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(here, monkeypatch):
+def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(here, monkeypatch,
+                                                                             capsys):
     words = ["distill", *CACHED, "distill.method=lp", "distill.epochs=1", "data.n_test=10"]
     runs(*words)
     whole, seen, harden = kept_views(), [], erpm.harden
     for p in list(Path("runs/c").glob("views-*/*0.safetensors"))[::2]:
         p.unlink()
     Path("runs/c/model.safetensors").unlink()
-    in_processes(2, here, *words)
+    in_processes(2, *words)
     assert equal(kept_views(), whole) and len(whole) == 2 * 3 * 2
     monkeypatch.setattr(erpm, "harden", lambda x, *a: seen.append(len(x)) or harden(x, *a))
     next(Path("runs/c").glob("views-*/1-20.*")).unlink()
@@ -2521,6 +2224,12 @@ def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(her
         Path("runs/c/model.safetensors").unlink()
         runs(*words, *more)
         assert equal(kept_views(), whole) and seen == [20]
+    Path("runs/c/model.safetensors").unlink()
+    [file] = Path("runs/c").glob("views-*/0-0.*")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    assert "0-0.safetensors is damaged" in fails(capsys, *words)
 
 
 # ==== discrete adversarial distillation ====
@@ -2560,30 +2269,19 @@ def test_the_vqgan_gives_what_taming_transformers_gives():
     assert seen[1, :, 7, 20].tolist() == pytest.approx([0.000165, 0.398866, 0.879935], abs=1e-4)
 
 
-def test_the_nearest_code_is_that_of_a_loop():
-    net, z = drawn_vqgan(), torch.randn(2, 4, 3, 3)
-    slow = [[[(net.codes - z[n, :, i, j]).square().sum(1).argmin().item() for j in range(3)]
-             for i in range(3)] for n in range(2)]
-    assert net.nearest(z).tolist() == slow
-
-
 def test_vqgan_weights_load_strictly_from_a_nest_and_without_the_loss(tmp_path):
-    net, path = drawn_vqgan(), tmp_path / "vq.pt"
+    net, path, file = drawn_vqgan(), tmp_path / "vq.pt", tmp_path / "model.yaml"
     torch.save({"state_dict": net.state_dict() | {"loss.disc": torch.ones(1)}}, path)
-    assert equal(erpm.vqgan(SMALL_VQGAN, path), net)
+    words = dict(SMALL_VQGAN, ch_mult=[1, 2], attn_resolutions=[16], double_z=False)
+    top = {k: words.pop(k) for k in ("n_embed", "embed_dim")}
+    file.write_text(json.dumps({"model": {"params": {**top, "ddconfig": words}}}))
+    assert equal(erpm.vqgan(SMALL_VQGAN, path), net) and equal(erpm.vqgan(str(file), path), net)
     torch.save({k: v for k, v in net.state_dict().items() if "quant_conv" not in k}, path)
     with refuses("does not fit the VQGAN"):
         erpm.vqgan(SMALL_VQGAN, path)
     torch.save({"state_dict": net.state_dict(), "callbacks": slice(3)}, path)
     with refuses("weights_only=False)['state_dict'], 'plain.pt')"):        # what to do about it
         erpm.vqgan(SMALL_VQGAN, path)
-
-
-def test_an_unknown_vqgan_and_images_of_a_wrong_size_are_one_clear_line():
-    with refuses("unknown vqgan.name"):
-        erpm.vqgan("no")
-    with refuses("33 px are no multiple of 2"):
-        drawn_vqgan()(torch.zeros(1, 3, 33, 33))
 
 
 @pytest.mark.parametrize("more", [{}, {"steps": 3}, {"start": 0.0}, {"step": 5.0}])
@@ -2651,9 +2349,9 @@ def test_samples_of_a_step_are_functions_of_the_keys_alone(monkeypatch):
 
 def test_a_vqgan_in_training_fits_its_images_and_wakes_dead_codes():
     torch.manual_seed(0)
-    net, x = erpm.vqgan("tiny_f2_256"), erpm.make_shapes(8, 32, "train")[0]
+    net, x = erpm.vqgan("tiny_f2_256"), erpm.make_shapes(8, 16, "train")[0]
     opt, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
-    for k in range(30):
+    for k in range(24):
         loss, parts = erpm.vqgan_step(net, erpm.Batch(x, None, erpm.rng(k)))
         opt.zero_grad()
         loss.backward()
@@ -2663,40 +2361,25 @@ def test_a_vqgan_in_training_fits_its_images_and_wakes_dead_codes():
     assert len(net.nearest(net.encode(x / 255)).unique()) > 16
 
 
-def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*.png")}
-
-
-def test_stored_samples_go_on_are_shared_by_processes_and_others_are_refused(here, capsys):
-    words, teacher = ["robustify", "run=a", *DAD], here / "runs/a/teacher.safetensors"
-    runs(*words)
-    first, kept = files_of("runs/a/made"), erpm.load(teacher)
+def test_samples_of_a_clip_teacher_are_stored_go_on_and_are_shared_by_processes(here, capsys):
+    def files_of(folder):
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
+    words, run = ["run=a", *DAD, "robustify.teacher=open_clip:tiny"], here / "runs/a"
+    out = runs("compare", *words, "distill.epochs=0.2", "eval.sets=shapes",
+               "compare.rows=KD: robustify.method=kd distill.method=none\nERPM:")
+    assert all(w in out for w in ("guide ", "KD ", "ERPM + teacher")) and "KD + teac" not in out
+    words, teacher = ["robustify", *words], run / "teacher.safetensors"
+    first, kept = files_of(run / "made"), erpm.load(teacher)
     assert len(first) == 40 and {p.partition("/")[0] for p in first} <= {*erpm.SHAPES}
     for p in list(first)[::3]:
-        (here / "runs/a/made" / p).unlink()
+        (run / "made" / p).unlink()
     teacher.unlink()
     runs(*words)
-    assert files_of("runs/a/made") == first and equal(erpm.load(teacher), kept)
+    assert files_of(run / "made") == first and equal(erpm.load(teacher), kept)
     teacher.unlink()
     assert "holds samples of other settings (radius" in fails(capsys, *words, "robustify.radius=.2")
-    in_processes(2, here, *words, "robustify.batch=40", "robustify.samples=two")     # 20 each
-    assert files_of("runs/a/two") == first
-
-
-@pytest.mark.parametrize("words, says", [
-    (["robustify", "vqgan.name=f9"], "unknown vqgan.name 'f9'"),
-    (["robustify", "vqgan.weights=none.pt"], "no file none.pt"),
-    (["distill", "distill.method=none"], "unknown distill.method 'none'")])
-def test_what_dad_lacks_is_told_before_anything_is_made(here, capsys, words, says):
-    assert says in fails(capsys, *words, "run=c", *DAD) and not list(Path("runs").glob("*/[a-z]*"))
-
-
-def test_a_vision_language_teacher_a_small_and_a_large_network_are_three_rows(here, tiny_clips):
-    rows = "KD: robustify.method=kd distill.method=none\nERPM:"
-    out = runs("compare", *DAD, "robustify.teacher=open_clip:tiny", "robustify.epochs=0.2",
-               "distill.epochs=0.2", f"compare.rows={rows}", "eval.sets=shapes")
-    assert "guide " in out and "KD " in out and "ERPM + teacher" in out
-    assert "KD + teacher" not in out
+    in_processes(2, *words, "robustify.batch=40", "robustify.samples=two")           # 20 each
+    assert files_of(run / "two") == first
 
 
 # ==== from another project ====
@@ -2713,11 +2396,208 @@ def test_another_project_trains_in_place_on_any_form_of_images(here):
     assert not any(p.requires_grad for p in small.parameters()) and not os.listdir()
 
 
-@pytest.mark.parametrize("settings, says", [
-    ({"batch": 0}, "batch"), ({"accum": 7}, "accum"), ({"lr": math.nan}, "lr"),
-    ({"batch": 500}, "fewer than a batch"), ({"augment": "augmax"}, "augmax"), ({"x": 1}, ".x'")])
-def test_a_mistake_from_another_project_is_a_clear_error(settings, says):
-    for train, nets in ((erpm.robustify, (tiny_net(),)),
-                        (erpm.distill, (student(), tiny_net()))):
-        with refuses(says):
-            train(*nets, shown(n=40), **{"batch": 20} | settings)
+# ==== mistakes ====
+
+@pytest.mark.parametrize("says, call", [
+    ("images: expected uint8 (n,3,S,S), or floats in [0, 1], and n labels", call) for call in (
+        lambda: erpm.as_images((images(4) / 255 * 2, [0] * 4)),
+        lambda: erpm.as_images((images(4), [0] * 3)),
+        lambda: erpm.as_images((images(4)[..., :9], [0] * 4)),
+        lambda: erpm.as_images((images(4).int(), [0] * 4)))] + [
+    ("got torch.float32", lambda: erpm.corrupt(torch.zeros(1, 3, 32, 32), "fog", 1)),
+    ("(3, 32, 32)", lambda: erpm.corrupt(pictures(1)[0], "fog", 1)),
+    ("(1, 3, 31, 513)", lambda: erpm.corrupt(pictures(1, 31, 513), "fog", 1)),
+    ("did you mean 'fog'", lambda: erpm.corrupt(pictures(1), "fogg", 1)),
+    ("1, 2, 3, 4 or 5, got 2.5", lambda: erpm.corrupt(pictures(1), "fog", 2.5)),
+    ("1 images but 2 indices", lambda: erpm.corrupt(pictures(1), "fog", 1, index=[1, 2])),
+    ("pixmix", lambda: erpm.augment(pictures(1), "augmx", erpm.rng(0))),
+    ("once", lambda: erpm.augment(pictures(1), "augmix+augmix", erpm.rng(0))),
+    ("agumix", lambda: erpm.augment(pictures(1), "augmix", erpm.rng(0), agumix={})),
+    ("uint8", lambda: erpm.augment(pictures(1) / 1, "augmix", erpm.rng(0))),
+    ("cut into stages: known are timm.Vis", lambda: erpm.Student(nn.Conv2d(3, 3, 1), 1, 0)),
+    ("without a final Linear", lambda: erpm.Student(nn.Sequential(nn.Conv2d(3, 3, 1)), 1, 0)),
+    ("or pass an nn.Sequential of your own that ends",
+     lambda: erpm.Student(erpm.build("torchvision:shufflenet_v2_x0_5", 3), 1, 0)),
+    ("build it with classes=N", lambda: erpm.Student(erpm.build("timm:test_vit", 0), 1, 0)),
+    ("tune = 9: the network has ", lambda: erpm.Student(tiny_net(), 9, 0)),
+    ("head = 2: expected 0 to tune = 1", lambda: erpm.Student(tiny_net(), 1, 2)),
+    ("dropout = 1.0: expected", lambda: erpm.Student(tiny_net(), 1, 0, 1.0)),
+    ("needs the labels", lambda: erpm.select(torch.rand(2, 3, 4), torch.ones(2, 2), "oracle")),
+    ("needs the logits", lambda: erpm.select(torch.rand(2, 3, 4), torch.ones(2, 2), "max-logit")),
+    ("did you mean 'product'?", lambda: erpm.select(torch.rand(2, 3, 4), torch.ones(2, 2), "prod")),
+    ("needs sigma, which is 0 without dropout",
+     lambda: student(dropout=0.0).predict(torch.rand(2, 3, 32, 32))),
+    ("its outputs are not finite (NaN or inf) for 16 of 16 images",
+     lambda: erpm.evaluate(lambda x: torch.full((16, 5), math.nan), shown())),
+    ("accum", lambda: erpm.robustify(tiny_net(), shown(n=40), batch=20, accum=7)),
+    ("lr", lambda: erpm.robustify(tiny_net(), shown(n=40), batch=20, lr=math.nan)),
+    ("fewer than a batch", lambda: erpm.robustify(tiny_net(), shown(n=40), batch=50)),
+    (".x'", lambda: erpm.distill(student(), tiny_net(), shown(n=40), batch=20, x=1)),
+    ("augmax", lambda: erpm.distill(student(), tiny_net(), shown(), batch=8, augment="augmax")),
+    ("lacks n_embed", lambda: erpm.vqgan({})),
+    ("33 px are no multiple of 2", lambda: erpm.vqgan(SMALL_VQGAN)(torch.zeros(1, 3, 33, 33)))])
+def test_a_mistake_in_a_call_is_one_clear_line(says, call):
+    with refuses(says):
+        call()
+
+
+@pytest.mark.parametrize("words, says", [
+    ("distill distill.lrr=1", "'distill.lrr'; did you mean 'distill.lr'?"),
+    ("distill distill.lr=fast", "command line: distill.lr: expected float of 1e-09 to 100, got 'f"),
+    ("distill distill=3", "unknown setting in command line: 'distill'"),
+    ("distill data.crop=yes", "data.crop: expected bool, got 'yes'"),
+    ("distill distill.head=9", "distill.head: expected 0 to distill.tune = "),
+    ("distill distill.method=ermp", "unknown distill.method 'ermp'; did you mean 'erpm'?"),
+    ("distill data.size_px=16", "expected 0 or 32 to 512, got 16"),
+    ("distill distill.accum=7", "distill.batch: 20 images cannot be shared equally"),
+    ("distill model.teacher=timm:resnet50.foo", "unknown network of timm 'resnet50.foo'"),
+    ("distill distill.tune=99", "tune = 99"), ("distill eval.sets=shape", "'shapes'?"),
+    ("distill model.student_weights=none.safetensors", "no file none.safetensors"),
+    ("distill data.name=imagenet-r", "has no training split"),
+    ("distill model.head=text model.student=open_clip:erpm-tiny model.templates=no.txt",
+     "model.templates: cannot read no.t"),
+    ("distill robustify.method=dad vqgan.name=f9", "unknown vqgan.name 'f9'"),
+    ("distill robustify.method=dad vqgan.name=none.yaml", "No such file or directory: 'none.yaml'"),
+    ("distill robustify.method=dad vqgan.weights=none.pt", "no file none.pt"),
+    ("distill distill.method=none", "unknown distill.method 'none'"),
+    ("pretrain pretrain.batch=700", "40 training images are fewer than a batch of 700"),
+    ("compare 'compare.rows=A: distill.methd=lp'", "compare.rows: A: 'distill.methd'; did you"),
+    ("compare 'compare.rows=A: distill.method=lp model.head=text'", "no linear layer to train"),
+    ("eval --model resnet50", "expected FAMILY:NAME"),
+    ("eval --model timmm:resnet50", "did you mean 'timm'?"),
+    ("eval --model cifar:resnet21", "expected cifar:resnetD"),
+    ("eval --model run:nowhere", "no trained model nowhere"),
+    ("eval --model torchvision:resnet5", "unknown network of torchvision 'resnet5'; did you mean"),
+    ("eval --model torchvision:resnet50/V1", "unknown weights of torchvision:resnet50 'V1'"),
+    ("eval --model open_clip:ViT-B-33", "of open_clip 'ViT-B-33'; did you mean 'ViT-B-32'"),
+    ("eval --model open_clip:ViT-B-32-quickgelu/opnai", "did you mean 'openai'"),
+    ("eval --model open_clip:ViT-B-32/openai", "use open_clip:ViT-B-32-quickgelu/openai"),
+    ("eval --set imagenet-rr", "unknown set 'imagenet-rr'; did you mean 'imagenet-r'?"),
+    ("eval --set a@shapes", "unknown set"),
+    ("eval --set folder:half --model run:r", "no folder half/val"),
+    ("eval --set folder-c:in/cat/0.png --model run:r", "no folder"),
+    ("eval --set folder:one --model run:r", "two classes or more, found 1"),
+    ("eval --set folder:empty --model run:r", "without images ['dog']"),
+    ("eval --set imagenet-r --model run:r", "looked for data/imagenet-r; expec"),
+    ("eval --set folder:in --model run:r data.workers=1", "cannot be read: mend or remove in/dog/0.png"),
+    ("eval --set folder:flat --model run:r", "its classes are not those of folder:flat, and a lin"),
+    ("eval --set shapes --model run:r", "has 2 classes and shapes needs 10"),
+    ("eval --run r,b", "no run r,b: it has no config.yaml"),
+    ("eval eval.rule=products", "unknown rule 'products'; did you mean"),
+    ("eval --set shapes", "no trained network in runs/shapes"),
+    ("report", "no results in runs/shapes"), ("bench speed", "unknown bench 'speed'"),
+    ("corrupt in", "takes two folders"), ("corrupt none out", "no image below none"),
+    ("corrupt in in/out", "lies in")])
+def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, says, here, capsys):
+    for folder in ("in", "flat", "half/train"):
+        make_tree(here / folder, n=1, splits=("",))
+    for folder in ("one", "empty"):
+        make_tree(here / folder, ("cat",), n=1, splits=("",))
+    (here / "empty/dog").mkdir()
+    (here / "in/dog/0.png").write_bytes(b"no picture")
+    saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 2), "folder:in",
+          classes=("cat", "dog"))
+    words = shlex.split(words)
+    line = fails(capsys, *words, *[t for t in SHORT if words[0] in ("distill", "pretrain")
+                                   and t.split("=")[0] not in str(words)])
+    assert says in line and not (here / "data").exists()
+    assert "robustify.method=dad" not in words or not list(here.glob("runs/*/[a-z]*"))  # at once
+
+
+# ==== killing, damaging and fuzzing: ERPM_SLOW=1 ====
+
+slow = pytest.mark.skipif(not SLOW, reason="ERPM_SLOW=1 runs it")
+CHAIN = [*TINY, "run=k", "data.name=folder:photos", "data.size_px=32", "data.n_train=0",
+         "robustify.method=dad", "robustify.samples=samples", "robustify.batch=6", "vqgan.batch=6",
+         "vqgan.epochs=1", "pretrain.batch=6", "distill.batch=6", "distill.views=2",
+         "eval.n_cell=2", "runtime.save_every=1", "compare.rows=ERPM:\nLP: distill.method=lp"]
+
+
+def started(*words, processes=1, **more):
+    """A command as a process of its own, or as many under torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *launch * (processes > 1), HERE / "erpm.py", *words], text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **more)
+
+
+def comes_to(run):
+    """What a run comes to: its weights, and its rows without times."""
+    rows = [{k: v for k, v in r.items() if k != "train"} for r in untimed(run)]
+    return {p.name: erpm.weights_sha(erpm.load(p)) for p in run.glob("*.safetensors")}, \
+        sorted(map(str, rows))
+
+
+@slow
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_ten_kills_at_any_moment_leave_no_trace(here, processes, workers):
+    make_tree(here / "photos")
+    words = ["compare", *CHAIN, f"data.workers={workers}"]
+    since, random = time.monotonic(), np.random.default_rng([processes, workers])
+    assert started(*words, "out=whole", processes=processes).wait() == 0
+    whole, kills = time.monotonic() - since, 0
+    while kills < 10:
+        job = started(*words, "out=killed", processes=processes)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(random.uniform(0.3, 0.8) * whole)
+        kills += job.returncode is None
+        if job.returncode is not None:              # it ended between two kills: from the start
+            assert job.returncode == 0 and comes_to(here / "killed/k") == comes_to(here / "whole/k")
+            shutil.rmtree("killed")
+            continue
+        os.killpg(job.pid, signal.SIGKILL)
+        for child in {p.parent for p in Path("/proc").glob("[0-9]*/cmdline")
+                      if b"out=killed" in p.read_bytes()}:      # torchrun gives workers a session
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child.name), signal.SIGKILL)
+        job.wait()
+    assert started(*words, "out=killed", processes=processes).wait() == 0
+    assert comes_to(here / "killed/k") == comes_to(here / "whole/k")
+
+
+@slow
+@pytest.mark.parametrize("limit", [200 * 3 ** k for k in range(10)])
+def test_a_full_disk_is_one_line_and_loses_nothing_good(here, limit):
+    def small():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)           # a write beyond it fails then
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    job = started("distill", *SHORT, "run=f", preexec_fn=small)
+    told = job.communicate()[1].splitlines()
+    assert job.returncode == 0 or job.returncode == 2 and len(told) == 1, told
+    assert not list(here.rglob("*.part")) and all(map(erpm.load, here.glob("runs/f/*.safetensors")))
+
+
+@slow
+def test_a_thousand_command_lines_end_without_a_traceback(here, capsys):
+    values = ["", "0", "-1", "1e400", "nan", "true", "x", "a,b", "[", "{}", "shapes", "folder:/",
+              "é" * 300, "1e-3", "10" * 20, "../x", "timm:resnet18", "none", "augmix+augmix", "kl"]
+    random, codes = np.random.default_rng(0), []
+    for _ in range(1000):
+        words = [str(random.choice(list(erpm.COMMANDS)))]
+        for _ in range(random.integers(4)):
+            value, key = str(random.choice(values)), str(random.choice(list(erpm.FIELDS)))
+            flag = str(random.choice(list(erpm.OPTIONS)))
+            words += [f"{key}={value}"] if random.random() < 0.7 else [flag, value]
+        try:
+            args = erpm.parse(words)
+            erpm.preflight(erpm.configure(args), args.command)
+            codes.append(0)
+        except (erpm.UserError, OSError, SystemExit) as e:
+            codes.append(e.code if isinstance(e, SystemExit) else 2)
+    assert set(codes) == {0, 2} and min(codes.count(0), codes.count(2)) > 100
+
+
+@slow
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_spoilt_files_are_pictures_or_a_clear_error(tmp_path, kind):
+    Image.fromarray(images(1, 40)[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.png", kind)
+    whole, random = (tmp_path / "a.png").read_bytes(), np.random.default_rng(0)
+    for k in range(200):
+        part = bytearray(whole[:random.integers(len(whole))] if k % 2 else whole)
+        for at in random.integers(max(1, len(part)), size=1 + k % 5):
+            part[at:at + 1] = bytes([random.integers(256)])
+        (tmp_path / "a.png").write_bytes(part)
+        with contextlib.suppress(erpm.UserError):
+            assert erpm.read_picture(tmp_path / "a.png").mode == "RGB"
