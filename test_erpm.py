@@ -2479,7 +2479,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval --set folder:one --model run:r", "two classes or more, found 1"),
     ("eval --set folder:empty --model run:r", "without images ['dog']"),
     ("eval --set imagenet-r --model run:r", "looked for data/imagenet-r; expec"),
-    ("eval --set folder:in --model run:r data.workers=1", "cannot be read: mend or remove in/dog/0.png"),
+    ("eval --set folder:in --model run:r data.workers=1", "read: mend or remove in/dog/0.png"),
     ("eval --set folder:flat --model run:r", "its classes are not those of folder:flat, and a lin"),
     ("eval --set shapes --model run:r", "has 2 classes and shapes needs 10"),
     ("eval --run r,b", "no run r,b: it has no config.yaml"),
