@@ -4774,7 +4774,8 @@ def run_compare(cfg: Config, args) -> None:
         run_eval(own, args)
         folders.append(str(own.dir))
     args.run = ",".join(folders)
-    run_report(cfg, args)
+    if world()[0] == 0:
+        run_report(cfg, args)
 
 
 def run_sets(cfg: Config, args) -> None:

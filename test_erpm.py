@@ -215,7 +215,7 @@ def test_every_recipe_loads_and_every_command_of_the_readme_parses():
         assert erpm.resolve([], name).run == name
     lines = re.findall(r"^ *(?:torchrun.* |python )erpm\.py (.*?)(?:  +#.*)?$",
                        (HERE / "README.md").read_text(), re.M)
-    assert len(lines) >= 15
+    assert len(lines) >= 14
     for line in [part for line in lines for part in re.split(r" && python erpm\.py ", line)]:
         args = erpm.parse(shlex.split(line))
         assert args.command in erpm.COMMANDS
@@ -2479,7 +2479,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval --set folder:one --model run:r", "two classes or more, found 1"),
     ("eval --set folder:empty --model run:r", "without images ['dog']"),
     ("eval --set imagenet-r --model run:r", "looked for data/imagenet-r; expec"),
-    ("eval --set folder:in --model run:r data.workers=1", "read: mend or remove in/dog/0.png"),
+    ("eval --set folder:in --model run:r data.workers=1 eval.head=own", "remove in/dog/0.png"),
     ("eval --set folder:flat --model run:r", "its classes are not those of folder:flat, and a lin"),
     ("eval --set shapes --model run:r", "has 2 classes and shapes needs 10"),
     ("eval --run r,b", "no run r,b: it has no config.yaml"),
@@ -2495,8 +2495,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, says, here,
         make_tree(here / folder, ("cat",), n=1, splits=("",))
     (here / "empty/dog").mkdir()
     (here / "in/dog/0.png").write_bytes(b"no picture")
-    saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 2), "folder:in",
-          classes=("cat", "dog"))
+    saved(here / "r/model.safetensors", erpm.build("cifar:resnet8-s2", 2), "folder:in")
     words = shlex.split(words)
     line = fails(capsys, *words, *[t for t in SHORT if words[0] in ("distill", "pretrain")
                                    and t.split("=")[0] not in str(words)])
