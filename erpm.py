@@ -4521,6 +4521,7 @@ def tune_wise(cfg, images, train, tuned, original):
 
 def tune_vpt(cfg, images, train, net):
     """Prompt tokens of a ViT and the classifier."""
+    torch.manual_seed(fold(cfg.seed, "init prompts"))
     prompted(net, cfg.distill.prompts, cfg.distill.deep)
     for name, p in net.named_parameters():
         p.requires_grad_(name.endswith("prompt"))
