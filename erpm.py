@@ -96,6 +96,10 @@ class Absent(UserError):
     """A set, or what scoring it takes, is not there at all."""
 
 
+class Unreadable(UserError):
+    """A picture file that cannot be read."""
+
+
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -234,7 +238,7 @@ def pictures_below(top: Path, seen: Sequence[str] = ()) -> list[Path]:
 
 def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
     """The picture in RGB, border_px cut off on each side; 16-bit grey is scaled to 8 bit (`convert`
-    would clip it to white).  Raises: UserError."""
+    would clip it to white).  Raises: Unreadable."""
     try:
         with Image.open(path) as im:
             if im.mode[0] in "IF":
@@ -244,7 +248,7 @@ def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
                 im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
             im = im.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
+        raise Unreadable(f"cannot read the image {path} ({e}): mend or remove it") from None
     return ImageOps.crop(im, border_px) if border_px else im
 
 
@@ -252,7 +256,7 @@ def unreadable(path: Path | str) -> bool:
     """Whether `read_picture` refuses the file."""
     try:
         read_picture(path)
-    except UserError:
+    except Unreadable:
         return True
     return False
 
@@ -2019,10 +2023,11 @@ def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Mo
     tag does, or the first tag of its model.  Raises: UserError."""
     import open_clip
     model, slash, tag = name.partition("/")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "erpm-tiny.json")
-        file.write_text(json.dumps(TINY_CLIP))
-        open_clip.add_model_config(file)
+    if "erpm-tiny" not in open_clip.list_models():
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "erpm-tiny.json")
+            file.write_text(json.dumps(TINY_CLIP))
+            open_clip.add_model_config(file)
     choose(open_clip.list_models(), model, "network of open_clip")
     tags = open_clip.list_pretrained_tags_by_model(model)
     cfg = open_clip.get_pretrained_cfg(model, tag if slash else next(iter(tags), ""))
@@ -2849,8 +2854,11 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
 
 def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str, Tensor]:
     """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one: WiSE-FT
-    (Wortsman et al. 2022)."""
+    (Wortsman et al. 2022).  Raises: UserError on networks of other tensors."""
     a, b = original.state_dict(), tuned.state_dict()
+    odd = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k].shape != b[k].shape)
+    if odd:
+        raise UserError(f"cannot interpolate two networks of other tensors: {', '.join(odd[:4])}")
     counts = b if alpha else a                            # what is no float cannot be mixed
     return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else counts[k]
             for k, v in b.items()}
@@ -3588,7 +3596,8 @@ def weights_sha(net: nn.Module) -> str:
 def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
     """GFLOPs of an answer to an image, by torch's counter (2 a multiply-add; matrix products and
     convolutions alone).  passes: as in Student.predict."""
-    model = freeze(copy.deepcopy(model).to("meta"))                # which computes shapes alone
+    bare = {id(t): t.to("meta") for t in (*model.parameters(), *model.buffers())}
+    model = freeze(copy.deepcopy(model, bare))           # no weights are copied: shapes alone count
     x = torch.zeros(1, 3, size_px, size_px, device="meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, Student):
@@ -3710,10 +3719,10 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                 some = open_set(f"{images.base}-c", cfg.data, cell=cell)
             try:
                 found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
-            except UserError as e:
+            except Unreadable:                           # one is known: all are told at once
                 bad = [str(path) for path in some.paths if unreadable(path)]
                 raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
-                                f"remove {', '.join(bad)}") if bad else e from None
+                                f"remove {', '.join(bad)}") from None
             seconds = time.perf_counter() - since
             where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
                      "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
@@ -4231,9 +4240,8 @@ def readable(images: ImageSet, workers: int) -> ImageSet:
     return dataclasses.replace(images, index=np.delete(images.index, mine))
 
 
-def training_images(cfg: Config) -> ImageSet:
+def training_images(data: Data, m: Model) -> ImageSet:
     """The training images, in the student's own view, for which it is built without memory."""
-    m, data = cfg.model, cfg.data
     card = read_weights(m.student_weights)[1] if m.student_weights else None
     with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
         card = card or named(m.student, None, "random", data.size_px).card
@@ -4253,10 +4261,11 @@ CHECKS = [None, *((c, 3) for c in ("gaussian_noise", "defocus_blur", "fog", "con
 
 
 def validate(cfg: Config, *nets: nn.Module) -> None:
-    """Tells the accuracy of networks on clean test images (up to 500), and under five corruptions;
-    of a student and its teacher with a warning where the teacher is worse."""
-    shifted = []
+    """Tells, once a network, its accuracy on clean test images (up to 500), and under five
+    corruptions; of a student and its teacher with a warning where the teacher is worse."""
     for net in nets:
+        if hasattr(net, "shifted"):
+            continue
         try:
             images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
         except UserError as e:
@@ -4264,10 +4273,10 @@ def validate(cfg: Config, *nets: nn.Module) -> None:
         rows = [evaluate(net, images, cell, **scoring(cfg)) for cell in CHECKS]
         clean, *others = (100 * row.get("rules", {cfg.eval.rule: row})[cfg.eval.rule]["correct"]
                           / row["n"] for row in rows)
-        shifted.append(np.mean(others))
+        net.shifted = np.mean(others)
         say(f"{net.card.label}: {clean:.1f} % of {len(images)} test images right, "
-            f"{shifted[-1]:.1f} % under corruption")
-    if shifted[-1] < shifted[0]:
+            f"{net.shifted:.1f} % under corruption")
+    if nets[-1].shifted < nets[0].shifted:
         say("warning: the teacher is worse than the student under corruption: it has little to "
             "teach; train it longer, or start it from better weights (model.teacher_weights)")
 
@@ -4756,12 +4765,13 @@ def run_report(cfg: Config, args) -> None:
 def run_stage(cfg: Config, args) -> None:
     """Makes the network of pretrain, robustify or distill, after what it is made from."""
     role = {"pretrain": "student", "robustify": "teacher"}.get(args.command, cfg.distill.method)
-    network(cfg, training_images(cfg), role, {}, "model" if args.command == "distill" else "")
+    file = "model" if args.command == "distill" else ""
+    network(cfg, training_images(cfg.data, cfg.model), role, {}, file)
 
 
 def run_compare(cfg: Config, args) -> None:
     """The recipe's own run and those of compare.rows, for every seed, then eval and report."""
-    folders = []
+    folders, images = [], functools.cache(training_images)       # which most rows share
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
         own = changed(cfg, {"seed": seed, "run": run})
@@ -4770,7 +4780,7 @@ def run_compare(cfg: Config, args) -> None:
             role, file = row.distill.method, file if words else "model"
             if role == "none":                           # the teacher alone
                 role, file = "teacher", ""
-            network(row, training_images(row), role, words, file, label)
+            network(row, images(row.data, row.model), role, words, file, label)
         write_config(own)                                # not that of its last row
         run_eval(own, args)
         folders.append(str(own.dir))

@@ -1939,6 +1939,11 @@ def test_a_team_is_the_original_a_tail_of_its_own_and_the_teacher(run_of_demo):
     assert not torch.equal(clean, robust) and torch.equal(both(x), said.clamp_min(erpm.TINY).log())
 
 
+def test_interpolation_of_other_tensors_is_refused():
+    with refuses("cannot interpolate"):
+        erpm.interpolate(tiny_net(5), tiny_net(6), 0.5)
+
+
 def test_the_clean_member_of_a_team_is_heard_unless_the_others_contradict_it():
     g = erpm.rng("team")
     c, a, b = (torch.randn(50, 7, generator=g).mul(3).softmax(1) for _ in range(3))
