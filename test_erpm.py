@@ -861,12 +861,12 @@ def test_a_folder_of_pictures_serves_pixmix(tmp_path):
 
 
 def test_pixmix_blends_equal_the_formulas():
-    x, y = torch.rand(2, 3, 4, 4, generator=erpm.rng(0))
-    added = ((0.8 * (2 * x - 1) - 0.3 * (2 * y - 1) + 1) / 2).clamp(0, 1)
-    times = ((2 * x) ** 0.8 * (2 * y) ** -0.3 / 2).clamp(0, 1)
-    for multiply, want in ((False, added), (True, times)):
-        assert torch.allclose(erpm._blend(x, y, 0.8, -0.3, multiply), want, atol=1e-6)
-    assert torch.isfinite(erpm._blend(x * 0, y * 0, 0.8, -0.3, True)).all()
+    x, y = torch.rand(2, 2, 3, 4, 4, generator=erpm.rng(0))
+    a, b, how = np.array([0.8, 0.5]), np.array([-0.3, 0.6]), np.array([False, True])
+    added = ((0.8 * (2 * x[0] - 1) - 0.3 * (2 * y[0] - 1) + 1) / 2).clamp(0, 1)
+    times = ((2 * x[1]) ** 0.5 * (2 * y[1]) ** 0.6 / 2).clamp(0, 1)
+    assert torch.allclose(erpm._blend(x, y, a, b, how), torch.stack([added, times]), atol=1e-6)
+    assert torch.isfinite(erpm._blend(x * 0, y * 0, a, -b, ~how)).all()
 
 
 @pytest.mark.parametrize("spec", ["mixup", "cutmix", "mixup+cutmix", "augmix+cutmix"])
@@ -1125,8 +1125,8 @@ def dropouts(module):
 def test_before_tuning_every_head_is_the_original_network(head):
     s, x = student(head=head), torch.rand(4, 3, 32, 32)
     for z in (*s(x), s.original(s.features(x))):
-        assert torch.equal(z, tiny_net()(x))
-    assert torch.equal(s(images(4)).clean, tiny_net()(images(4) / 255))
+        assert torch.equal(z, erpm.Net(tiny_net())(x))
+    assert torch.equal(s(images(4)).clean, erpm.Net(tiny_net())(images(4)))
 
 
 def test_clean_head_sees_no_augmented_image_and_robust_head_no_clean_one():
@@ -1549,7 +1549,7 @@ def test_the_three_heads_tune_a_projection_each_and_share_the_text():
     text = erpm.TextHead(torch.randn(4, 64, generator=erpm.rng("text")), math.log(8.0))
     net, x = nn.Sequential(*tiny_net(64), text).eval(), images(6)
     s = erpm.Student(net, 3, 1, 0.02, dropout_in="head").eval()
-    assert all(torch.equal(z, net(x / 255)) for z in s(x))
+    assert all(torch.equal(z, erpm.Net(net)(x)) for z in s(x))
     assert all(torch.equal(s.tuned.heads[h][-1].fc.weight, text.weight) for h in erpm.HEADS)
     assert len({id(p) for h in erpm.HEADS for p in s.tuned.heads[h].parameters()}) == 6
     f, ids = s.features(x), torch.tensor([[2, 2], [0, 3]])       # closed form of a text head
@@ -1848,7 +1848,7 @@ def test_demo_leaves_everything_it_promises(demo, run_of_demo):
     teams = ("original + teacher", "LP + teacher", "ERPM + teacher")
     assert len(rows) == 8 * 77 and {r["set"] for r in rows} == {"shapes", "shapes-c", "shapes-r"}
     assert {r["label"] for r in rows} == {*made, *teams}
-    for label in made:                                           # validated after every stage
+    for label in made[:2]:                                       # validated before they are used
         told = re.findall(rf"^{label}: ([\d.]+) % of 30 test images right", demo[1], re.M)
         clean = next(r for r in rows if (r["label"], r["set"]) == (label, "shapes"))
         clean = clean["rules"][clean["rule"]] if "rules" in clean else clean
@@ -1864,7 +1864,7 @@ def test_a_second_demo_computes_nothing_again_and_other_settings_do_not_overwrit
     monkeypatch.setattr(erpm, "run_report", lambda *a: None)
     monkeypatch.setattr(erpm, "validate", lambda *a, **kw: 0.5)
     assert runs("demo", *DEMO).count("is there, kept") >= 5
-    for stage, old in (("pretrain", 0.003), ("robustify", 0.003), ("distill", 0.002)):
+    for stage, old in (("pretrain", 0.003), ("robustify", 0.004), ("distill", 0.004)):
         line = fails(capsys, stage, "--recipe", "demo", *DEMO, f"{stage}.lr=0.5")
         assert f"made with other settings ({stage}.lr: {old} -> 0.5)" in line
     assert all((run_of_demo / name).read_bytes() == old for name, old in before.items())
@@ -1897,7 +1897,7 @@ def test_local_weights_start_both_networks_and_none_takes_the_teacher_as_it_is(h
 
 
 def test_a_teacher_that_is_worse_than_the_student_is_told(here, monkeypatch):
-    nets = [types.SimpleNamespace(card=erpm.Card(label=label)) for label in ("S", "T")]
+    nets = [erpm.Net(nn.Linear(1, 1), erpm.Card(label=label)) for label in ("S", "T")]
     right = iter((9, 8, 8, 3))
     monkeypatch.setattr(erpm, "evaluate", lambda *a, **kw: {"n": 10, "correct": next(right)})
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -1994,7 +1994,7 @@ def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here):
              "compare.rows=# Methods; as known\nLP: distill.method=lp\nERPM:\n# Teachers\nERPM:\n"
              "Other: robustify.augment=augmix"]
     out = runs(*words)
-    files = {"student", "teacher", "teacher-augment-augmix", "lp", "model", "other"}
+    files = {"student", "teacher", "teacher-augment-augmix", "lp", "model", "erpm-augment-augmix"}
     for run in (here / "runs/c", here / "runs/c-s1"):
         assert {p.stem for p in run.glob("*.safetensors")} == files
         assert erpm.resolve(run=run).distill.method == "erpm"
@@ -2086,7 +2086,9 @@ def checkpoint_of(run):
 
 READ = {"t.ckpt": checkpoint_of, "results.jsonl": erpm.read_rows,
         "config.yaml": lambda run: erpm.flat(erpm.resolve(run=run)),
-        "model.safetensors": lambda run: erpm.weights_sha(erpm.load(run))}
+        "model.safetensors": lambda run: erpm.weights_sha(erpm.load(run)),
+        "view.safetensors": lambda run: erpm.sha(erpm.read_weights(run / "view.safetensors")[0]),
+        "sample.png": lambda run: erpm.sha(erpm.read_picture(run / "sample.png").tobytes())}
 
 
 @pytest.mark.parametrize("file", READ)
@@ -2094,6 +2096,9 @@ def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(run_of_demo, file):
     run, random = run_of_demo, np.random.default_rng(0)
     for step in (3, 6):
         erpm.keep(run / "t.ckpt", {"model": erpm.Net(tiny_net())}, step, 1.0, {})
+    erpm.write_tensors(run / "view.safetensors", {"0": torch.rand(9, 9)}, erpm.Card())
+    x = torch.from_numpy(random.integers(0, 256, (3, 32, 32), dtype=np.uint8))
+    erpm.write_sealed(run / "sample.png", erpm.v2.functional.to_pil_image(x))
     rows = (run / "results.jsonl").read_text().splitlines(keepends=True)
     (run / "results.jsonl").write_text("".join(rows[:5]))
     whole, want = (run / file).read_bytes(), READ[file](run)
@@ -2108,7 +2113,8 @@ def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(run_of_demo, file):
             got = READ[file](run)                    # one, or fewer rows, or the same
             older = file == "t.ckpt" and got == (3, want[1])
             fewer = file == "results.jsonl" and all(r in want for r in got)
-            assert older or fewer or got == want and k % 2, (k, got)
+            same = got == want and (k % 2 or file == "sample.png")       # cut behind its pixels
+            assert older or fewer or same, (k, got)
 
 
 def test_a_damaged_row_is_computed_again(run_of_demo):
@@ -2571,6 +2577,33 @@ def test_a_full_disk_is_one_line_and_loses_nothing_good(here, limit):
     told = job.communicate()[1].splitlines()
     assert job.returncode == 0 or job.returncode == 2 and len(told) == 1, told
     assert not list(here.rglob("*.part")) and all(map(erpm.load, here.glob("runs/f/*.safetensors")))
+
+
+@slow
+@pytest.mark.parametrize("k", range(10))
+def test_a_run_folder_that_vanishes_is_one_line(here, k):
+    job, folder = started("distill", *SHORT, "run=f"), here / "runs/f"
+    while not folder.is_dir() and job.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3 * k)
+    shutil.rmtree(folder, ignore_errors=True)
+    told = job.communicate()[1].splitlines()
+    assert job.returncode == 0 or job.returncode == 2 and len(told) == 1, told
+    assert all(map(erpm.load, folder.glob("*.safetensors")))
+
+
+@slow
+@pytest.mark.parametrize("mib", [1 << k for k in range(10)])
+def test_no_memory_is_one_line_and_loses_nothing_good(here, mib):
+    code = ("import resource, sys, timm, erpm; pages = int(open('/proc/self/statm').read().split()"
+            f"[0]); resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + {mib << 20},) * 2); "
+            "sys.exit(erpm.main(sys.argv[1:]))")
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    job = subprocess.run([sys.executable, "-c", code, "distill", *SHORT, "run=m"], text=True,
+                         capture_output=True, env=env)
+    told = job.stderr.splitlines()
+    assert job.returncode == 0 or job.returncode == 2 and len(told) == 1, told
+    assert not list(here.rglob("*.part")) and all(map(erpm.load, here.glob("runs/m/*.safetensors")))
 
 
 @slow
