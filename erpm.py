@@ -168,6 +168,7 @@ def say(text: str) -> None:
 
 class Progress(tqdm):
     """tqdm in images, on the first process; where there is no terminal, a line each 8 s."""
+    monitor_interval = 0                       # no thread of its own
 
     def __init__(self, total: int, what: str, start: int = 0):
         super().__init__(total=total, initial=start, desc=what, leave=False, unit=" images",
@@ -5003,7 +5004,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = 130, "interrupted"
     except (MemoryError, RuntimeError) as e:
         advice = "the same command goes on from the last checkpoint"
-        if isinstance(e, MemoryError) or "memory" in str(e):
+        lack = any(word in str(e) for word in ("memory", "create a primitive", "new thread"))
+        if isinstance(e, MemoryError) or lack:
             advice = "lower the stage's batch (or raise its accum), eval.batch or data.workers"
         elif "CUDA" not in str(e):
             raise
