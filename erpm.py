@@ -4303,8 +4303,8 @@ VALIDATED: dict[str, float] = {}          # accuracy under corruption by `weight
 def validate(cfg: Config, *nets: nn.Module) -> None:
     """Tells, once a network, its accuracy on clean test images (up to 500), and under five
     corruptions; of a student and its teacher with a warning where the teacher is worse."""
-    for net in nets:
-        of = weights_sha(net)
+    keys = [weights_sha(net) for net in nets]
+    for of, net in zip(keys, nets):
         if of in VALIDATED:
             continue
         try:
@@ -4317,7 +4317,7 @@ def validate(cfg: Config, *nets: nn.Module) -> None:
         VALIDATED[of] = np.mean(others)
         say(f"{net.card.label}: {clean:.1f} % of {len(images)} test images right, "
             f"{VALIDATED[of]:.1f} % under corruption")
-    if VALIDATED[weights_sha(nets[-1])] < VALIDATED[weights_sha(nets[0])]:
+    if VALIDATED[keys[-1]] < VALIDATED[keys[0]]:
         say("warning: the teacher is worse than the student under corruption: it has little to "
             "teach; train it longer, or start it from better weights (model.teacher_weights)")
 
@@ -4814,7 +4814,7 @@ def run_compare(cfg: Config, args) -> None:
         own = changed(cfg, {"seed": seed, "run": run})
         for label, words in cfg.compare.plan[1].items():
             row, file = changed(own, words, label), "" if words else "model"
-            role = row.distill.method.replace("none", "teacher")         # none: the teacher alone
+            role = "teacher" if row.distill.method == "none" else row.distill.method
             network(row, images(row.data, row.model), role, words, file, label)
         write_config(own)                                # not that of its last row
         run_eval(own, args)
