@@ -2584,19 +2584,17 @@ class Dropout(nn.Module):
     def __init__(self, p: float, key: int):
         super().__init__()
         self.p, self.key = p, key
-        self.sample = None               # off, or (passes T, whether the images are repeated here)
+        self.sample = None               # off, or (passes T, how often x holds the images: T or 1)
         self.masks = torch.empty(0)                          # the last masks drawn, (T, *features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sample is None:
             return F.dropout(x, self.p, self.training)
-        t, repeats = self.sample
-        if repeats:
-            x = x.repeat(t, *[1] * (x.ndim - 1))
+        t, copies = self.sample
         if self.masks.shape != (t, *x.shape[1:]) or self.masks.device != x.device:
             masks = torch.rand(t, *x.shape[1:], generator=rng("mask", self.key)) >= self.p
             self.masks = (masks / (1 - self.p)).to(x.device)
-        return (x.unflatten(0, (t, -1)) * self.masks[:, None].to(x.dtype)).flatten(0, 1)
+        return (x.unflatten(0, (copies, -1)) * self.masks[:, None].to(x.dtype)).flatten(0, 1)
 
 
 def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
@@ -2786,10 +2784,11 @@ class Student(nn.Module):
         """Logits (T,B,3,C) of n dropout passes.  The images are repeated where dropout stands in
         the stages (in residual branches too), else as late as the classifiers."""
         drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
-        f = f.repeat(n, *[1] * (f.ndim - 1)) if self.early else f
+        copies = n if self.early else 1
         try:
             for d in drops:
-                d.sample = (n, not self.early)
+                d.sample = (n, copies)
+            f = f.repeat(copies, *[1] * (f.ndim - 1))
             return torch.stack([z.float().unflatten(0, (n, -1)) for z in self.tuned(f)], 2)
         finally:
             for d in drops:
