@@ -2598,19 +2598,17 @@ class Dropout(nn.Module):
 
 
 def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
-    """The stage with live dropout of rate p: before the Linear of a Classifier; in its own dropout
-    layers where it has some (pretrained networks carry none, or some with rate 0), else at the ends
-    of its residual branches where it is a block of open_clip, else behind it."""
+    """The stage with live dropout of rate p: before the Linear of a Classifier; else behind its own
+    dropout layers (which stay off), or the ends of its residual branches where it is a block of
+    open_clip, or itself where it has neither."""
     if isinstance(stage, Classifier):
         stage.drop = Dropout(p, key)
         return stage
-    children = [(m, k, c) for m in stage.modules() for k, c in m.named_children()]
-    spots = ([(m, k, c) for m, k, c in children
-              if isinstance(c, nn.Dropout) and k != "attn_drop"]  # a fused kernel reads attn_drop.p
-             or [(m, k, c) for m, k, c in children if k in ("ls_1", "ls_2")])
+    spots = [(m, k, c) for m in stage.modules() for k, c in m.named_children()
+             if k in ("ls_1", "ls_2")
+             or isinstance(c, nn.Dropout) and k != "attn_drop"]   # a fused kernel reads attn_drop.p
     for i, (module, name, child) in enumerate(spots):
-        drop = Dropout(p, fold(key, i))
-        setattr(module, name, drop if isinstance(child, nn.Dropout) else nn.Sequential(child, drop))
+        setattr(module, name, nn.Sequential(child, Dropout(p, fold(key, i))))
     return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
 
 
