@@ -2679,7 +2679,6 @@ OBJECTIVES: dict[str, Callable] = {
     "soft": lambda s, d, m, z: (s + TINY) * (d + TINY),
 }
 RULES = (*OBJECTIVES, *HEADS, "oracle")
-NEEDS_SIGMA = ("product", "sum", "sigma", "soft")
 
 
 def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor | None = None,
@@ -2731,8 +2730,8 @@ class Student(nn.Module):
         net = net if isinstance(net, Net) else Net(net)
         if not 0 <= head <= tune:
             raise UserError(f"head = {head}: expected 0 to tune = {tune}")
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout = {dropout}: expected 0 or more and less than 1")
+        if not 0 < dropout < 1:
+            raise UserError(f"dropout = {dropout}: expected less than 1 and, for sigma, above 0")
         self.backbone, tail = cut(net, tune)
         self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
         self.original = freeze(tail)
@@ -2807,11 +2806,7 @@ class Student(nn.Module):
 
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
         """What the chosen head says.  passes: dropout passes in one batch after one pass of the
-        backbone; 0 = closed form.  rule: one of RULES that needs no label.
-
-        Raises: UserError when the rule needs sigma and there is no live dropout."""
-        if rule in NEEDS_SIGMA and self.dropout == 0:
-            raise UserError(f"rule {rule!r} needs sigma, which is 0 without dropout")
+        backbone; 0 = closed form.  rule: one of RULES that needs no label."""
         mean, sigma, logits = self.moments(self.features(x), passes)
         head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
@@ -3463,12 +3458,11 @@ def figures_of(v: np.ndarray, label: str) -> dict:
 
 
 def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None, passes: int) -> dict:
-    """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}; the rules
-    that need sigma only where there is live dropout."""
-    f, live = student.features(x), student.dropout > 0
+    """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}."""
+    f = student.features(x)
     drawn = student.moments(f, passes, ids)
-    ways = {rule: (rule, drawn) for rule in RULES if live or rule not in NEEDS_SIGMA}
-    if live and passes:
+    ways = {rule: (rule, drawn) for rule in RULES}
+    if passes:
         ways["product (closed form)"] = "product", student.moments(f, 0, ids)
     out = {}
     for name, (rule, (mean, sigma, logits)) in ways.items():

@@ -1363,13 +1363,12 @@ def test_figures_of_a_plain_network_are_those_of_a_slow_loop():
         assert erpm.evaluate(predict, data, batch=batch, amp="none") == {"n": 60, **want}
 
 
-@pytest.mark.parametrize("passes, dropout", [(4, 0.3), (0, 0.3), (4, 0.0)])
-def test_figures_of_every_rule_are_those_of_a_slow_loop(passes, dropout):
-    s, data = moved(student(dropout=dropout)), shown(5, 50)
+@pytest.mark.parametrize("passes", [4, 0])
+def test_figures_of_every_rule_are_those_of_a_slow_loop(passes):
+    s, data = moved(student()), shown(5, 50)
     y, f = torch.tensor(data.y), s.features(data.images)
     got = erpm.evaluate(s, data, batch=16, passes=passes, amp="none")
-    assert len(got["rules"]) == (len(erpm.RULES) + bool(passes) if dropout else
-                                 len(erpm.RULES) - len(erpm.NEEDS_SIGMA))
+    assert len(got["rules"]) == len(erpm.RULES) + bool(passes)
     for name, found in got["rules"].items():
         rule = name.removesuffix(" (closed form)")
         mean, sigma, logits = s.moments(f, passes if rule == name else 0)
@@ -2433,11 +2432,10 @@ def test_another_project_trains_in_place_on_any_form_of_images(here):
     ("tune = 9: the network has ", lambda: erpm.Student(tiny_net(), 9, 0)),
     ("head = 2: expected 0 to tune = 1", lambda: erpm.Student(tiny_net(), 1, 2)),
     ("dropout = 1.0: expected", lambda: erpm.Student(tiny_net(), 1, 0, 1.0)),
+    ("dropout = 0.0: expected", lambda: erpm.Student(tiny_net(), 1, 0, 0.0)),
     ("needs the labels", lambda: erpm.select(torch.rand(2, 3, 4), torch.ones(2, 2), "oracle")),
     ("needs the logits", lambda: erpm.select(torch.rand(2, 3, 4), torch.ones(2, 2), "max-logit")),
     ("did you mean 'product'?", lambda: erpm.select(torch.rand(2, 3, 4), torch.ones(2, 2), "prod")),
-    ("needs sigma, which is 0 without dropout",
-     lambda: student(dropout=0.0).predict(torch.rand(2, 3, 32, 32))),
     ("its outputs are not finite (NaN or inf) for 16 of 16 images",
      lambda: erpm.evaluate(lambda x: torch.full((16, 5), math.nan), shown())),
     ("accum", lambda: erpm.robustify(tiny_net(), shown(n=40), batch=20, accum=7)),
