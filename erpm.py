@@ -2696,16 +2696,15 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
     if rule == "oracle":
         right = mean[:, ::2].argmax(-1) == y[:, None]                                    # (B,2)
         return torch.where(right[:, 1] & ~right[:, 0], 2, 0)
-    z, s = None if logits is None else logits[:, ::2], sigma.clamp_min(TINY)
-    return 2 * OBJECTIVES[rule](s, divergence(mean), mean[:, ::2], z).argmin(-1)
+    z = None if logits is None else logits[:, ::2]
+    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], z).argmin(-1)
 
 
 def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
     """Probabilities (B,C) of the answering head; "soft" mixes clean and robust by 1/(sigma KL)."""
     if rule != "soft":
         return mean[torch.arange(len(mean), device=mean.device), head]
-    weight = 1 / OBJECTIVES["product"](sigma, divergence(mean), None, None)
-    weight = weight / weight.sum(-1, keepdim=True)
+    weight = F.normalize(1 / OBJECTIVES["soft"](sigma, divergence(mean), None, None), p=1, dim=-1)
     return (mean[:, ::2] * weight[..., None]).sum(1)
 
 
