@@ -2875,12 +2875,9 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
     zt = robust teacher on the augmented images, (b,C) each; y (b,).
     Paper: [A] eq. 5 = eq. 3 + eq. 4."""
     loss, b = functools.partial(head_loss, y=y, alpha=alpha, t=t, smoothing=smoothing), len(y)
-    # METHOD [A] eq. 3: clean images, teacher = the initial model
-    clean = {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0)}
-    # METHOD [A] eq. 4: augmented images, teacher = the robust small model
-    robust = {"robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
-    # METHOD [A] eq. 5: their sum
-    return clean | robust
+    # METHOD [A] eq. 3: clean images, the initial model teaches; eq. 4: augmented ones, the robust
+    return {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0),
+            "robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
 
 
 def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str, Tensor]:
