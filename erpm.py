@@ -2880,16 +2880,13 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
             "robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
 
 
-def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> dict[str, Tensor]:
-    """The state (1 - alpha) original + alpha tuned, at 0 and 1 exactly that of one: WiSE-FT
+def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> None:
+    """Makes tuned (1 - alpha) original + alpha tuned, at 0 and 1 exactly one of them: WiSE-FT
     (Wortsman et al. 2022).  Raises: UserError on networks of other tensors."""
-    a, b = original.state_dict(), tuned.state_dict()
-    odd = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k].shape != b[k].shape)
-    if odd:
-        raise UserError(f"cannot interpolate two networks of other tensors: {', '.join(odd[:4])}")
-    counts = b if alpha else a                            # what is no float cannot be mixed
-    return {k: torch.lerp(a[k].to(v), v, alpha) if v.is_floating_point() else counts[k]
-            for k, v in b.items()}
+    end = copy.deepcopy(tuned.state_dict())
+    load_strictly(tuned, original.state_dict(), "cannot interpolate two networks of other tensors")
+    for k, v in tuned.state_dict().items():
+        v.copy_(torch.lerp(v.double(), end[k].double(), alpha))      # BatchNorm's counts as well
 
 
 # ---- [B]: discrete adversarial samples -----------------------------------------------------------
@@ -4551,7 +4548,7 @@ def tune_lp_ft(cfg, images, train, lp):
 
 def tune_wise(cfg, images, train, tuned, original):
     """Weights between the original's and the fine-tuned network's: nothing is trained again."""
-    tuned.load_state_dict(interpolate(original, tuned, cfg.distill.wise))
+    interpolate(original, tuned, cfg.distill.wise)
     return tuned, tuned.card.train
 
 
