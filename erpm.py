@@ -2902,23 +2902,20 @@ def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generato
     radius, step: L2 norms, of the ball around the reconstruction and of a step.  start: probability
     of a random start.  through: the gradient crosses the quantiser, straight through.
     Paper: [B]'s algorithm, as its code has it; the student has no part in it."""
-    def norm(v: Tensor) -> Tensor:
-        return v.flatten(1).norm(dim=1).clamp_min(TINY).view(-1, 1, 1, 1)
-
     each = [generator] * len(x) if isinstance(generator, torch.Generator) else generator
     draws = [(torch.rand((), generator=g, device=g.device) < start,
               torch.randn(x.shape[1:], generator=g, device=g.device)) for g in each]
     noise = torch.stack([n * on for on, n in draws]).to(x.device)
     x0 = vqgan(x.float() / 255 if x.dtype == torch.uint8 else x)
-    v = (x0 + radius * noise / norm(noise)).clamp(0, 1)
+    v = (x0 + radius * F.normalize(noise, dim=(1, 2, 3))).clamp(0, 1)
     for _ in range(steps):
         with torch.enable_grad():
             v.requires_grad_()
             z = teacher(vqgan(v) if through else v.view_as(v))      # a leaf stops FLOP counters
             [g] = torch.autograd.grad(F.cross_entropy(z.float(), y, reduction="sum"), v)
         # METHOD [B]: an ascent step on the teacher's loss, then back into the ball
-        d = v + step * g / norm(g) - x0
-        v = (x0 + d * (radius / norm(d)).clamp(max=1)).clamp(0, 1)
+        d = v + step * F.normalize(g, dim=(1, 2, 3)) - x0
+        v = (x0 + d.renorm(2, 0, radius)).clamp(0, 1)
     return vqgan(v)
 
 
