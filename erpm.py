@@ -3334,13 +3334,6 @@ def vqgan_step(model, batch):
 
 # ---- training from another project, without files ------------------------------------------------
 
-def checked(section: str, options: dict) -> Train:
-    """The section with these values.  Raises: UserError."""
-    values = {f"{section}.{k}": v for k, v in options.items()}
-    values = {k: typed(v, k, f"erpm.{section}()") for k, v in values.items()}
-    return getattr(changed(Config(), values), section)
-
-
 def check_outputs(images: ImageSet, *nets: nn.Module) -> None:
     """Raises: UserError unless all networks have as many outputs, and one for every label."""
     x, found = images.__getitems__([(0, 0)])[0].to(pick_device()), set()
@@ -3362,7 +3355,7 @@ def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip:
     net takes images as a Net does.  options: fields of Robustify (augment, severity, jsd, epochs,
     batch, lr, ...).  Raises: UserError."""
     net, images = net if isinstance(net, Net) else Net(net), as_images(images)
-    cfg = checked("robustify", options)
+    cfg = changed(Config(), {"robustify": options}, "erpm.robustify()").robustify
     check_outputs(images, net)
     fit(net, robust_step(cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
         Runtime(), name="robustify", seed=seed)
@@ -3378,13 +3371,12 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
     teacher: a robust network, images -> logits of the same classes.  images: as for robustify.
     options: fields of Distill (alpha, temperature, epochs, ...).  Raises: UserError."""
     teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
-    cfg, aug = checked("distill", options), checked("robustify", {
-        "augment": augment, "severity": severity})
-    images = as_images(images)
+    given = {"distill": options, "robustify": {"augment": augment, "severity": severity}}
+    cfg, images = changed(Config(), given, "erpm.distill()"), as_images(images)
     check_outputs(images, student, teacher)
-    step = erpm_step(cfg, frozen_views(student.backbone, aug, True, student.original, teacher))
-    fit(student.tuned, step, images.training(seed, crop, flip), cfg, Runtime(), name="distill",
-        seed=seed)
+    see = frozen_views(student.backbone, cfg.robustify, True, student.original, teacher)
+    fit(student.tuned, erpm_step(cfg.distill, see), images.training(seed, crop, flip), cfg.distill,
+        Runtime(), name="distill", seed=seed)
     return student.eval()
 
 
