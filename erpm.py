@@ -3334,13 +3334,12 @@ def vqgan_step(model, batch):
 
 # ---- training from another project, without files ------------------------------------------------
 
+@torch.no_grad()
 def check_outputs(images: ImageSet, *nets: nn.Module) -> None:
     """Raises: UserError unless all networks have as many outputs, and one for every label."""
-    x, found = images.__getitems__([(0, 0)])[0].to(pick_device()), set()
-    for net in nets:
-        with torch.no_grad():
-            z = net.to(x.device).eval()(x)
-        found.add((z if isinstance(z, Tensor) else z[0]).shape[-1])
+    x = images.__getitems__([(0, 0)])[0].to(pick_device())
+    answers = [net.to(x.device).eval()(x) for net in nets]
+    found = {(z if isinstance(z, Tensor) else z[0]).shape[-1] for z in answers}
     least, most = images.y.min(), images.y.max()
     if len(found) > 1 or not 0 <= least <= most < max(found):
         raise UserError(f"images: labels {least} to {most} for networks of "
