@@ -2841,12 +2841,12 @@ class Team(nn.Module):
             robust = copy.deepcopy(tail).requires_grad_(True)
             self.tails.extend([freeze(tail), robust])
 
-    def forward(self, x: Tensor, ask: Callable | None = None) -> Tensor:
-        """ask: (module, x) -> its output, where it is known already."""
-        z, zt = (ask(m, x) if ask else m(x) for m in (self.net, self.teacher))
-        z = [tail(z) for tail in self.tails] if self.tails else z
-        clean, *robust = (z,) if isinstance(z, Tensor) else (z[0], z[-1])
-        clean, *robust = (v.float().softmax(-1) for v in (clean, *robust, zt))
+    def forward(self, x: Tensor, ask: Callable = operator.call) -> Tensor:
+        """ask: (module, x) -> its output, which may be known already."""
+        z = ask(self.net, x)
+        z = [tail(z) for tail in self.tails] or z
+        z = [z] if isinstance(z, Tensor) else [z[0], z[-1]]
+        clean, *robust = (v.float().softmax(-1) for v in (*z, ask(self.teacher, x)))
         return team(clean, robust).clamp_min(TINY).log()
 
 
@@ -3460,7 +3460,7 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
     def f(x, y, index):
         if cell:
             x = corrupt(x, *cell, index=index.tolist(), jpeg=True)
-        out, ask = {}, functools.cache(lambda m, x: m(x))     # a member of teams runs once a batch
+        out, ask = {}, functools.cache(operator.call)         # a member of teams runs once a batch
         with autocast(amp, pick_device()):
             for label, m in models.items():
                 if isinstance(m, Student):
