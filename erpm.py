@@ -2956,6 +2956,7 @@ def bare(card: Card) -> Net:
     net = named(card.name, card.n_classes, "random", card.size_px)
     if card.prompts:
         net.net.fc = TextHead(net.net.fc.weight.detach())
+    net.card = card
     return net
 
 
@@ -2986,9 +2987,7 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         prompted(net, **made["prompted"])
     module = Student(net, **made["student"]) if "student" in made else net
     if "team" in made:
-        other = card_of(made["team"]["teacher"])
-        module = Team(module, bare(other), made["team"]["tune"])
-        module.teacher.card = other
+        module = Team(module, bare(card_of(made["team"]["teacher"])), made["team"]["tune"])
     load_strictly(module, state, f"{path} does not fit {card.name or 'the module'}")
     module.card = card
     return freeze(module)
