@@ -1877,9 +1877,22 @@ class Net(nn.Module):
         return self.net(self.prepare(x))
 
 
-def full_precision(x: Tensor):
-    """Context without autocast, which knows no meta device (of `gflops`)."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type; "auto" = bf16 where the hardware has it, fp16 on older GPUs, else None."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("runtime.amp: fp16 needs a GPU; take bf16, none or auto")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+
+
+def autocast(amp: str, device: torch.device):
+    """Autocast context of amp_type; none on the meta device (of `gflops`)."""
+    kind, amp = ("cpu", "none") if device.type == "meta" else (device.type, amp)
+    dtype = amp_type(amp, device)
+    return torch.autocast(kind, dtype, enabled=dtype is not None)
 
 
 class TextHead(nn.Module):
@@ -1896,7 +1909,7 @@ class TextHead(nn.Module):
         self.out_features = len(weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        with full_precision(h):
+        with autocast("none", h.device):
             cosine = F.normalize(h.float(), dim=-1) @ self.weight.T
             return self.logit_scale.exp() * cosine + self.logit_bias
 
@@ -2165,7 +2178,7 @@ class Classifier(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         h = self.drop(self.features(f))
-        with full_precision(h):                           # logits in float32: sigma, KL, ties
+        with autocast("none", h.device):              # logits in float32: sigma, KL, ties
             return self.fc(h.float())
 
 
@@ -2460,7 +2473,7 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """(B,s,s): the code that is nearest by squared L2, in float32."""
-        with full_precision(z):
+        with autocast("none", z.device):
             flat = z.float().permute(0, 2, 3, 1).flatten(0, 2)                   # (B s s, E)
             near = [torch.addmm(self.codes.square().sum(1), some, self.codes.T, alpha=-2).argmin(1)
                     for some in flat.split(2 ** 14)]    # all but |z|^2, which is the same for all
@@ -2796,7 +2809,7 @@ class Student(nn.Module):
         f, found, q = self.tuned.shared(f), [], self.dropout / (1 - self.dropout)
         for *blocks, last in self.tuned.heads.values():
             h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
-            with torch.enable_grad(), full_precision(f):
+            with torch.enable_grad(), autocast("none", f.device):
                 h = h.detach().requires_grad_()
                 z = project(last.fc(h.view_as(h)).float(), ids)      # a leaf stops FLOP counters
                 [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)       # image by image
@@ -3029,23 +3042,6 @@ class Batch(NamedTuple):
     y: Tensor
     generator: torch.Generator
     keys: Sequence[tuple] = ()
-
-
-def amp_type(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type; "auto" = bf16 where the hardware has it, fp16 on older GPUs, else None."""
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif amp == "auto":
-        amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
-    if amp == "fp16" and device.type == "cpu":
-        raise UserError("runtime.amp: fp16 needs a GPU; take bf16, none or auto")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
-
-
-def autocast(amp: str, device: torch.device):
-    """Autocast context of amp_type."""
-    dtype = None if device.type == "meta" else amp_type(amp, device)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
