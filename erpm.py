@@ -2631,12 +2631,9 @@ class Tuned(nn.Sequential):
     norms = "frozen"
 
     def train(self, mode: bool = True):
-        super().train(False)
         kinds = (Dropout, nn.modules.batchnorm._BatchNorm) if self.norms == "own" else Dropout
         for m in self.modules():
-            if isinstance(m, kinds):
-                m.training = mode
-        self.training = mode
+            m.training = mode and (m is self or isinstance(m, kinds))
         return self
 
 
