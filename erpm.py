@@ -2657,9 +2657,8 @@ class ThreeHeads(Tuned):
         """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
         f[n_clean:] alone and the combined head everything, as [A] trains them."""
         f = self.shared(f)
-        a, b = (slice(None),) * 2 if n_clean is None else (slice(n_clean), slice(n_clean, None))
-        return Heads(self.heads["clean"](f[a]), self.heads["combined"](f),
-                     self.heads["robust"](f[b]))
+        a, b = (f, f) if n_clean is None else (f[:n_clean], f[n_clean:])
+        return Heads(self.heads["clean"](a), self.heads["combined"](f), self.heads["robust"](b))
 
 
 TINY = 1e-12      # a head that agrees with the combined one to the last bit has KL 0, and so would
