@@ -3254,15 +3254,13 @@ def plain_step(cfg: Train, see: Callable = frozen_views(nn.Identity())) -> Calla
 def robust_step(cfg: Robustify, n_classes: int) -> Callable:
     """[A] section 3.1: cross-entropy on x (where cfg.clean) and x~, or with cfg.jsd on x alone, and
     AugMix's consistency over three views; mixup and cutmix mix images and labels first."""
-    see = frozen_views(nn.Identity(), cfg, cfg.clean)
-    plain = plain_step(cfg, see)
+    plain = plain_step(cfg, frozen_views(nn.Identity(), cfg, cfg.clean))
 
     def step(model, batch):
         x, y = mix_labels(batch.x, batch.y, cfg.augment, batch.generator, n_classes)
-        batch = batch._replace(x=x, y=y)
-        if not (cfg.jsd and cfg.clean):
-            return plain(model, batch)
-        views = [*see(batch), harden(x, cfg, batch.generator)]
+        if not cfg.jsd:
+            return plain(model, batch._replace(x=x, y=y))
+        views = [x, *(harden(x, cfg, batch.generator) for _ in range(2))]
         z = model(torch.cat(views)).float().chunk(3)
         ce, consistency = F.cross_entropy(z[0], y, label_smoothing=cfg.smoothing), jsd(*z)
         return ce + cfg.jsd * consistency, {"ce": ce, "jsd": consistency}
