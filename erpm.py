@@ -2867,23 +2867,19 @@ def kd(z: Tensor, teacher: Tensor, t: float) -> Tensor:
     return t * t * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def head_loss(z: Tensor, teacher: Tensor, y: Tensor, alpha: float, t: float,
-              smoothing: float = 0.0) -> Tensor:
-    """(1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), in float32, the batch's mean.
-
-    Paper: [A] eq. 3-4, "weighted sum of classification and distillation loss"; the form is ours."""
-    ce = F.cross_entropy(z.float(), y, label_smoothing=smoothing)
-    return (1 - alpha) * ce + alpha * kd(z, teacher, t)
-
-
 def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: float,
-              smoothing: float = 0.0) -> dict:
+              smoothing: float = 0.0) -> dict[str, Tensor]:
     """{part: loss} of a batch of b clean and b augmented images; their sum is minimised.
 
     Shapes: z.clean, z.robust (b,C), z.combined (2b,C) clean first; z0 = initial model on the clean,
     zt = robust teacher on the augmented images, (b,C) each; y (b,).
-    Paper: [A] eq. 5 = eq. 3 + eq. 4."""
-    loss, b = functools.partial(head_loss, y=y, alpha=alpha, t=t, smoothing=smoothing), len(y)
+    Paper: [A] eq. 5 = eq. 3 + eq. 4; the form of their "weighted sum of classification and
+    distillation loss", (1-a) CE(z, y) + a t^2 KL(softmax(teacher/t) || softmax(z/t)), is ours."""
+    def loss(z: Tensor, teacher: Tensor) -> Tensor:
+        ce = F.cross_entropy(z.float(), y, label_smoothing=smoothing)
+        return (1 - alpha) * ce + alpha * kd(z, teacher, t)
+
+    b = len(y)
     # METHOD [A] eq. 3: clean images, the initial model teaches; eq. 4: augmented ones, the robust
     return {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0),
             "robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
