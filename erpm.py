@@ -2885,15 +2885,6 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
             "robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
 
 
-def interpolate(original: nn.Module, tuned: nn.Module, alpha: float) -> None:
-    """Makes tuned (1 - alpha) original + alpha tuned, at 0 and 1 exactly one of them: WiSE-FT
-    (Wortsman et al. 2022).  Raises: UserError on networks of other tensors."""
-    end = copy.deepcopy(tuned.state_dict())
-    load_strictly(tuned, original.state_dict(), "cannot interpolate two networks of other tensors")
-    for k, v in tuned.state_dict().items():
-        v.copy_(torch.lerp(v.double(), end[k].double(), alpha))      # BatchNorm's counts as well
-
-
 # ---- [B]: discrete adversarial samples -----------------------------------------------------------
 
 @torch.no_grad()
@@ -4520,8 +4511,12 @@ def tune_lp_ft(cfg, images, train, lp):
 
 
 def tune_wise(cfg, images, train, tuned, original):
-    """Weights between the original's and the fine-tuned network's: nothing is trained again."""
-    interpolate(original, tuned, cfg.distill.wise)
+    """(1 - wise) original + wise fine-tuned weights, at 0 and 1 exactly one of them: WiSE-FT
+    (Wortsman et al. 2022); nothing is trained again."""
+    end = copy.deepcopy(tuned.state_dict())
+    load_strictly(tuned, original.state_dict(), "the original has other tensors")
+    for k, v in tuned.state_dict().items():
+        v.copy_(torch.lerp(v.double(), end[k].double(), cfg.distill.wise))  # BatchNorm counts too
     return tuned, tuned.card.train
 
 

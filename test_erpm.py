@@ -1925,6 +1925,8 @@ def test_wise_ends_at_the_original_and_at_ft_exactly(run_of_demo):
     for alpha, same in ((0, "student"), (1, "ft")):
         wise = tuned(run_of_demo, "distill.method=wise", f"distill.wise={alpha}")
         assert equal(wise, erpm.load(run_of_demo / f"{same}.safetensors"))
+    with refuses("the original has other tensors"):
+        erpm.tune_wise(None, None, None, tiny_net(5), tiny_net(6))
 
 
 def test_a_team_is_the_original_a_tail_of_its_own_and_the_teacher(run_of_demo):
@@ -1935,11 +1937,6 @@ def test_a_team_is_the_original_a_tail_of_its_own_and_the_teacher(run_of_demo):
     assert equal(both.teacher, teacher) and torch.equal(clean, original(x))
     said = erpm.team(clean.softmax(1), [robust.softmax(1), teacher(x).softmax(1)])
     assert not torch.equal(clean, robust) and torch.equal(both(x), said.clamp_min(erpm.TINY).log())
-
-
-def test_interpolation_of_other_tensors_is_refused():
-    with refuses("cannot interpolate"):
-        erpm.interpolate(tiny_net(5), tiny_net(6), 0.5)
 
 
 def test_the_clean_member_of_a_team_is_heard_unless_the_others_contradict_it():
