@@ -2578,9 +2578,8 @@ HEADS = Heads._fields
 
 
 class Prediction(NamedTuple):
-    """probs (B,C) of the answering head; head (B,) index into HEADS.
-
-    sigma, kl (B,2): of the clean and the robust head."""
+    """probs (B,C) of the answering head; head (B,) index into HEADS; sigma, kl (B,2) of the clean
+    and the robust head."""
     probs: Tensor
     head: Tensor
     sigma: Tensor
@@ -2590,9 +2589,8 @@ class Prediction(NamedTuple):
 class Dropout(nn.Module):
     """Dropout with three modes: training (random), off, and sampling, T passes as one batch.
 
-    METHOD [A] section 3.3: T stochastic passes.  Sampling draws T masks from the key alone and
-    gives every image the same T masks: T sub-networks, so that a prediction does not depend on the
-    other images of its batch and the same image always gets the same answer."""
+    METHOD [A] section 3.3: T stochastic passes.  The T masks are functions of the key alone and the
+    same for every image: T sub-networks, so that no answer depends on the rest of its batch."""
 
     def __init__(self, p: float, key: int):
         super().__init__()
