@@ -2681,7 +2681,6 @@ OBJECTIVES: dict[str, Callable] = {
     "sigma": lambda s, d, m, z: s,
     "kl": lambda s, d, m, z: d,
     "max-logit": lambda s, d, m, z: -z.amax(-1),
-    "max-prob": lambda s, d, m, z: -m.amax(-1),
     "entropy": lambda s, d, m, z: -(m * m.clamp_min(TINY).log()).sum(-1),
     "soft": lambda s, d, m, z: (s + TINY) * (d + TINY),
 }

@@ -1216,7 +1216,7 @@ def test_each_rule_picks_the_head_worked_by_hand():
                          [[.9, .05, .05], [.1, .8, .1], [.1, .85, .05]]])  # robust does
     sigma, logits = torch.tensor([[.1, .2]] * 2), torch.tensor([[[1.], [9], [2]]] * 2)
     for rule, heads in {"kl": [0, 2], "sigma": [0, 0], "product": [0, 2], "sum": [0, 2],
-                        "soft": [0, 2], "max-prob": [0, 0], "entropy": [0, 0], "max-logit": [2, 2],
+                        "soft": [0, 2], "entropy": [0, 0], "max-logit": [2, 2],
                         "clean": [0, 0], "combined": [1, 1], "robust": [2, 2]}.items():
         assert erpm.select(mean, sigma, rule, logits=logits).tolist() == heads, rule
     for y, heads in (([1, 0], [2, 0]), ([2, 2], [0, 0])):
