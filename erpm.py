@@ -2608,19 +2608,22 @@ class Dropout(nn.Module):
         return (x.unflatten(0, (copies, -1)) * self.masks[:, None].to(x.dtype)).flatten(0, 1)
 
 
-def put_dropout(stage: nn.Module, p: float, key: int) -> nn.Module:
-    """The stage with live dropout of rate p: before the Linear of a Classifier; else behind its own
-    dropout layers (which stay off), or the ends of its residual branches where it is a block of
-    open_clip, or itself where it has neither."""
-    if isinstance(stage, Classifier):
-        stage.drop = Dropout(p, key)
-        return stage
+def tunable(stage: nn.Module, key: int, p: float, where: str) -> nn.Module:
+    """A copy of the stage to be trained, with dropout of rate p: before the Linear of a Classifier;
+    with where = "tail" else behind its own dropout layers (which stay off), or the ends of its
+    residual branches where it is a block of open_clip, or itself where it has neither."""
+    stage = copy.deepcopy(stage).requires_grad_(True)
     spots = [(m, k, c) for m in stage.modules() for k, c in m.named_children()
              if k in ("ls_1", "ls_2")
              or isinstance(c, nn.Dropout) and k != "attn_drop"]   # a fused kernel reads attn_drop.p
-    for i, (module, name, child) in enumerate(spots):
-        setattr(module, name, nn.Sequential(child, Dropout(p, fold(key, i))))
-    return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
+    if isinstance(stage, Classifier):
+        stage.drop = Dropout(p, key)
+    elif where == "tail" and not spots:
+        stage = nn.Sequential(stage, Dropout(p, fold(key)))
+    elif where == "tail":
+        for i, (module, name, child) in enumerate(spots):
+            setattr(module, name, nn.Sequential(child, Dropout(p, fold(key, i))))
+    return stage
 
 
 class Tuned(nn.Sequential):
@@ -2640,13 +2643,7 @@ class ThreeHeads(Tuned):
 
     def __init__(self, tail: nn.Sequential, head: int, dropout: float, dropout_in: str):
         super().__init__()
-
-        def tuned(stage: nn.Module, key: int) -> nn.Module:
-            stage = copy.deepcopy(stage).requires_grad_(True)
-            drops = dropout_in == "tail" or isinstance(stage, Classifier)
-            return put_dropout(stage, dropout, key) if drops else stage
-
-        n = len(tail) - 1 - head
+        tuned, n = functools.partial(tunable, p=dropout, where=dropout_in), len(tail) - 1 - head
         self.shared = nn.Sequential(*(tuned(s, i) for i, s in enumerate(tail[:n])))
         self.heads = nn.ModuleDict({name: nn.Sequential(
             *(tuned(s, fold(name, i)) for i, s in enumerate(tail[n:]))) for name in HEADS})

@@ -1144,7 +1144,7 @@ def test_dropout_is_live_where_a_pretrained_network_has_none(kind):
     assert len(drops) >= 1 + 3 + 3 and all(d.p == 0.3 for d in drops)
     assert len(dropouts(erpm.Student(net, 2, 1, 0.3, dropout_in="head").tuned)) == 3
     if kind == "open_clip:tiny":                            # in the residual branches
-        part = erpm.put_dropout(erpm.stages(net)[2], 0.5, 0)
+        part = erpm.tunable(erpm.stages(net)[2], 0, 0.5, "tail")
         assert isinstance(part.ls_1[1], erpm.Dropout) and isinstance(part.ls_2[1], erpm.Dropout)
 
 
