@@ -2841,8 +2841,7 @@ class Team(nn.Module):
         self.net, self.teacher, self.tails = net, teacher, nn.ModuleList()
         if tune is not None:
             self.net, tail = cut(net, tune)
-            robust = copy.deepcopy(tail).requires_grad_(True)
-            self.tails.extend([freeze(tail), robust])
+            self.tails.extend([freeze(tail), copy.deepcopy(tail).requires_grad_(True)])
 
     def forward(self, x: Tensor, ask: Callable = operator.call) -> Tensor:
         """ask: (module, x) -> its output, which may be known already."""
