@@ -2142,25 +2142,17 @@ def named(name: str, classes: int | None = None, weights: str | None = None,
 
 # ---- stages --------------------------------------------------------------------------------------
 
-def _only(net: nn.Module, names: Iterable[str], but: nn.Module | None) -> nn.Module:
-    """A shallow copy of net: the named children, parameters and buffers, without `but` in them."""
-    part = copy.copy(net)
-    part._parameters = {k: v for k, v in net._parameters.items() if k in names}
-    part._buffers = {k: v for k, v in net._buffers.items() if k in names}
-    part._modules = {k: m for k, m in net._modules.items() if k in names and m is not but}
-    for k, m in part._modules.items():
-        if but in m.modules():
-            part._modules[k] = _only(m, [*m._parameters, *m._buffers, *m._modules], but)
-    return part
-
-
 class Part(nn.Module):
-    """The named children and parameters of a network (its own, not copies; without `but`), with a
-    forward of their own, f(net, x)."""
+    """The named children and parameters of a network (its own, not copies) in its own class, where
+    its other children do nothing, with a forward of their own, f(part, x)."""
 
-    def __init__(self, net: nn.Module, names: Iterable[str], f: Callable, but=None):
+    def __init__(self, net: nn.Module, names: Iterable[str], f: Callable):
         super().__init__()
-        self.part, self.f = _only(net, names, but), f
+        part = copy.copy(net)
+        part._parameters = {k: v for k, v in net._parameters.items() if k in names}
+        part._buffers = {k: v for k, v in net._buffers.items() if k in names}
+        part._modules = {k: m if k in names else nn.Sequential() for k, m in net._modules.items()}
+        self.part, self.f = part, f
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(self.part, x)
@@ -2182,13 +2174,6 @@ class Classifier(nn.Module):
             return self.fc(h.float())
 
 
-def _in_turn(n: nn.Module, x: Tensor) -> Tensor:
-    """The children one after another."""
-    for m in n.children():
-        x = m(x)
-    return x
-
-
 def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
     """Block i with the rotary embedding of the grid of patches (square, as all images here)."""
     side = math.isqrt(x.shape[1] - n.num_prefix_tokens)
@@ -2197,60 +2182,50 @@ def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
     return n.block(x, rope=rope[i] if n.rope_mixed else rope)
 
 
-def _pooled(*names: str) -> Callable:
-    """Forward of timm's networks behind the blocks: the named layers, then all but the Linear."""
-    def pool(n: nn.Module, x: Tensor) -> Tensor:
-        for name in names:
-            x = n._modules[name](x)
-        return n.forward_head(x, pre_logits=True)
-    return pool
-
-
-# By package and exact class: the children that hold the blocks, the forward of what comes after
-# them but the classifier, the forward of what comes before, parameters that belong to the former.
+# By package and exact class: the children that hold the blocks, those that come right after them,
+# and of other packages than timm the forwards of what is before them and of the rest but the
+# classifier.
 CUTS = {
-    "timm.VisionTransformer": ("blocks", _pooled("norm"), lambda n, x: n.norm_pre(n.patch_drop(
-        n._pos_embed(n.patch_embed(x))))),
-    "timm.Eva": ("blocks", _pooled("norm"), lambda n, x: n.norm_pre(
-        n._pos_embed(n.patch_embed(x))[0])),
-    "timm.ResNet": ("layer1 layer2 layer3 layer4", _pooled()),
-    "timm.RegNet": ("s1 s2 s3 s4", _pooled("final_conv")),
-    "timm.ConvNeXt": ("stages", _pooled("norm_pre")),
-    "timm.SwinTransformer": ("layers", _pooled("norm")),
-    "timm.SwinTransformerV2": ("layers", _pooled("norm")),
-    "timm.EfficientNet": ("blocks", _pooled("conv_head", "bn2")),
-    "timm.MobileNetV3": ("blocks", _pooled()),
-    "timm.MlpMixer": ("blocks", _pooled("norm")),
-    "torchvision.ResNet": ("layer1 layer2 layer3 layer4", lambda n, x: n.avgpool(x).flatten(1)),
-    "open_clip.ModifiedResNet": ("layer1 layer2 layer3 layer4", _in_turn),
-    "open_clip.VisionTransformer": ("transformer", lambda n, x: n._pool(x)[0] if n.proj is None else
-                                    n._pool(x)[0] @ n.proj, lambda n, x: n._embeds(x), "proj"),
+    "timm.VisionTransformer": ("blocks", "norm"),
+    "timm.Eva": ("blocks", "norm"),
+    "timm.ResNet": ("layer1 layer2 layer3 layer4", ""),
+    "timm.RegNet": ("s1 s2 s3 s4", "final_conv"),
+    "timm.ConvNeXt": ("stages", "norm_pre"),
+    "timm.SwinTransformer": ("layers", "norm"),
+    "timm.SwinTransformerV2": ("layers", "norm"),
+    "timm.EfficientNet": ("blocks", "conv_head bn2"),
+    "timm.MobileNetV3": ("blocks", ""),
+    "timm.MlpMixer": ("blocks", "norm"),
+    "torchvision.ResNet": ("layer1 layer2 layer3 layer4", "avgpool", lambda n, x: n.maxpool(n.relu(
+        n.bn1(n.conv1(x)))), lambda n, x: x.flatten(1)),
+    "open_clip.ModifiedResNet": ("layer1 layer2 layer3 layer4", "attnpool", lambda n, x: n.stem(x),
+                                 lambda n, x: x),
+    "open_clip.VisionTransformer": ("transformer", "", lambda n, x: n._embeds(x), lambda n, x:
+                                    n._pool(x)[0] if n.proj is None else n._pool(x)[0] @ n.proj),
 }
 
 
-def _opened(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules in order, those in plain containers one by one."""
-    out = []
-    for m in modules:
-        plain = type(m).__name__ in ("Sequential", "ModuleList", "RegStage", "Transformer")
-        out += _opened(m.children()) if plain else [m]
-    return out
-
-
-def _split_by_row(net: nn.Module, holders: str, after: Callable, before: Callable = _in_turn,
-                  *late: str) -> tuple[list[nn.Module], list[nn.Module]]:
+def _split_by_row(net: nn.Module, holders: str, behind: str,
+                  before: Callable = lambda n, x: n.forward_features(x),
+                  rest: Callable = lambda n, x: n.forward_head(x, pre_logits=True)):
     """`split_net` of a row of CUTS."""
-    names, holders = list(net._modules), holders.split()
+    names, holders, behind = list(net._modules), holders.split(), behind.split()
     first, last = names.index(holders[0]), names.index(holders[-1])
-    fc = net.get_classifier() if hasattr(net, "get_classifier") else getattr(net, "fc", None)
-    early = [*names[:first], *(k for k in (*net._parameters, *net._buffers) if k not in late)]
-    blocks = _opened(net._modules[k] for k in holders)
+    early = [*names[:first], *(k for k in (*net._parameters, *net._buffers) if k != "proj")]
+    late = ["proj", *(k for k in names[last + 1:] if k not in behind)]
+    blocks = []
+    for m in itertools.chain(*(net._modules[k].children() for k in holders)):
+        blocks += m if type(m) in (nn.Sequential, nn.ModuleList) else [m]
     if getattr(net, "rope", None) is not None:           # every block is called with the rope
         for i, block in enumerate(blocks):
             blocks[i] = Part(net, ["rope"], functools.partial(_eva_block, i))
             blocks[i].part.block = block
-    features = Part(net, [*late, *names[last + 1:]], after, but=fc)
-    return [Part(net, early, before), *blocks], [features, fc or nn.Identity()]
+    fc = net.get_classifier() if hasattr(net, "get_classifier") else getattr(net, "fc", None)
+    fc = fc or nn.Identity()
+    same = {id(t): t for t in (*net.parameters(), *net.buffers())}       # no tensor is copied
+    bare = copy.deepcopy(net, same | {id(fc): nn.Identity()})
+    return ([Part(net, early, before), *blocks],
+            [*(net._modules[k] for k in behind), Part(bare, late, rest), fc])
 
 
 def split_net(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -2286,7 +2261,7 @@ def split_net(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 def stages(net: nn.Module) -> nn.Sequential:
     """The same function as net, as a list of cuttable stages whose last one is a Classifier.
 
-    The stages hold net's own modules, not copies.  Raises: UserError for what cannot be cut."""
+    The stages hold net's own tensors, not copies.  Raises: UserError for what cannot be cut."""
     if isinstance(net, Net):
         return nn.Sequential(Part(net, ("mean", "std"), Net.prepare), *stages(net.net))
     body, (*features, fc) = split_net(net)
