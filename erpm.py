@@ -2177,8 +2177,7 @@ class Classifier(nn.Module):
 def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
     """Block i with the rotary embedding of the grid of patches (square, as all images here)."""
     side = math.isqrt(x.shape[1] - n.num_prefix_tokens)
-    free = n.dynamic_img_size or not hasattr(n.rope, "feat_shape")
-    rope = n.rope.get_embed(shape=(side, side)) if free else n.rope.get_embed()
+    rope = n.rope.get_embed(shape=(side, side))
     return n.block(x, rope=rope[i] if n.rope_mixed else rope)
 
 
