@@ -58,7 +58,6 @@ import platform
 import re
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections import OrderedDict
@@ -2076,11 +2075,7 @@ def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Mo
     tag does, or the first tag of its model.  Raises: UserError."""
     import open_clip
     model, slash, tag = name.partition("/")
-    if "erpm-tiny" not in open_clip.list_models():
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "erpm-tiny.json")
-            file.write_text(json.dumps(TINY_CLIP))
-            open_clip.add_model_config(file)
+    open_clip.factory._MODEL_CONFIGS.setdefault("erpm-tiny", TINY_CLIP)
     choose(open_clip.list_models(), model, "network of open_clip")
     tags = open_clip.list_pretrained_tags_by_model(model)
     cfg = open_clip.get_pretrained_cfg(model, tag if slash else next(iter(tags), ""))
