@@ -2030,10 +2030,9 @@ def _timm(name: str, classes: int | None, weights: str | None, size_px: int) -> 
     import timm
     choose(timm.list_models() + timm.list_pretrained(), name, "network of timm")
     cfg, tag = timm.get_pretrained_cfg(name), "." in name
-    options = {} if classes is None else {"num_classes": classes}
-    if size_px and cfg.fixed_input_size:                  # position embeddings are of one size
-        options["img_size"] = size_px
-    net = timm.create_model(name, pretrained=tag and weights is None, **options)
+    # position embeddings are of one size; None = timm's own
+    net = timm.create_model(name, pretrained=tag and weights is None, num_classes=classes,
+                            img_size=size_px or None if cfg.fixed_input_size else None)
     size = size_px or cfg.input_size[-1]
     fixed = size_px or tag or cfg.fixed_input_size                       # else as they come
     card = Card(n_classes=net.num_classes, size_px=size if fixed else 0,
