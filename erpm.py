@@ -2080,15 +2080,13 @@ def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Mo
     cfg = open_clip.get_pretrained_cfg(model, tag if slash else next(iter(tags), ""))
     if slash:
         choose(tags, tag, f"weights of open_clip:{model}")
-        if cfg.get("quick_gelu") and not open_clip.get_model_config(model).get("quick_gelu"):
-            raise UserError(f"open_clip:{name}: these weights want QuickGELU and {model} has GELU: "
-                            f"use open_clip:{model}-quickgelu/{tag}")
     if weights not in (None, "random"):
         read_weights(weights)                             # says what is wrong with the file
     source = {None: tag or None, "random": None}.get(weights, weights)
     with from_hub(f"open_clip:{name}"):
-        clip = open_clip.create_model(model, source, pretrained_text=False,
-                                      force_image_size=size_px or None, force_preprocess_cfg=cfg)
+        clip = open_clip.create_model(
+            model, source, force_quick_gelu=slash and cfg.get("quick_gelu", False),
+            force_image_size=size_px or None, force_preprocess_cfg=cfg, pretrained_text=False)
     return clip.eval()
 
 

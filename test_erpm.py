@@ -1002,6 +1002,11 @@ def test_a_tag_says_classes_normalisation_size_and_view(monkeypatch):
     for tag in ("", "/webli"):                                         # as `load` builds it
         net = erpm.build(f"open_clip:ViT-B-16-SigLIP{tag}", None, "random")
         assert net.mean.flatten().tolist() == [0.5] * 3 and net.card.view.squash
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32",
+                        open_clip.get_model_config("tiny-avg"))
+    quick = [any(type(m).__name__ == "QuickGELU" for m in erpm.clip_model(n, "random").modules())
+             for n in ("ViT-B-32", "ViT-B-32/openai", "ViT-B-32/laion2b_e16")]
+    assert quick == [False, True, False]
 
 
 @pytest.mark.parametrize("name, own", [("timm:test_vit", 160), ("cifar:resnet8", 0),
@@ -2477,7 +2482,6 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval --model torchvision:resnet50/V1", "unknown weights of torchvision:resnet50 'V1'"),
     ("eval --model open_clip:ViT-B-33", "of open_clip 'ViT-B-33'; did you mean 'ViT-B-32'"),
     ("eval --model open_clip:ViT-B-32-quickgelu/opnai", "did you mean 'openai'"),
-    ("eval --model open_clip:ViT-B-32/openai", "use open_clip:ViT-B-32-quickgelu/openai"),
     ("eval --set imagenet-rr", "unknown set 'imagenet-rr'; did you mean 'imagenet-r'?"),
     ("eval --set a@shapes", "unknown set"),
     ("eval --set folder:half --model run:r", "no folder half/val"),
