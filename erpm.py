@@ -2235,18 +2235,12 @@ def split_net(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     if type(net) is not nn.Sequential or not len(net):
         raise UserError(f"a {kind(net)} cannot be cut into stages: known are {', '.join(CUTS)}; or "
                         "pass an nn.Sequential of your own that ends in a Linear")
-    *body, fc = net
-    tail, groups = [fc], []
-    if body and kind(body[0]) in (*CUTS, "open_clip.TimmModel"):
-        groups, tail = split_net(body[0])
-        return groups, [*tail, *net[1:]]
-    while body and not list(body[-1].parameters()):
-        tail.insert(0, body.pop())
-    for m in body:
-        if not groups or list(m.parameters()):
-            groups.append(nn.Sequential())
-        groups[-1].append(m)
-    return groups, tail
+    if kind(net[0]) in (*CUTS, "open_clip.TimmModel"):
+        body, tail = split_net(net[0])
+        return body, [*tail, *net[1:]]
+    opens = [i for i, m in enumerate(net[:-1]) if i == 0 or list(m.parameters())]
+    end = opens[-1] + 1 if opens else 0
+    return [net[i:j] for i, j in itertools.pairwise([*opens, end])], [*net[end:]]
 
 
 def stages(net: nn.Module) -> nn.Sequential:
