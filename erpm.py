@@ -2187,12 +2187,14 @@ CUTS = {
     "timm.EfficientNet": ("blocks", "conv_head bn2"),
     "timm.MobileNetV3": ("blocks", ""),
     "timm.MlpMixer": ("blocks", "norm"),
-    "torchvision.ResNet": ("layer1 layer2 layer3 layer4", "avgpool", lambda n, x: n.maxpool(n.relu(
-        n.bn1(n.conv1(x)))), lambda n, x: x.flatten(1)),
-    "open_clip.ModifiedResNet": ("layer1 layer2 layer3 layer4", "attnpool", lambda n, x: n.stem(x),
-                                 lambda n, x: x),
-    "open_clip.VisionTransformer": ("transformer", "", lambda n, x: n._embeds(x), lambda n, x:
-                                    n._pool(x)[0] if n.proj is None else n._pool(x)[0] @ n.proj),
+    "torchvision.ResNet": (
+        "layer1 layer2 layer3 layer4", "avgpool",
+        lambda n, x: n.maxpool(n.relu(n.bn1(n.conv1(x)))), lambda n, x: x.flatten(1)),
+    "open_clip.ModifiedResNet": (
+        "layer1 layer2 layer3 layer4", "attnpool", lambda n, x: n.stem(x), lambda n, x: x),
+    "open_clip.VisionTransformer": (
+        "transformer", "", lambda n, x: n._embeds(x),
+        lambda n, x: n._pool(x)[0] if n.proj is None else n._pool(x)[0] @ n.proj),
 }
 
 
