@@ -2372,23 +2372,22 @@ class Coder(nn.Module):
         super().__init__()
         widths, groups = [c["ch"] * m for m in c["ch_mult"]], c["groups"]
         width, order = c["ch"] if down else widths[-1], range(len(widths))[::1 if down else -1]
-        steps, levels = [], nn.ModuleList(nn.ModuleDict() for _ in widths)
+        steps, levels = [], nn.ModuleList(nn.ModuleDict(
+            {"block": nn.ModuleList(), "attn": nn.ModuleList()}) for _ in widths)
         self.conv_in = nn.Conv2d(3 if down else c["z_channels"], width, 3, 1, 1)
         for i in order:
-            level = levels[i]
-            level["block"], level["attn"] = nn.ModuleList(), nn.ModuleList()
             for _ in range(c["num_res_blocks"] + (not down)):
                 steps.append(ResBlock(width, widths[i], groups))
-                level["block"].append(steps[-1])
+                levels[i]["block"].append(steps[-1])
                 width = widths[i]
                 if c["resolution"] >> i in c["attn_resolutions"]:
                     steps.append(SpatialAttention(width, groups))
-                    level["attn"].append(steps[-1])
+                    levels[i]["attn"].append(steps[-1])
             if i != order[-1]:
                 first = nn.ZeroPad2d((0, 1, 0, 1)) if down else nn.Upsample(scale_factor=2.0)
                 conv = nn.Conv2d(width, width, 3, *((2, 0) if down else (1, 1)))
                 steps.append(nn.Sequential(OrderedDict(first=first, conv=conv)))
-                level["downsample" if down else "upsample"] = steps[-1]
+                levels[i]["downsample" if down else "upsample"] = steps[-1]
         self.add_module("down" if down else "up", levels)
         top = widths[-1]
         self.mid = nn.Sequential(OrderedDict(
