@@ -2007,14 +2007,13 @@ def _cifar(name: str, classes: int | None, weights: str | None, size_px: int) ->
         raise UserError(f"unknown network cifar:{name}: expected cifar:resnetD[-wK][-s2] with "
                         "D = 8, 14, 20, ...")
     n_in, stem, n = 16 * int(m[2] or 1), int(m[3] or 1), classes or 10
-    layers = [nn.Sequential(nn.Conv2d(3, n_in, 3, stem, 1, bias=False), nn.BatchNorm2d(n_in),
-                            nn.ReLU())]
+    layers = [torchvision.ops.Conv2dNormActivation(3, n_in, 3, stem)]
     for level, i in itertools.product(range(3), range((int(m[1]) - 2) // 6)):
         n_out, shortcut = n_in, None
         if level and not i:
             n_out = 2 * n_in
-            shortcut = nn.Sequential(nn.Conv2d(n_in, n_out, 1, 2, bias=False),
-                                     nn.BatchNorm2d(n_out))
+            shortcut = torchvision.ops.Conv2dNormActivation(n_in, n_out, 1, 2,
+                                                            activation_layer=None)
         layers.append(torchvision.models.resnet.BasicBlock(n_in, n_out, n_out // n_in, shortcut))
         n_in = n_out
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n))
