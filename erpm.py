@@ -2283,35 +2283,29 @@ def cut(net: Net, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
 
 # ---- visual prompts ------------------------------------------------------------------------------
 
-class Prompted(nn.Module):
-    """A block of a ViT that sees trained tokens behind its own: `put` are added before it, and the
-    last `off` taken off after it.  Shapes: (B,N,D) -> (B, N + put - off, D)."""
-
-    def __init__(self, block: nn.Module, width: int, put: int, off: int):
-        super().__init__()
-        self.block, self.off = block, off
-        self.prompt = nn.Parameter(torch.empty(put, width).uniform_(-1, 1) * (6 / width) ** 0.5)
-
-    def forward(self, x: Tensor, **options) -> Tensor:
-        x = torch.cat([x, self.prompt.to(x.dtype).expand(len(x), -1, -1)], 1)
-        x = self.block(x, **options)
-        return x[:, :x.shape[1] - self.off]
-
-
 def prompted(net: Net, n: int = 10, deep: bool = True) -> Net:
     """The ViT with n prompt tokens, in place: deep = new ones before every block, else before the
     first.  They stand behind the other tokens, have no position and are off before the pooling.
 
     Paper: VPT (Jia et al. 2022).  Raises: UserError on what is no ViT of timm or open_clip."""
+    def put(block: nn.Module, args: tuple) -> tuple:
+        x, *others = args
+        return torch.cat([x, block.prompt.to(x.dtype).expand(len(x), -1, -1)], 1), *others
+
+    def take_off(block: nn.Module, args: tuple, x: Tensor) -> Tensor:
+        return x[:, :x.shape[1] - n]
+
     vit = next((m for m in net.modules() if type(m).__name__ == "VisionTransformer"), None)
     if vit is None:
         raise UserError(f"vpt: {net.card.name or 'the network'} has no tokens to add prompts to: "
                         "take a ViT of timm or open_clip")
     blocks = vit.blocks if hasattr(vit, "blocks") else vit.transformer.resblocks
     width = next(m for m in blocks.modules() if isinstance(m, nn.LayerNorm)).normalized_shape[-1]
-    for i, block in enumerate(blocks):
-        put, off = (n if deep or end else 0 for end in (i == 0, i == len(blocks) - 1))
-        blocks[i] = Prompted(block, width, put, off)
+    for block in blocks if deep else blocks[:1]:
+        block.prompt = nn.Parameter(torch.empty(n, width).uniform_(-1, 1) * (6 / width) ** 0.5)
+        block.register_forward_pre_hook(put)
+    for block in blocks if deep else blocks[-1:]:
+        block.register_forward_hook(take_off)
     made = net.card.made | {"prompted": {"n": n, "deep": deep}}
     net.card = dataclasses.replace(net.card, made=made)
     return net
