@@ -2100,10 +2100,8 @@ def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int
     view = View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash")
     card = Card(n_classes=classes or 0, size_px=size, view=view, clip=weights or "",
                 fresh=bool(classes) or not weights and "/" not in name)
-    net = Net(nn.Sequential(OrderedDict(visual=clip.visual, fc=fc)), card, cfg["mean"], cfg["std"])
-    net.scale = [v.item() if v is not None else 0.0               # for a TextHead
-                 for v in (clip.logit_scale, clip.logit_bias)]
-    return net
+    net = nn.Sequential(OrderedDict(visual=clip.visual, fc=fc))
+    return Net(net, card, cfg["mean"], cfg["std"])
 
 
 FAMILIES = {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip, "cifar": _cifar}
@@ -2503,16 +2501,17 @@ def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
             clip = clip_model(name, card.clip or None, card.size_px).to(device)
             tokenizer = open_clip.get_tokenizer(name.partition("/")[0])
         templates = [functools.partial(t.replace, "{}") for t in prompts[1]]
-        texts[prompts] = open_clip.build_zero_shot_classifier(
+        weight = open_clip.build_zero_shot_classifier(
             clip, tokenizer, prompts[0], templates, device=device).T.float().cpu().contiguous()
-    weight = texts[prompts]
-    out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-    if isinstance(out, Net) and not isinstance(out.net.fc, TextHead):
-        out.net.fc = TextHead(weight, *out.scale)
-    for head in (m for m in out.modules() if isinstance(m, TextHead)):
-        head.weight = F.normalize(weight, dim=-1).to(head.weight.device)
-        head.out_features = len(weight)
-    out.card = dataclasses.replace(card, n_classes=len(weight), prompts=prompts, classes=())
+        scale = (v.item() if v is not None else 0.0 for v in (clip.logit_scale, clip.logit_bias))
+        texts[prompts] = TextHead(weight, *scale)
+    head = copy.deepcopy(texts[prompts]).to(next(model.parameters()).device)
+    new = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    new |= {id(m): head for m in model.modules() if isinstance(m, TextHead)}
+    out = copy.deepcopy(model, new)
+    if not card.prompts:
+        out.net.fc = head
+    out.card = dataclasses.replace(card, n_classes=head.out_features, prompts=prompts, classes=())
     return out
 
 
