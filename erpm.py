@@ -2448,9 +2448,8 @@ def vqgan(config: str | dict, weights: Path | str | None = None) -> VQGAN:
     """The VQGAN of a name of VQGANS, of a YAML file of taming-transformers, or of a mapping of its
     words, also nested as "ddconfig".
 
-    weights: a local file, loaded strictly: .safetensors or a state dict, also in "state_dict";
-    the discriminator and perceptual loss ("loss.*") are left out.  Without one they are random.
-    Raises: UserError."""
+    weights: a local file as of read_weights, loaded strictly but for its losses ("loss.*"); None =
+    random.  Raises: UserError."""
     if isinstance(config, str) and config.endswith((".yaml", ".yml")):
         config = read_yaml(Path(config)).get("model", {}).get("params", {})
     config = choose(VQGANS, config, "vqgan.name") if isinstance(config, str) else config
