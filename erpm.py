@@ -1408,27 +1408,20 @@ def as_images(images) -> ImageSet:
     return ImageSet("images", y, classes, View(x.shape[-1]), images=x)
 
 
-class Batches:
-    """Batch sampler of training: the global order of (seed, epoch), this rank's share of it.
-
-    Yields lists of (epoch, position) from micro-batch `start` on, without end."""
-
-    def __init__(self, n: int, batch: int, seed: int, start: int = 0):
-        rank, size = world()
-        if n < batch:
-            raise UserError(f"{n} training images are fewer than a batch of {batch}")
-        self.n, self.batch, self.seed, self.start = n, batch, seed, start
-        self.share = slice(rank * batch // size, (rank + 1) * batch // size)
-        self.per_epoch = n // batch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, k = divmod(self.start, self.per_epoch)
-        while True:
-            order = np.random.default_rng(fold(self.seed, "order", epoch)).permutation(self.n)
-            for k in range(k, self.per_epoch):
-                picks = order[k * self.batch:(k + 1) * self.batch][self.share]
-                yield [(epoch, int(i)) for i in picks]
-            epoch, k = epoch + 1, 0
+def batches(n: int, batch: int, seed: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """Training's lists of (epoch, position) from micro-batch `start` on, without end: this
+    process's share of each batch, in the global order of (seed, epoch)."""
+    rank, size = world()
+    if n < batch:
+        raise UserError(f"{n} training images are fewer than a batch of {batch}")
+    share = slice(rank * batch // size, (rank + 1) * batch // size)
+    epoch, k = divmod(start, n // batch)
+    while True:
+        order = np.random.default_rng(fold(seed, "order", epoch)).permutation(n)
+        for k in range(k, n // batch):
+            picks = order[k * batch:(k + 1) * batch][share]
+            yield [(epoch, int(i)) for i in picks]
+        epoch, k = epoch + 1, 0
 
 
 def _kill_workers() -> None:
@@ -3067,13 +3060,14 @@ def log_row(checkpoint: Path | None, row: dict, losses: list[dict[str, Tensor]])
     return f"loss {means['loss']:.4f}"
 
 
-def feed(images: ImageSet, batches: Batches, accum: int, workers: int) -> Iterator[Batch]:
-    """The micro-batches, on this process's device.  All that is random is a function of the seed,
-    the micro-batch and the rank; the global generator, which dropout takes, is set likewise."""
-    device, seed = pick_device(), batches.seed
-    loaded = loader(images, workers, batch_sampler=batches)
-    for i, (x, y, index) in enumerate(loaded, batches.start):
-        key, epoch = (seed, *divmod(i, accum), world()[0]), i // batches.per_epoch
+def feed(images: ImageSet, cfg: Train, seed: int, at: int, workers: int) -> Iterator[Batch]:
+    """The micro-batches from step `at` on, on this process's device.  All that is random is a
+    function of the seed, the micro-batch and the rank; the global generator, which dropout takes,
+    is set likewise."""
+    device, n, size, start = pick_device(), len(images), cfg.batch // cfg.accum, at * cfg.accum
+    loaded = loader(images, workers, batch_sampler=batches(n, size, seed, start))
+    for i, (x, y, index) in enumerate(loaded, start):
+        key, epoch = (seed, *divmod(i, cfg.accum), world()[0]), i // (n // size)
         torch.manual_seed(fold("dropout", *key))
         yield Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
                     rng("step", *key), [(seed, epoch, k) for k in index.tolist()])
@@ -3110,8 +3104,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         parts["average"] = swa.AveragedModel(
             model, multi_avg_fn=swa.get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
     at, seconds = resume(checkpoint, parts, key) if checkpoint else (0, 0.0)
-    batches = Batches(len(images), cfg.batch // cfg.accum, seed, at * cfg.accum)
-    data, per_epoch = feed(images, batches, cfg.accum, workers), max(1, len(images) // cfg.batch)
+    data, per_epoch = feed(images, cfg, seed, at, workers), max(1, len(images) // cfg.batch)
     total = max(1, round(cfg.epochs * per_epoch))
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
     trained = [p for group in opt.param_groups for p in group["params"]]

@@ -204,7 +204,7 @@ def test_import_has_no_side_effect_and_a_held_loader_keeps_no_process_from_endin
             "assert before[1:] == (dict(os.environ), os.listdir())\n"
             "assert not {'timm', 'open_clip', 'matplotlib'} & set(sys.modules)\n"
             "s = erpm.open_set('folder:set', erpm.Data(), 'train')\n"
-            "it = iter(erpm.loader(s, 1, batch_sampler=erpm.Batches(len(s), 4, 0)))\n"
+            "it = iter(erpm.loader(s, 1, batch_sampler=erpm.batches(len(s), 4, 0)))\n"
             "next(it); 1 / 0")
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=300)
     assert done.stdout == "" and re.match("Traceback[^$]*ZeroDivisionError", done.stderr)
@@ -364,7 +364,7 @@ def test_fit_crop_cuts_the_centre_out_and_squash_cuts_nothing_off(here, fit, squ
 
 def test_orders_are_permutations_that_a_restart_repeats(monkeypatch):
     def take(start, k):
-        it = iter(erpm.Batches(105, 10, seed=5, start=start))
+        it = erpm.batches(105, 10, seed=5, start=start)
         return [next(it) for _ in range(k)]
     whole = take(0, 25)
     assert len({i for b in whole[:10] for _, i in b}) == 100
