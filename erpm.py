@@ -1754,22 +1754,19 @@ def _read_row(row: SetRow, data: Data, train: bool):
     top, get = Path("" if n is None else data.root, place), row.get.replace("ROOT", data.root)
     n = n if place else None                                 # made here: as many as are wanted
     if n and not top.exists():
-        raise Absent(f"{row.name} is not there: looked for {top}; expected {n:,} "
-                     f"{'training' if train else 'test'} images of {row.n_classes:,} classes; get "
-                     f"it: {get}; another place: data.root=FOLDER")
+        raise Absent(f"{row.name} is not there: looked for {top}; get it: {get}; another place: "
+                     "data.root=FOLDER")
     try:
         found, y, names = row.read(row, top, train, data)
     except UserError:
         raise
     except (RuntimeError, ImportError, OSError, ValueError, EOFError) as e:  # of many libraries
         raise UserError(f"{row.name} in {top}: {e}; get it: {get}") from None
-    if row.n_classes and len(names) != row.n_classes:
-        raise UserError(f"{row.name}: {len(names):,} classes in {top}, expected "
-                        f"{row.n_classes:,}: unpack it again")
-    partial = n and len(y) != n
-    if partial and not (len(y) and data.allow_partial):
-        raise UserError(f"{row.name}: {len(y):,} images in {top}, expected {n:,}: unpack it again, "
-                        "or data.allow_partial=true to use it as it is")
+    odd, partial = row.n_classes not in (0, len(names)), n and len(y) != n
+    if odd or partial and not (len(y) and data.allow_partial):
+        raise UserError(f"{row.name}: {len(y):,} images of {len(names):,} classes in {top}, "
+                        f"expected {n:,} of {row.n_classes:,}: unpack it again, or "
+                        "data.allow_partial=true scores a part of the images of all classes")
     return found, y, names, [f"{len(y):,} of {n:,} images"] if partial else []
 
 

@@ -500,12 +500,12 @@ def small_row(monkeypatch, name, **changes):
 def test_a_half_unpacked_set_is_refused_with_both_counts(mini, monkeypatch):
     data = erpm.Data(root=str(mini), size_px=32)
     for name, n in (("imagenet", "50,000"), ("imagenet@a", "10,000"), ("imagenet-c", "50,000")):
-        with pytest.raises(erpm.UserError, match=f" images in {mini}/.*, expected {n}"):
+        with pytest.raises(erpm.UserError, match=f" images of .* in {mini}/.*, expected {n}"):
             erpm.open_set(name, data)
     small_row(monkeypatch, "imagenet", n_test=112)
     assert erpm.open_set("imagenet", data).name == "imagenet"
     small_row(monkeypatch, "imagenet", n_test=111)           # more than published are no set either
-    with refuses("imagenet: 112 images in "):
+    with refuses("imagenet: 112 images of "):
         erpm.open_set("imagenet", data)
 
 
@@ -592,7 +592,7 @@ def test_sun397_and_places205_go_by_their_lists(here, monkeypatch, name, top, li
         assert s.classes == ("abbey", "apse/indoor") and s.y.tolist() == y
         assert decoded(batch(s)[0]) == [int(Path(p).stem) for p in paths]
     small_row(monkeypatch, name, n_classes=3)
-    with refuses(f"{name}: 2 classes in "):
+    with refuses(f"{name}: 3 images of 2 classes in "):
         erpm.open_set(name)
 
 
@@ -606,7 +606,7 @@ def test_sets_lists_every_set_and_its_faults(here):
                                    for line in out.splitlines()) if len(c) > 4}
     assert rows["pets@folder:mine"] == ["4", "any", "any", "mine"]
     assert rows["imagenet-a"][:2] == ["1", "7,500"] and rows["cifar10"][0] == "spoilt"
-    assert "inaturalist2021: 1 classes in" in out and not (here / "runs").exists()
+    assert "inaturalist2021: 1 images of 1 classes in" in out and not (here / "runs").exists()
 
 
 # ==== corruptions ====
@@ -1521,7 +1521,7 @@ def test_all_scores_what_is_there_and_refuses_what_is_half_there(three_networks,
     assert all(f"left out: {n} is not there" in out for n in ("fashion-mnist", "imagenet-a"))
     assert "left out: mine: its classes are not those of shapes, and a linear probe c" in out
     make_tree(here / "data/imagenet-a", erpm.synsets("a")[:2], n=1, splits=("",))
-    assert "imagenet-a: 2 images in data/imagenet-a, expected 7,500" in fails(capsys, *words)
+    assert "imagenet-a: 2 images of 200 classes in data/imagenet-a, ex" in fails(capsys, *words)
     runs("eval", "--set", "shapes", "--model", foreign, "eval.head=own", "out=own")
     assert [r["label"] for r in result_rows("own/models")] == ["N"]     # its user says so
 
