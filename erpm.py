@@ -791,11 +791,6 @@ def frost_folder():
     return package and Path(package.origin).parent / "frost"
 
 
-def frost_source():
-    """"original" or "procedural": the textures that frost draws from."""
-    return "original" if frost_folder() else "procedural"
-
-
 @functools.lru_cache(maxsize=64)
 def ice(i, h, w, device):
     """Texture i, uint8 (3,H,W), or tinted plasma where its file is not to be had; a fifth of it for
@@ -3579,7 +3574,8 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     makes it another evaluation, corruption and severity apart."""
     card, ev, transform = model.card, cfg.eval, images.transform
     if images.corrupted and not images.archive:
-        transform += f", corrupted on the fly, jpeg 85, {frost_source()} frost"
+        frost = "original" if frost_folder() else "procedural"
+        transform += f", corrupted on the fly, jpeg 85, {frost} frost"
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None
