@@ -1359,17 +1359,17 @@ class ImageSet(torch.utils.data.Dataset):
         return dataclasses.replace(self, draw=(seed, crop, flip))
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]):
-        """Batch (x uint8 (B,3,H,W), y (B,), index (B,)) for keys (epoch, position)."""
-        epochs, index = [e for e, _ in keys], self.index[[p for _, p in keys]]
+        """Batch (x uint8 (B,3,H,W), y (B,), index (B,)) for keys (epoch, position) of an epoch."""
+        epoch, index = keys[0][0], self.index[[p for _, p in keys]]
         seed, crop, flip = self.draw
         if self.images is None:
-            x = torch.stack([self._read(e, int(i)) for e, i in zip(epochs, index)])
+            x = torch.stack([self._read(epoch, int(i)) for i in index])
         else:
             x = self.images[torch.from_numpy(index)]
             if x.shape[-1] != self.view.size_px:
                 x = v2.functional.resize(x, [self.view.size_px] * 2, antialias=True)
             if crop or flip:
-                draws = np.random.default_rng(fold(seed, "crop", epochs[0]))
+                draws = np.random.default_rng(fold(seed, "crop", epoch))
                 u = draws.random((len(self.y), 3), dtype=np.float32)[index]
                 x = shift_and_flip(x, u, crop, flip)
         if self.beside is not None:
