@@ -1674,17 +1674,15 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("imagenet@a", 0, 10000, 200, _VAL, "imagenet/val", part="a"),
     SetRow("imagenet@r", 0, 10000, 200, _VAL, "imagenet/val", part="r"),
     SetRow("imagenet@objectnet", 0, 6250, 113, _VAL, "imagenet/val", part="objectnet"),
-    SetRow("imagenet-v2", 0, 10000, 1000, "huggingface.co/datasets/vaishaal/ImageNetV2: "
-           "imagenetv2-matched-frequency.tar.gz", "imagenetv2-matched-frequency-format-val",
+    SetRow("imagenet-v2", 0, 10000, 1000, "huggingface.co/datasets/vaishaal/ImageNetV2",
+           "imagenetv2-matched-frequency-format-val", part=""),
+    SetRow("imagenet-a", 0, 7500, 200, "github.com/hendrycks/natural-adv-examples", "imagenet-a",
+           part="a"),
+    SetRow("imagenet-r", 0, 30000, 200, "github.com/hendrycks/imagenet-r", "imagenet-r", part="r"),
+    SetRow("imagenet-sketch", 0, 50889, 1000, "github.com/HaohanWang/ImageNet-Sketch", "sketch",
            part=""),
-    SetRow("imagenet-a", 0, 7500, 200, "github.com/hendrycks/natural-adv-examples: imagenet-a.tar",
-           "imagenet-a", part="a"),
-    SetRow("imagenet-r", 0, 30000, 200, "github.com/hendrycks/imagenet-r: imagenet-r.tar",
-           "imagenet-r", part="r"),
-    SetRow("imagenet-sketch", 0, 50889, 1000, "github.com/HaohanWang/ImageNet-Sketch: "
-           "ImageNet-Sketch.zip", "sketch", part=""),
-    SetRow("objectnet", 0, 18574, 113, "objectnet.dev: objectnet-1.0.zip (its licence forbids to "
-           "train on it)", "objectnet-1.0/images", part="objectnet", border_px=2),
+    SetRow("objectnet", 0, 18574, 113, "objectnet.dev (its licence forbids to train on it)",
+           "objectnet-1.0/images", part="objectnet", border_px=2),
     SetRow("tiny-imagenet", 100000, 10000, 200, "cs231n.stanford.edu/tiny-imagenet-200.zip; -c: "
            "zenodo.org/record/2536630", "tiny-imagenet-200/val/val_annotations.txt",
            "tiny-imagenet-200/train", pictures="tiny-imagenet-200/val/images",
