@@ -1311,8 +1311,8 @@ class ImageSet(torch.utils.data.Dataset):
     each side (ObjectNet's frame).  own_view: the view is the set's, whatever the network's.
     outputs: the classes of a network that answers here by itself; ids (C,k): which of its outputs
     mean class k, None = all in order.  corrupted: a -c set; archive: a published one.
-    index: the images in use.  draw: (seed, crop, flip) of training.
-    beside: a copy of each image (samples of [B]), which comes as channels 3 to 5, cut alike."""
+    index: the images in use.  draw: (seed, crop, flip) of training.  beside: a copy of each image
+    (samples of [B]), which comes as channels 3 to 5, cut alike."""
     base: str
     y: Sequence[int]
     classes: Sequence[str]
@@ -1640,8 +1640,7 @@ class SetRow:
 
     read: (row, place, train, data) -> paths or images, labels, class names.
     pictures: where the paths of a list begin.  part: of ImageNet's outputs those that are scored;
-    None = no such set.  view: the set's own, whatever the network's.
-    archive: folder of its published -c copy."""
+    None = no such set.  view: its own, whatever the network's.  archive: its published -c copy."""
     name: str
     n_train: int | None           # published numbers of images, 0 = no such split, None = any
     n_test: int | None
