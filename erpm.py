@@ -1586,15 +1586,20 @@ def _tree(row: SetRow, top: Path, train: bool, data: Data):
 
 def _folder(row: SetRow, top: Path, train: bool, data: Data):
     """Any class-per-folder tree: TOP/train and TOP/val (or test), or, to score only, TOP itself."""
-    halves = [top / s for s in (("train",) if train else ("val", "test")) if (top / s).is_dir()]
-    if not halves and (train or not top.is_dir() or (top / "train").is_dir()):
+    test = next((top / s for s in ("val", "test") if (top / s).is_dir()), None)
+    half = top / "train" if train else test or top
+    if not half.is_dir() or half == top and (top / "train").is_dir():
         raise UserError(f"no folder {top / ('train' if train else 'val')}: training takes {top}/"
                         f"train/CLASS/IMAGE and {top}/val/CLASS/IMAGE, scoring any CLASS/IMAGE")
-    paths, y, names = _tree(row, halves[0] if halves else top, train, data)
+    paths, y, names = _tree(row, half, train, data)
     empty = sorted(set(names) - {tuple(names)[k] for k in set(y)})
     if len(names) < 2 or empty:
         raise UserError(f"{top}: expected {top}/CLASS/IMAGE with two classes or more, found "
                         f"{len(names)}, without images {empty[:3] or 'none'}")
+    odd = {*names} ^ {*_tree(row, test, train, data)[2]} if train and test else ()
+    if odd:
+        raise UserError(f"{top}: classes of its training or its test pictures alone: "
+                        f"{', '.join(sorted(odd)[:9])}")
     return paths, y, names
 
 
@@ -4161,13 +4166,6 @@ def training_images(data: Data, m: Model) -> ImageSet:
     with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
         card = card or named(m.student, None, "random", data.size_px).card
     images = open_set(data.name, data, "train", card.view)
-    if set_row(data.name)[0].read is _folder:
-        odd = ()
-        with contextlib.suppress(UserError):                         # `validate` says what it lacks
-            odd = {*images.classes} ^ {*open_set(data.name, data).classes}
-        if odd:
-            raise UserError(f"{data.name}: classes of its training or its test pictures alone: "
-                            f"{', '.join(sorted(odd)[:9])}")
     return images if data.on_bad_image == "stop" else readable(images, data.workers)
 
 

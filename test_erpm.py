@@ -392,6 +392,9 @@ def test_folder_sets_read_train_and_val_and_take_a_label(here):
         s = erpm.open_set("folder:.", erpm.Data(size_px=32), split)
         assert (len(s), s.classes, s.name) == (12, ("cat", "dog"), "folder:.")
         assert batch(s, [0, 11])[1].tolist() == [0, 1]
+    (here / "val/owl").mkdir()
+    with refuses("pictures alone: owl"):
+        erpm.open_set("folder:.", split="train")
     s = erpm.open_set("birds@folder-c:flat")
     assert (s.classes, s.y.tolist()) == (("ant", "owl"), [0, 0, 1, 1])
     assert s.corrupted and s.name == "birds-c" and len(erpm.cells(s)) == 75
