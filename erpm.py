@@ -1274,10 +1274,6 @@ class View:
     interpolation: str = "bilinear"
     squash: bool = False
 
-    def __str__(self) -> str:
-        cut = "squashed" if self.squash else f"crop {self.crop_pct:g}"
-        return f"{self.size_px} px, {cut}, {self.interpolation}"
-
     def __call__(self, im: Image.Image, random: bool = False) -> Image.Image:
         mode = v2.InterpolationMode(self.interpolation)
         if random:
