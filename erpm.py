@@ -1277,9 +1277,9 @@ class View:
     def __call__(self, im: Image.Image, random: bool = False) -> Image.Image:
         mode = v2.InterpolationMode(self.interpolation)
         if random:
-            return v2.RandomResizedCrop(self.size_px, interpolation=mode, antialias=True)(im)
+            return v2.RandomResizedCrop(self.size_px, interpolation=mode)(im)
         size = [self.size_px] * 2 if self.squash else [math.floor(self.size_px / self.crop_pct)]
-        im = v2.functional.resize(im, size, interpolation=mode, antialias=True)
+        im = v2.functional.resize(im, size, interpolation=mode)
         return v2.functional.center_crop(im, self.size_px)
 
 
@@ -1362,8 +1362,7 @@ class ImageSet(torch.utils.data.Dataset):
             x = torch.stack([self._read(epoch, int(i)) for i in index])
         else:
             x = self.images[torch.from_numpy(index)]
-            if x.shape[-1] != self.view.size_px:
-                x = v2.functional.resize(x, [self.view.size_px] * 2, antialias=True)
+            x = v2.functional.resize(x, [self.view.size_px] * 2)
             if crop or flip:
                 draws = np.random.default_rng(fold(seed, "crop", epoch))
                 u = draws.random((len(self.y), 3), dtype=np.float32)[index]
