@@ -932,6 +932,7 @@ RECIPES = {  # name: function; c of severities 1 to 5 in make_imagenet_c.py; in 
     "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
 }
 CORRUPTIONS = tuple(RECIPES)
+CELLS = [(name, severity) for name in CORRUPTIONS for severity in range(1, 6)]
 
 
 def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
@@ -1733,11 +1734,6 @@ def cell_row(row: SetRow, data: Data, corruption: str, severity: int) -> SetRow:
                     f"have all made from {row.name}")
 
 
-def cells(images: ImageSet) -> list[tuple[str, int]]:
-    """The cells of a set: [("", 0)], or the 15 corruptions x 5 severities of a -c set."""
-    return [(c, s) for c in CORRUPTIONS for s in range(1, 6)] if images.corrupted else [("", 0)]
-
-
 def _read_row(row: SetRow, data: Data, train: bool):
     """(paths or images, labels, class names, what is to be said of their number).
 
@@ -1763,7 +1759,7 @@ def _read_row(row: SetRow, data: Data, train: bool):
 
 
 def open_set(name: str, data: Data = Data(), split: str = "test", view: View = View(),
-             cell: tuple[str, int] = (CORRUPTIONS[0], 1)) -> ImageSet:
+             cell: tuple[str, int] = CELLS[0]) -> ImageSet:
     """The named set.  view: how a network wants picture files to be cut; data.size_px and data.fit
     go before it.
 
@@ -3625,7 +3621,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
     images = images.subset(ev.n_cell) if made else images
     rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
     done, jobs = done_cells(cfg.dir), {}
-    for cell in cells(images):
+    for cell in CELLS if images.corrupted else [("", 0)]:
         jobs[cell] = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
     jobs = {cell: pending for cell, pending in jobs.items() if pending}
     with Progress(len(jobs) * len(images), f"eval: {images.name}") as bar, Signals() as signals:
@@ -4738,7 +4734,7 @@ class CorruptCopies(ImageSet):
         x, _, _ = self.__getitems__([(0, k)])
         file = Path(self.paths[k]).relative_to(self.base)
         kind = Image.registered_extensions()[file.suffix.lower()]
-        for name, severity in cells(self):
+        for name, severity in CELLS:
             path = self.out / name / str(severity) / file
             if not path.is_file():
                 y = corrupt(x, name, severity, index=[k])[0]
@@ -4757,14 +4753,13 @@ def run_corrupt(cfg: Config, args) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
-    copies = CorruptCopies(str(source), [0] * len(paths), ["-"], view, paths=paths, corrupted=True,
-                           out=out)
+    copies = CorruptCopies(str(source), [0] * len(paths), ["-"], view, paths=paths, out=out)
     with Progress(len(paths), "corrupt") as bar, Signals() as signals:
         for _ in loader(copies, cfg.data.workers or os.cpu_count(), batch_size=None):
             bar.update(1)
             if signals.hit:
                 raise Interrupted("corrupt")
-    say(f"{out}: {len(paths):,} images x {len(cells(copies))} cells")
+    say(f"{out}: {len(paths):,} images x {len(CELLS)} cells")
 
 
 STAGES = ("pretrain", "robustify", "distill")
