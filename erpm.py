@@ -1079,8 +1079,7 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     """x mixed with `width` chains of depth[0] to depth[1] random operations each.
 
     Paper: AugMix (Hendrycks et al. 2020): severity 1 for ImageNet, 3 for CIFAR.
-    Differs: the mixture is rounded to uint8.
-    """
+    Differs: the mixture is rounded to uint8."""
     random, n, (low, high) = np.random.default_rng(_key(generator)), len(x), depth
     # METHOD AugMix: (1 - m) x + m sum_k w_k chain_k(x), w ~ Dirichlet(a), m ~ Beta(a, a)
     w, m = random.dirichlet([alpha] * width, n), random.beta(alpha, alpha, (n, 1))
@@ -1104,8 +1103,7 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
 def jsd(logits_clean, logits_aug1, logits_aug2):
     """Scalar float32: Jensen-Shannon consistency of three views, logits (B,C).
 
-    Paper: AugMix, where its weight is 12 and cross-entropy is on the clean view only.
-    """
+    Paper: AugMix, where its weight is 12 and cross-entropy is on the clean view only."""
     p = [z.float().softmax(1) for z in (logits_clean, logits_aug1, logits_aug2)]
     log_mean = (sum(p) / 3).clamp(1e-7, 1).log()  # the paper's clamp: no exploding KL
     return sum(F.kl_div(log_mean, q, reduction="batchmean") for q in p) / 3
@@ -1139,8 +1137,7 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     """x mixed 0 to k times with a picture or with an augmented copy of itself.
 
     pictures: a folder, or None for clouds made here.
-    Paper: PixMix (Hendrycks et al. 2022): beta 3 for CIFAR, 4 in its ImageNet code.
-    """
+    Paper: PixMix (Hendrycks et al. 2022): beta 3 for CIFAR, 4 in its ImageNet code."""
     random, (n, _, h, w) = np.random.default_rng(_key(generator)), x.shape
     size = max(h, w) * 8 // 7
     pool = load_pictures(pictures, size)
@@ -1165,8 +1162,7 @@ def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
 
     strength: range of the residual's weight; (0.1, 0.3) suits 32 px, where detail drowns sooner.
     Paper: Noise2Net, the on-the-fly relative of DeepAugment (Hendrycks et al. 2021).
-    Differs: kernel sizes and dilations are drawn for each batch, strengths for each image.
-    """
+    Differs: kernel sizes and dilations are drawn for each batch, strengths for each image."""
     random, out = np.random.default_rng(_key(generator)), []
 
     def draw(*shape):
@@ -1234,10 +1230,9 @@ def spec_names(spec, options=()):
 def augment(x, spec, generator, **options):
     """uint8 like x: the augmentations of spec ("a" or "a+b") in the order of AUGMENTATIONS.
 
-    A sum is a sequence: "deepaugment+augmix", in either order, is AugMix on top of DeepAugment, and
-    "pixmix+augmix" AugMix on top of PixMix. mixup and cutmix are left to mix_labels.
-    options: {name: its keywords}, as augment(x, "augmix", g, augmix={"severity": 3}).
-    """
+    A sum is a sequence: "deepaugment+augmix", in either order, is AugMix on top of DeepAugment.
+    mixup and cutmix are left to mix_labels.
+    options: {name: its keywords}, as augment(x, "augmix", g, augmix={"severity": 3})."""
     names = spec_names(spec, options)
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise UserError(f"augment: expected uint8 (B,3,H,W), got {x.dtype} {tuple(x.shape)}")
@@ -1250,8 +1245,7 @@ def augment(x, spec, generator, **options):
 def mix_labels(x, y, spec, generator, n_classes):
     """(x, soft labels (B,n_classes)): each image mixed with its neighbour by mixup or cutmix.
 
-    spec as in augment; with both names the batch draws one, with neither all stays as it is.
-    """
+    spec as in augment; with both names the batch draws one, with neither all stays as it is."""
     names = sorted(spec_names(spec) & set(LABEL_MIXERS))
     if not names:
         return x, y
