@@ -3283,23 +3283,19 @@ def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
     """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, in the set's order on
     every process.  A batch is one process's and holds the same images for any number of them, so
     the facts agree to the last bit; nothing is padded or counted twice."""
-    (rank, size), device, out = world(), pick_device(), {}
-    starts = range(rank * batch, len(images), batch * size)
-    lists = [[(0, p) for p in range(s, min(s + batch, len(images)))] for s in starts or [0]]
+    (rank, size), device, mine = world(), pick_device(), []
+    lists = [[(0, p) for p in range(s, min(s + batch, len(images)))]
+             for s in range(rank * batch, len(images), batch * size)]
     for keys, (x, y, index) in zip(lists, loader(images, workers, batch_sampler=lists)):
         found = f(x.to(device, non_blocking=True), y.to(device, non_blocking=True), index)
-        for k, v in found.items():
-            if k not in out:
-                out[k] = torch.zeros(len(images), *v.shape[1:])
-            if starts:                           # a rank without a batch learns the shapes alone
-                out[k][keys[0][1]:keys[-1][1] + 1] = v.float().cpu()
+        mine.append({k: v.float().cpu().numpy() for k, v in found.items()})
         if bar is not None:
             bar.update(len(keys) * size)
-    for k, v in out.items() if size > 1 else ():
-        v = v.to(device)                         # every row is one rank's, 0 on the others: exact
-        dist.all_reduce(v)
-        out[k] = v.cpu()
-    return {k: v.numpy() for k, v in out.items()}
+    ranks = [mine] * size
+    if size > 1:
+        dist.all_gather_object(ranks, mine)
+    parts = [ranks[i % size][i // size] for i in range(math.ceil(len(images) / batch))]
+    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
 def facts(v: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
