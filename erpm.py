@@ -3406,36 +3406,34 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
 PROBE_L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
-def _fit_softmax(theta: Tensor, x: Tensor, y: Tensor, l2: float) -> Tensor:
-    """The theta = (W | b) (C,D+1) that minimises mean cross-entropy + l2/2 |W|^2, from a start, by
-    L-BFGS; chunk by chunk, so that no (n,C) stands in memory."""
-    theta, rows = theta.clone().requires_grad_(), max(1, 2 ** 24 // len(theta))
-    opt = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-10,
-                            line_search_fn="strong_wolfe")
+def _fit_softmax(fc: nn.Linear, x: Tensor, y: Tensor, l2: float) -> None:
+    """Moves fc to the least mean cross-entropy + l2/2 |W|^2, by L-BFGS; chunk by chunk, so that no
+    (n,C) stands in memory."""
+    rows = max(1, 2 ** 24 // fc.out_features)
+    opt = torch.optim.LBFGS(fc.parameters(), max_iter=500, tolerance_grad=1e-7,
+                            tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         opt.zero_grad()
-        total = l2 / 2 * theta[:, :-1].square().sum()
+        total = l2 / 2 * fc.weight.square().sum()
         total.backward()
         for xs, ys in zip(x.split(rows), y.split(rows)):
-            z = F.linear(xs, theta[:, :-1], theta[:, -1])
-            part = F.cross_entropy(z, ys, reduction="sum") / len(y)
+            part = F.cross_entropy(fc(xs), ys, reduction="sum") / len(y)
             part.backward()
             total = total.detach() + part.detach()
         return total
 
-    with torch.enable_grad():
-        opt.step(closure)
-    return theta.detach()
+    opt.step(closure)
 
 
-def linear_probe(features: Tensor, y: Tensor, n_classes: int, *, seed: int = 0,
-                 l2s: Sequence[float] = PROBE_L2) -> tuple[Tensor, Tensor, float]:
-    """(weight (C,D), bias (C,), chosen l2) of a multinomial logistic regression on frozen features.
+@torch.no_grad()
+def linear_probe(features: Tensor, y: Tensor, n_classes: int, seed: int = 0) \
+        -> tuple[nn.Linear, float]:
+    """(layer, chosen l2): a multinomial logistic regression on frozen features.
 
     It minimises mean cross-entropy + l2/2 |W|^2 on standardised features (the standardisation is
-    then folded into weight and bias) by L-BFGS, full batch, in float64 on a CPU and float32 on a
-    GPU.  l2: the one of l2s with the least loss on a tenth that is held out; refitted on all.
+    then folded into the layer) by L-BFGS, full batch, in float64 on a CPU and float32 on a GPU.
+    l2: the one of PROBE_L2 with the least loss on a tenth that is held out; refitted on all.
     Shapes: features (n,D) float32, labels y (n,)."""
     device = pick_device()
     dtype = torch.float64 if device.type == "cpu" else torch.float32
@@ -3443,15 +3441,17 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, *, seed: int = 0,
     std = torch.where(var > 1e-12, var, 1.0).sqrt()
     order = torch.from_numpy(np.random.default_rng(fold("probe", seed)).permutation(len(y)))
     x, y = ((features - mean) / std)[order].to(device, dtype), y[order].to(device)
-    n, best = len(y) - len(y) // 10, (math.inf, l2s[0])
-    theta = torch.zeros(n_classes, x.shape[1] + 1, device=device, dtype=dtype)
-    for l2 in sorted(l2s, reverse=True) if len(l2s) > 1 and n < len(y) else ():
-        theta = _fit_softmax(theta, x[:n], y[:n], l2)          # from strong to weak, warm starts
-        loss = float(F.cross_entropy(F.linear(x[n:], theta[:, :-1], theta[:, -1]), y[n:]))
-        best = min(best, (loss, l2))
-    theta = _fit_softmax(theta, x, y, best[1]).cpu()
-    weight = theta[:, :-1] / std
-    return weight.float(), (theta[:, -1] - weight @ mean.to(dtype)).float(), best[1]
+    fc = nn.Linear(x.shape[1], n_classes, device=device, dtype=dtype)
+    fc.weight.zero_()
+    fc.bias.zero_()
+    n, best = len(y) - len(y) // 10, (math.inf, PROBE_L2[0])
+    for l2 in PROBE_L2:                                        # from strong to weak, warm starts
+        _fit_softmax(fc, x[:n], y[:n], l2)
+        best = min(best, (float(F.cross_entropy(fc(x[n:]), y[n:])), l2))
+    _fit_softmax(fc, x, y, best[1])
+    fc.weight /= std.to(fc.weight)
+    fc.bias -= fc.weight @ mean.to(fc.weight)
+    return fc.float(), best[1]
 
 
 def frozen_features(model: nn.Module) -> nn.Module:
@@ -3474,11 +3474,9 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
 
     with Progress(len(images), "linear probe: features") as bar:
         x = over(images, f, batch=cfg.eval.batch, workers=cfg.data.workers, bar=bar)["f"]
-    weight, bias, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
-                                    len(images.classes), seed=cfg.seed)
+    fc, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
+                          len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
-    fc = nn.Linear(*weight.T.shape).to(pick_device())
-    fc.load_state_dict({"weight": weight, "bias": bias})
     for p in fc.parameters() if world()[1] > 1 else ():     # equal to the last bit on all processes
         dist.broadcast(p.data, 0)
     return fc
