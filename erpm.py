@@ -3528,12 +3528,10 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts)
     if how == "own" or how == "auto" and own:
-        n = len(images.outputs)
-        if card.n_classes != n:
-            raise UserError(f"{label} has {card.n_classes} classes and {name} needs {n}")
-        odd = sorted({*card.classes} ^ {*images.outputs})
-        if how == "auto" and card.classes and odd:
-            raise UserError(f"{label} and {name} differ in their classes: {', '.join(odd[:9])}")
+        n, odd = len(images.outputs), sorted({*card.classes} ^ {*images.outputs})
+        if card.n_classes != n or how == "auto" and card.classes and odd:
+            raise UserError(f"{label} has {card.n_classes} classes and {name} needs {n}; in one "
+                            f"alone: {', '.join(odd[:9])}")
         return label, model
     home = images.base.removesuffix("-r") if row else name.replace("folder-c:", "folder:")
     try:
