@@ -3563,20 +3563,19 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
               versions()["erpm"])
     return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
             "kind": kind_of(card, images), "n": len(images), "transform": transform,
-            "rule": ev.rule if isinstance(model, Student) else "", "passes": passes, "amp": amp,
-            "gflops": gflops(model, images.view.size_px, ev.passes), "train": card.train}
+            "passes": passes, "amp": amp, "train": card.train,
+            "gflops": gflops(model, images.view.size_px, ev.passes)}
 
 
-def read_rows(run: Path, rule: str = "") -> list[dict]:
-    """The rows of a run's results.jsonl; rule: that of the headline figures, if not their own."""
+def read_rows(run: Path, rule: str = "product") -> list[dict]:
+    """The rows of a run's results.jsonl; rule: that of a Student's headline figures."""
     path, rows = run / "results.jsonl", []
     for n, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         text, mark, end = line.rpartition(b', "sum": "')
         if not mark or end.decode("latin-1") != sha(text) + '"}':
             say(f"{path}: row {n} is damaged: eval makes it again")
             continue
-        row = json.loads(text + b"}") | {"run": str(run)}
-        rows.append(row | {"rule": rule} if rule and row["rule"] else row)
+        rows.append(json.loads(text + b"}") | {"run": str(run), "rule": rule})
     return rows
 
 
