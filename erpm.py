@@ -3706,13 +3706,9 @@ def plain(name: str) -> str:
 
 
 def by_kind(rows: list[dict]) -> list[list[str]]:
-    """The sets of each of KINDS, the papers' shifts in their order; home to one network is home to
-    all."""
+    """The sets of each of KINDS, as they were scored; home to one network is home to all."""
     kinds = {r["set"]: r["kind"] for r in sorted(rows, key=lambda r: -KINDS.index(r["kind"]))}
-    order = {name: i for i, name in enumerate(PAPER_SHIFTS)}
-    names = sorted(dict.fromkeys(r["set"] for r in rows),
-                   key=lambda s: order.get(plain(s), len(order)))
-    return [[s for s in names if kinds[s] == kind] for kind in KINDS]
+    return [[s for s in kinds if kinds[s] == kind] for kind in KINDS]
 
 
 def corrupted(rows: Iterable[dict]) -> list[str]:
