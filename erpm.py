@@ -3507,12 +3507,12 @@ def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
 
 
 def kind_of(card: Card, images: ImageSet) -> str:
-    """What a set is to a network: "home" = trained on, "part" = of home's classes, "shift" = the
-    same classes otherwise, "transfer" = other classes.  A public network's home is ImageNet."""
+    """What a set is to a network: "home" = trained on, or a part of it, "shift" = the same classes
+    otherwise, "transfer" = other classes.  A public network's home is ImageNet."""
     if images.base == (card.home or "imagenet") and not images.corrupted:
         return "home"
     if images.base == card.home or images.outputs == (card.classes or synsets()):
-        return "part" if "@" in images.base else "shift"
+        return "home" if "@" in images.base else "shift"
     return "transfer"
 
 
@@ -3637,7 +3637,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
 # In: rows of results.jsonl.  Out: Markdown and figures.  Always: a pure function of the rows (the
 # pictures alone look at images); what is missing is called missing, never a smaller mean.
 
-KINDS = ("home", "shift", "part", "transfer")
+KINDS = ("home", "shift", "transfer")
 PAPER_SHIFTS = ("imagenet-c", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch",
                 "objectnet", "objectnet-c")                              # [A] Tables 1 to 3
 ALEXNET = dict(zip(CORRUPTIONS, (       # its errors, means of 5 severities (Hendrycks 2019)
@@ -3650,7 +3650,7 @@ KNOWN = {            # published, in percent: top-1 on imagenet, the mCE, top-1 
     "ResNet-50, DeepAugment+AugMix": (75.82, 53.6, 63.54, 3.88, 46.77, 32.62, 35.15),
     "ResNet-50, AugMix": (NAN, 65.3, NAN, NAN, NAN, NAN, NAN),
     "CLIP ViT-B/32, zero-shot": (63.30, NAN, 55.77, 31.39, 69.26, 42.37, 43.96)}
-RIGHT_HEAD = {"home": 0, "part": 0, "shift": 2}          # index into HEADS, for [A] Table 6
+RIGHT_HEAD = {"home": 0, "shift": 2}                     # index into HEADS, for [A] Table 6
 # name: (a row and the figures of the rule that answers -> number, scale in the tables, format)
 MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "top-1": (lambda r, f: f["correct"] / r["n"], 100, ".2f"),
@@ -3795,7 +3795,7 @@ def severities(rows: list[dict], name: str) -> dict[str, dict]:
 def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     """[A] Tables 1 to 4: the models at home, under shift, what they cost, and on other classes;
     plan: the tables of compare.rows, {"title; note": models}."""
-    home, shifts, parts, transfer = by_kind(rows)
+    home, shifts, transfer = by_kind(rows)
     columns = on(home) | mean_on(shifts) | on(shifts)
     for s in shifts:
         if plain(s) == "imagenet-c":
@@ -3814,12 +3814,7 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     for title, labels in plan.items():
         title, _, note = title.partition(";")
         tables.append(pivot(rows, title, {x: {"label": x} for x in labels}, columns, note.strip()))
-    same = []
-    for part in parts:                                   # of imagenet@a: imagenet-a
-        name = plain(part).partition("@")[2]
-        same += [part, *(s for s in shifts if plain(s) in (name, f"imagenet-{name}"))]
-    return [*tables, pivot(rows, "Transfer", models(rows, transfer), on(transfer)),
-            pivot(rows, "The same classes, clean and shifted", models(rows, same), on(same))]
+    return [*tables, pivot(rows, "Transfer", models(rows, transfer), on(transfer))]
 
 
 def student_tables(rows: list[dict], label: str) -> list[str]:
@@ -3827,7 +3822,7 @@ def student_tables(rows: list[dict], label: str) -> list[str]:
     own = [r for r in rows if r["label"] == label]
     rules = {RULE_NAMES.get(rule, rule): {"label": label, "rule": rule}
              for rule in (*own[0]["rules"], PERFECT)}
-    home, shifts, *_ = by_kind(own)
+    home, shifts, _ = by_kind(own)
     places = on(home) | mean_on(shifts)
     routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
     heads = on(dict.fromkeys(r["set"] for r in own if not r["corruption"]))
