@@ -3677,7 +3677,6 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
         1, ".2f"),
     "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], 1, ".2f")}
 COSTS = tuple(MEASURES)[-4:]
-RULE_NAMES = {"oracle": "either head right", **{head: f"always {head}" for head in HEADS}}
 PERFECT = "perfect routing"
 BY_SEVERITY = {str(k): {"severity": k} for k in range(1, 6)}                # lines of a pivot
 
@@ -3820,8 +3819,7 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
 def student_tables(rows: list[dict], label: str) -> list[str]:
     """[A] Tables 6 and 7: which rule picks the head of a Student, and what its heads do."""
     own = [r for r in rows if r["label"] == label]
-    rules = {RULE_NAMES.get(rule, rule): {"label": label, "rule": rule}
-             for rule in (*own[0]["rules"], PERFECT)}
+    rules = {rule: {"label": label, "rule": rule} for rule in (*own[0]["rules"], PERFECT)}
     home, shifts, _ = by_kind(own)
     places = on(home) | mean_on(shifts)
     routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
@@ -3830,7 +3828,8 @@ def student_tables(rows: list[dict], label: str) -> list[str]:
         heads |= {f"{s}, severity {k}": {"sets": (s,)} | at for k, at in BY_SEVERITY.items()}
     columns = ("robust", "sigma clean", "sigma robust", "KL clean", "KL robust")
     return [pivot(own, f"{label}: which rule picks the head", rules, places | on(shifts) | routed,
-                  "F = share of images sent to the right head: clean at home, robust under shift."),
+                  "F = share of images sent to the right head: clean at home, robust under shift; "
+                  "clean, combined, robust = always that head; oracle = either head right."),
             pivot(own, f"{label}: the heads ({own[0]['rule']})", heads,
                   {measure: {"label": label, "measure": measure} for measure in columns},
                   "Share of the images that the robust head answered; sigma of the clean and the "

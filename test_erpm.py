@@ -1747,7 +1747,7 @@ PICKS = "ERPM: which rule picks the head"
     ("Models", "original", "60.00 missing missing missing - - - 1.00"),
     (PICKS, "kl", "60.00 40.00 60.00 20.00 60.00 40.00"),
     (PICKS, "product (closed form)", "60.00 40.00 60.00 20.00 60.00 40.00"),
-    (PICKS, "always robust", "70.00 50.00 70.00 30.00 0.00 100.00"),
+    (PICKS, "robust", "70.00 50.00 70.00 30.00 0.00 100.00"),
     (PICKS, "perfect routing", "60.00 50.00 70.00 30.00 100.00 100.00"),
     ("Every model on every set", "ERPM on shapes", "60.00 90.00 1.250 12.50 7 10"),
     ("ERPM: the heads (product)", "shapes-c, severity 3",
