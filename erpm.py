@@ -3868,22 +3868,13 @@ def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-# A method looks the same in the figures of every run (colours of Okabe & Ito, and two more)
-STYLES = {"original": ("#000000", "s"), "teacher": ("#888888", "D"), "ERPM": ("#D55E00", "o"),
-          "APT": ("#0072B2", "^"), "LP": ("#56B4E9", "v"), "FT": ("#009E73", "P"),
-          "WiSE": ("#E69F00", "X"), "LP-FT": ("#CC79A7", "<"), "VPT": ("#8C6D31", ">"),
-          "Team": ("#882255", "*")}
-
-
 def styles(rows: list[dict]) -> dict[str, dict]:
-    """{model: how it is drawn}; what is no method has a colour of its own and the markers in turn;
-    with the teacher beside it the same model is dashed and hollow."""
-    from matplotlib.colors import hsv_to_rgb
-    looks, others = {}, itertools.count()
-    for x in dict.fromkeys(r["label"].removesuffix(" + teacher") for r in rows):
-        k = -1 if x in STYLES else next(others)          # hues by the golden ratio: all differ
-        look = STYLES.get(x) or (hsv_to_rgb((k * 0.618 % 1, 0.9, 0.8)), "os^Dv<>PX*ph"[k % 12])
-        looks[x] = dict(zip(("color", "marker"), look), linestyle="-")
+    """{model: how it is drawn}; with the teacher beside it the same model is dashed and hollow."""
+    from matplotlib import colormaps
+    looks = {}
+    for k, x in enumerate(dict.fromkeys(r["label"].removesuffix(" + teacher") for r in rows)):
+        looks[x] = {"color": colormaps["tab10"](k % 10), "marker": "os^Dv<>PX*ph"[k % 12],
+                    "linestyle": "-"}
         looks[f"{x} + teacher"] = looks[x] | {"linestyle": "--", "markerfacecolor": "white"}
     return looks
 
