@@ -3892,18 +3892,15 @@ def panels(n: int, labels: Sequence[str]):
 
 
 def severity_figure(rows: list[dict], names: Sequence[str]):
-    """[A] Fig. 3: accuracy against severity, a panel a -c set; band = spread over the seeds."""
+    """[A] Fig. 3: accuracy against severity, a panel a -c set; bars = spread over the seeds."""
     looks, legend = styles(rows), {}
     fig, axes = panels(len(names), models(rows, names))
     for ax, name in zip(axes, names):
         for x in models(rows, [name]):
             found = [100 * np.array(seed_means(rows, label=x, **{"sets": (name,)} | at) or [NAN])
                      for at in severities(rows, name).values()]
-            mean = np.array([v.mean() for v in found])
-            spread = np.array([v.std(ddof=len(v) > 1) for v in found])
-            legend[x], = ax.plot(range(6), mean, markersize=5, **looks[x])
-            ax.fill_between(range(6), mean - spread, mean + spread, color=looks[x]["color"],
-                            alpha=0.15, linewidth=0)
+            legend[x] = ax.errorbar(range(6), [v.mean() for v in found],
+                                    [v.std(ddof=len(v) > 1) for v in found], **looks[x])
         ax.set(title=name, xlabel="severity (0 = clean)", xticks=range(6))
     axes[0].set_ylabel("top-1 accuracy, %")
     fig.legend(legend.values(), legend, loc="outside right center", frameon=False)
@@ -3916,16 +3913,16 @@ def pareto_figure(rows: list[dict], shifts: Sequence[str]):
     points, looks = {}, styles(rows)
     fig, (ax,) = panels(1, models(rows, shifts))
     for x in models(rows, shifts):
-        gain, seconds = (np.array(seed_means(rows, label=x, sets=shifts, measure=m))
-                         for m in ("top-1", "training, s"))
+        gain = 100 * np.array(seed_means(rows, label=x, sets=shifts))
+        cost = np.nan_to_num(seed_means(rows, label=x, sets=shifts, measure="training, s")) / 60
         if len(gain):
-            points[x] = float(np.nan_to_num(seconds).mean()) / 60, 100 * float(gain.mean())
-            ax.errorbar(*points[x], 100 * gain.std(ddof=len(gain) > 1), capsize=3, markersize=8,
-                        label=x, **looks[x] | {"linestyle": ""})
+            points[x] = cost.mean(), gain.mean()
+            ax.errorbar(*points[x], gain.std(ddof=len(gain) > 1), label=x,
+                        **looks[x] | {"linestyle": ""})
     front = sorted(p for p in set(points.values()) if not any(
         q != p and q[0] <= p[0] and q[1] >= p[1] for q in points.values()))     # nothing beats it
-    ax.step([cost for cost, _ in front], [gain for _, gain in front], where="post",
-            color="#999999", zorder=1, label="Pareto front")
+    ax.step(*np.reshape(front, (-1, 2)).T, where="post", color="#999999", zorder=1,
+            label="Pareto front")
     ax.set(xlabel="training time of the model's own stage, minutes",
            ylabel=f"top-1 accuracy, %, {next(iter(mean_on(shifts)))}")
     fig.legend(loc="outside right center", frameon=False)
