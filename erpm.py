@@ -3964,13 +3964,10 @@ def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, round
     return row
 
 
-def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[dict]:
+def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> Iterator[dict]:
     """Every corruption against the PyPI package imagecorruptions, where that runs, and all of them
     as one: images/s of a sample that gets each once."""
-    def other(*a):
-        return importlib.import_module("imagecorruptions").corrupt(*a)
-
-    x, rows = make_shapes(n, size, "test")[0], []
+    x = make_shapes(n, size, "test")[0]
     pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).numpy()]
     parts = {name: [name] for name in CORRUPTIONS} | {
         "the 15": CORRUPTIONS,
@@ -3979,19 +3976,19 @@ def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> list[d
         few = pictures[:1] if "glass_blur" in names else pictures    # a Python loop over the pixels
         theirs = lambda: [other(p, severity, c) for c in names for p in few]
         try:
-            [other(pictures[0], severity, c) for c in names]
+            from imagecorruptions import corrupt as other
+            theirs()
         except Exception:                      # it is old, and breaks with newer NumPy and skimage
             theirs = None
         row = paired(lambda: [corrupt(x, c, severity) for c in names], theirs, n, len(few), 3)
-        rows.append({"part": part, "against": "imagecorruptions", **row})
-    return rows
+        yield {"part": part, "against": "imagecorruptions", **row}
 
 
-def bench_augment(size: int = 224, n: int = 64) -> list[dict]:
+def bench_augment(size: int = 224, n: int = 64) -> Iterator[dict]:
     """AugMix at severity 3, with the paper's nine operations, against torchvision v2."""
     g, x, other = rng("bench"), make_shapes(n, size, "test")[0], v2.AugMix(3, all_ops=False)
     row = paired(lambda: augmix(x, g, severity=3), lambda: [other(image) for image in x], n, n)
-    return [{"part": "augmix", "against": "torchvision v2", **row}]
+    yield {"part": "augmix", "against": "torchvision v2", **row}
 
 
 def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]:
@@ -4022,37 +4019,34 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
             "ERPM, cached": step(tuned.tuned, erpm_step(Distill(), lambda batch: held))}
 
 
-def bench_training(n: int = 8) -> list[dict]:
+def bench_training(n: int = 8) -> Iterator[dict]:
     """ERPM, live and from the cache, against FT: time of a step of ViT-S/16 with a ResNet-18
     teacher, and GFLOPs an image of one of ViT-L/14 with a ViT-B/16 teacher, at 224 px."""
     x, counts = make_shapes(n, 224, "test")[0].to(pick_device()), {}
-    steps = training_steps("vit_small_patch16_224", "resnet18", x)
-    ft = steps.pop("FT")
-    rows = [{"part": f"{part}, ViT-S/16", "against": "FT", **paired(ours, ft, n, n)}
-            for part, ours in steps.items()]
+    ft, *steps = training_steps("vit_small_patch16_224", "resnet18", x).items()
+    for part, step in steps:
+        yield {"part": f"{part}, ViT-S/16", "against": "FT", **paired(step, ft[1], n, n)}
     large = training_steps("vit_large_patch14_224", "vit_base_patch16_224", x.to("meta"))
     for part, step in large.items():
         with FlopCounterMode(display=False) as counter:
             step()
         counts[part] = counter.get_total_flops() / n / 1e9
-    for part in steps:
-        rows.append({"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT", "ours": counts[part],
-                     "theirs": counts["FT"], "ratio": round(counts["FT"] / counts[part], 2)})
-    return rows
+        yield {"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT", "ours": counts[part],
+               "theirs": counts["FT"], "ratio": round(counts["FT"] / counts[part], 2),
+               "spread": "counted"}
 
 
-def bench_answers(n: int = 32) -> list[dict]:
+def bench_answers(n: int = 32) -> Iterator[dict]:
     """The choice of the head against the plain forward: ViT-S/16 at 224 px, last stage in each
     head; closed form, and 10 dropout passes in the heads or in the tail."""
-    x, rows = make_shapes(n, 224, "test")[0].to(pick_device()), []
+    x = make_shapes(n, 224, "test")[0].to(pick_device())
     net = freeze(named("timm:vit_small_patch16_224", 1000, "random", 224)).to(x.device)
     for part, where, passes in (("closed form", "head", 0), ("10 passes in the heads", "head", 10),
                                 ("10 passes in the tail", "tail", 10)):
         student = freeze(Student(net, 1, 1, dropout_in=where)).to(x.device)
         row = paired(lambda: student.predict(x, passes), lambda: net(x), n, n)
         share = gflops(student, 224, passes) / gflops(net, 224)
-        rows.append({"part": f"{part} (FLOPs x {share:.2f})", "against": "the network", **row})
-    return rows
+        yield {"part": f"{part} (FLOPs x {share:.2f})", "against": "the network", **row}
 
 
 BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment,
@@ -4681,7 +4675,7 @@ def run_bench(cfg: Config, args) -> None:
     cfg.dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name in args.paths or BENCHES:
-        rows = choose(BENCHES, name, "bench")()
+        rows = list(choose(BENCHES, name, "bench")())
         with open(cfg.dir / "bench.jsonl", "a") as f:
             f.writelines(json.dumps({"bench": name, **r, "packages": versions()}) + "\n"
                          for r in rows)

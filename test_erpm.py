@@ -2075,7 +2075,7 @@ def test_bench_pairs_the_same_work(monkeypatch):
     monkeypatch.setattr(erpm, "frost_folder", lambda: None)
     monkeypatch.setitem(sys.modules, "imagecorruptions", types.SimpleNamespace(
         corrupt=lambda x, severity, name: calls.append(name)))
-    rows = erpm.bench_corruptions(size=32, n=2)
+    rows = list(erpm.bench_corruptions(size=32, n=2))
     assert [r["part"] for r in rows][-2:] == ["the 15", "the 14 without glass_blur"]
     assert {*calls} == {"a", "b", *erpm.CORRUPTIONS} and all(len(r) == 6 for r in rows)
 
