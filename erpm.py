@@ -3678,7 +3678,6 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
     "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], 1, ".2f")}
 COSTS = tuple(MEASURES)[-4:]
 PERFECT = "perfect routing"
-BY_SEVERITY = {f"severity {k}": {"severity": k} for k in range(1, 6)}       # lines of a pivot
 
 
 def latest(rows: list[dict]) -> list[dict]:
@@ -3788,7 +3787,7 @@ def mean_on(sets: Sequence[str]) -> dict[str, dict]:
 def severities(rows: list[dict], name: str) -> dict[str, dict]:
     """Lines of a pivot: the severities of a -c set, 0 = its clean set as the rows name it."""
     clean = [r["set"] for r in rows if corrupted_name(plain(r["set"])) == plain(name)] or [""]
-    return {"clean": {"sets": clean[:1]}} | BY_SEVERITY
+    return {"clean": {"sets": clean[:1]}} | {f"severity {k}": {"severity": k} for k in range(1, 6)}
 
 
 def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
@@ -3823,9 +3822,7 @@ def student_tables(rows: list[dict], label: str) -> list[str]:
     home, shifts, _ = by_kind(own)
     places = on(home) | mean_on(shifts)
     routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
-    heads = on(dict.fromkeys(r["set"] for r in own if not r["corruption"]))
-    for s in corrupted(own):
-        heads |= {f"{s}, {k}": {"sets": (s,)} | at for k, at in BY_SEVERITY.items()}
+    heads = on(dict.fromkeys(r["set"] for r in own))
     columns = ("robust", "sigma clean", "sigma robust", "KL clean", "KL robust")
     return [pivot(own, f"{label}: which rule picks the head", rules, places | on(shifts) | routed,
                   "F = share of images sent to the right head: clean at home, robust under shift; "
