@@ -3651,31 +3651,30 @@ KNOWN = {                       # published, in percent: top-1 on KNOWN_ON, on i
     "ResNet-50, AugMix": (NAN, 65.3, NAN, NAN, NAN, NAN, NAN),
     "CLIP ViT-B/32, zero-shot": (63.30, NAN, 55.77, 31.39, 69.26, 42.37, 43.96)}
 RIGHT_HEAD = {"home": 0, "shift": 2}                     # index into HEADS, for [A] Table 6
-# name: (a row and the figures of the rule that answers -> number, scale in the tables, format)
-MEASURES: dict[str, tuple[Callable[[dict, dict], float], float, str]] = {
-    "top-1": (lambda r, f: f["correct"] / r["n"], 100, ".2f"),
-    "top-5": (lambda r, f: f["correct5"] / r["n"], 100, ".2f"),
-    "NLL": (lambda r, f: f["nll"], 1, ".3f"),
-    "ECE": (lambda r, f: f["ece"], 100, ".2f"),
+# name: (a row and the figures of the rule that answers -> what stands in a table, its format)
+MEASURES: dict[str, tuple[Callable[[dict, dict], float], str]] = {
+    "top-1": (lambda r, f: 100 * f["correct"] / r["n"], ".2f"),
+    "top-5": (lambda r, f: 100 * f["correct5"] / r["n"], ".2f"),
+    "NLL": (lambda r, f: f["nll"], ".3f"),
+    "ECE": (lambda r, f: 100 * f["ece"], ".2f"),
     # all severities weigh alike, so the mean over the cells is the mCE
-    "mCE": (lambda r, f: (1 - f["correct"] / r["n"]) / ALEXNET[r["corruption"]], 100, ".2f"),
-    "robust": (lambda r, f: f["heads"][2] / r["n"], 100, ".2f"),
-    "F": (lambda r, f: f["heads"][RIGHT_HEAD[r["kind"]]] / r["n"], 100, ".2f"),
-    "sigma clean": (lambda r, f: r["sigma"][0], 1, ".4f"),
-    "sigma robust": (lambda r, f: r["sigma"][1], 1, ".4f"),
-    "KL clean": (lambda r, f: r["kl"][0], 1, ".4f"),
-    "KL robust": (lambda r, f: r["kl"][1], 1, ".4f"),
-    "training, s": (lambda r, f: r["train"]["seconds"], 1, ".0f"),
-    "images/s": (lambda r, f: r["images_per_s"], 1, ".0f"),
-    "images a cell": (lambda r, f: r["n"], 1, ",.0f"),
+    "mCE": (lambda r, f: 100 * (1 - f["correct"] / r["n"]) / ALEXNET[r["corruption"]], ".2f"),
+    "robust": (lambda r, f: 100 * f["heads"][2] / r["n"], ".2f"),
+    "F": (lambda r, f: 100 * f["heads"][RIGHT_HEAD[r["kind"]]] / r["n"], ".2f"),
+    "sigma clean": (lambda r, f: r["sigma"][0], ".4f"),
+    "sigma robust": (lambda r, f: r["sigma"][1], ".4f"),
+    "KL clean": (lambda r, f: r["kl"][0], ".4f"),
+    "KL robust": (lambda r, f: r["kl"][1], ".4f"),
+    "training, s": (lambda r, f: r["train"]["seconds"], ".0f"),
+    "images/s": (lambda r, f: r["images_per_s"], ".0f"),
+    "images a cell": (lambda r, f: r["n"], ",.0f"),
     "ms / training image": (
-        lambda r, f: r["train"]["seconds"] / r["train"]["images"], 1000, ".2f"),
+        lambda r, f: 1000 * r["train"]["seconds"] / r["train"]["images"], ".2f"),
     # r["FT"], r["original"]: their rows of the same seed, by `latest`
-    "time / FT": (lambda r, f: r["train"]["seconds"] / r["FT"]["train"]["seconds"], 1, ".2f"),
-    "training FLOPs / FT": (
-        lambda r, f: math.prod(r["train"][k] / r["FT"]["train"][k] for k in ("images", "gflops")),
-        1, ".2f"),
-    "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], 1, ".2f")}
+    "time / FT": (lambda r, f: r["train"]["seconds"] / r["FT"]["train"]["seconds"], ".2f"),
+    "training FLOPs / FT": (lambda r, f: math.prod(
+        r["train"][k] / r["FT"]["train"][k] for k in ("images", "gflops")), ".2f"),
+    "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], ".2f")}
 COSTS = tuple(MEASURES)[-4:]
 PERFECT = "perfect routing"
 
@@ -3739,8 +3738,7 @@ def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str =
 
 def cell(rows: list[dict], *, measure: str = "top-1", **what) -> str:
     """What stands in a table: "mean ± standard deviation" over the seeds, "missing", or "-"."""
-    _, scale, form = MEASURES[measure]
-    values = scale * np.array(seed_means(rows, measure=measure, **what))
+    values, form = np.array(seed_means(rows, measure=measure, **what)), MEASURES[measure][1]
     if not len(values):
         return "missing"
     if np.isnan(values).any():
@@ -3800,7 +3798,7 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     columns |= {m: {"sets": (home + shifts)[:1], "measure": m} for m in COSTS}
     scored = {plain(s): s for s in home + shifts}
     known = rows + [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
-                     "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent / 100}
+                     "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent}
                     for label, values in KNOWN.items()
                     for s, percent in zip(KNOWN_ON, values) if s in scored]
     note = "(published) = of whole sets from disk" if len(known) > len(rows) else ""
@@ -3888,7 +3886,7 @@ def severity_figure(rows: list[dict], names: Sequence[str]):
     fig, axes = panels(len(names), models(rows, names))
     for ax, name in zip(axes, names):
         for x in models(rows, [name]):
-            found = [100 * np.array(seed_means(rows, label=x, **{"sets": (name,)} | at) or [NAN])
+            found = [np.array(seed_means(rows, label=x, **{"sets": (name,)} | at) or [NAN])
                      for at in severities(rows, name).values()]
             legend[x] = ax.errorbar(range(6), [v.mean() for v in found],
                                     [v.std(ddof=len(v) > 1) for v in found], **looks[x])
@@ -3904,7 +3902,7 @@ def pareto_figure(rows: list[dict], shifts: Sequence[str]):
     points, looks = {}, styles(rows)
     fig, (ax,) = panels(1, models(rows, shifts))
     for x in models(rows, shifts):
-        gain = 100 * np.array(seed_means(rows, label=x, sets=shifts))
+        gain = np.array(seed_means(rows, label=x, sets=shifts))
         cost = np.nan_to_num(seed_means(rows, label=x, sets=shifts, measure="training, s")) / 60
         if len(gain):
             points[x] = cost.mean(), gain.mean()
