@@ -3650,7 +3650,6 @@ KNOWN = {                       # published, in percent: top-1 on KNOWN_ON, on i
     "ResNet-50, DeepAugment+AugMix": (75.82, 53.6, 63.54, 3.88, 46.77, 32.62, 35.15),
     "ResNet-50, AugMix": (NAN, 65.3, NAN, NAN, NAN, NAN, NAN),
     "CLIP ViT-B/32, zero-shot": (63.30, NAN, 55.77, 31.39, 69.26, 42.37, 43.96)}
-RIGHT_HEAD = {"home": 0, "shift": 2}                     # index into HEADS, for [A] Table 6
 # name: (a row and the figures of the rule that answers -> what stands in a table, its format)
 MEASURES: dict[str, tuple[Callable[[dict, dict], float], str]] = {
     "top-1": (lambda r, f: 100 * f["correct"] / r["n"], ".2f"),
@@ -3660,7 +3659,7 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], str]] = {
     # all severities weigh alike, so the mean over the cells is the mCE
     "mCE": (lambda r, f: 100 * (1 - f["correct"] / r["n"]) / ALEXNET[r["corruption"]], ".2f"),
     "robust": (lambda r, f: 100 * f["heads"][2] / r["n"], ".2f"),
-    "F": (lambda r, f: 100 * f["heads"][RIGHT_HEAD[r["kind"]]] / r["n"], ".2f"),
+    "F": (lambda r, f: 100 * f["heads"][2 * (r["kind"] == "shift")] / r["n"], ".2f"),
     "sigma clean": (lambda r, f: r["sigma"][0], ".4f"),
     "sigma robust": (lambda r, f: r["sigma"][1], ".4f"),
     "KL clean": (lambda r, f: r["kl"][0], ".4f"),
@@ -3676,7 +3675,6 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], str]] = {
         r["train"][k] / r["FT"]["train"][k] for k in ("images", "gflops")), ".2f"),
     "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], ".2f")}
 COSTS = tuple(MEASURES)[-4:]
-PERFECT = "perfect routing"
 
 
 def latest(rows: list[dict]) -> list[dict]:
@@ -3725,8 +3723,7 @@ def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str =
     found = {(seed, s): [] for seed in seeds for s in sets}
     for r in own:
         if r["set"] in sets and all(r[k] == v for k, v in where.items()):
-            right = HEADS[RIGHT_HEAD.get(r["kind"], 0)] if rule == PERFECT else rule
-            f = r["rules"].get(right or r["rule"], {}) if "rules" in r else r
+            f = r["rules"].get(rule or r["rule"], {}) if "rules" in r else r
             value = NAN
             with contextlib.suppress(KeyError):
                 value = r[measure] if measure in r else MEASURES[measure][0](r, f)
@@ -3812,7 +3809,7 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
 def student_tables(rows: list[dict], label: str) -> list[str]:
     """[A] Tables 6 and 7: which rule picks the head of a Student, and what its heads do."""
     own = [r for r in rows if r["label"] == label]
-    rules = {rule: {"label": label, "rule": rule} for rule in (*own[0]["rules"], PERFECT)}
+    rules = {rule: {"label": label, "rule": rule} for rule in own[0]["rules"]}
     home, shifts, _ = by_kind(own)
     places = on(home) | mean_on(shifts)
     routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
