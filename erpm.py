@@ -3658,12 +3658,7 @@ MEASURES: dict[str, tuple[Callable[[dict, dict], float], str]] = {
     "ECE": (lambda r, f: 100 * f["ece"], ".2f"),
     # all severities weigh alike, so the mean over the cells is the mCE
     "mCE": (lambda r, f: 100 * (1 - f["correct"] / r["n"]) / ALEXNET[r["corruption"]], ".2f"),
-    "robust": (lambda r, f: 100 * f["heads"][2] / r["n"], ".2f"),
     "F": (lambda r, f: 100 * f["heads"][2 * (r["kind"] == "shift")] / r["n"], ".2f"),
-    "sigma clean": (lambda r, f: r["sigma"][0], ".4f"),
-    "sigma robust": (lambda r, f: r["sigma"][1], ".4f"),
-    "KL clean": (lambda r, f: r["kl"][0], ".4f"),
-    "KL robust": (lambda r, f: r["kl"][1], ".4f"),
     "training, s": (lambda r, f: r["train"]["seconds"], ".0f"),
     "images/s": (lambda r, f: r["images_per_s"], ".0f"),
     "images a cell": (lambda r, f: r["n"], ",.0f"),
@@ -3806,22 +3801,16 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     return [*tables, pivot(rows, "Transfer", models(rows, transfer), on(transfer))]
 
 
-def student_tables(rows: list[dict], label: str) -> list[str]:
-    """[A] Tables 6 and 7: which rule picks the head of a Student, and what its heads do."""
+def rules_table(rows: list[dict], label: str) -> str:
+    """[A] Tables 6 and 7: which rule picks the head of a Student."""
     own = [r for r in rows if r["label"] == label]
     rules = {rule: {"label": label, "rule": rule} for rule in own[0]["rules"]}
     home, shifts, _ = by_kind(own)
     places = on(home) | mean_on(shifts)
     routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
-    heads = on(dict.fromkeys(r["set"] for r in own))
-    columns = ("robust", "sigma clean", "sigma robust", "KL clean", "KL robust")
-    return [pivot(own, f"{label}: which rule picks the head", rules, places | on(shifts) | routed,
-                  "F = share of images sent to the right head: clean at home, robust under shift; "
-                  "clean, combined, robust = always that head; oracle = either head right."),
-            pivot(own, f"{label}: the heads ({own[0]['rule']})", heads,
-                  {measure: {"label": label, "measure": measure} for measure in columns},
-                  "Share of the images that the robust head answered; sigma of the clean and the "
-                  "robust head, their KL divergence to the combined one: means over the images.")]
+    return pivot(own, f"{label}: which rule picks the head", rules, places | on(shifts) | routed,
+                 "F = share of images sent to the right head: clean at home, robust under shift; "
+                 "clean, combined, robust = always that head; oracle = either head right.")
 
 
 def summary(rows: list[dict]) -> str:
@@ -3843,7 +3832,7 @@ def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
              f"Top-1 accuracy in percent; mean over the cells of a -c set; {spread}.",
              *main_tables(rows, plan)]
     for label in dict.fromkeys(r["label"] for r in rows if "rules" in r):
-        parts += student_tables(rows, label)
+        parts.append(rules_table(rows, label))
     for name in corrupted(rows):
         columns = models(rows, [name], sets=(name,))
         lines = {c: {"corruption": c} for c in CORRUPTIONS} | severities(rows, name)
