@@ -3854,11 +3854,10 @@ def styles(rows: list[dict]) -> dict[str, dict]:
     return looks
 
 
-def panels(n: int, labels: Sequence[str]):
-    """(figure, n axes side by side), with room for a legend of the labels on the right."""
+def panels(n: int, n_labels: int):
+    """(figure, n axes side by side), with room for a legend on the right."""
     from matplotlib.figure import Figure
-    width = 2.2 + 4.4 * n + 0.075 * max(map(len, labels))
-    fig = Figure((width, max(4.2, 0.22 * len(labels) + 0.3)), dpi=150, layout="constrained")
+    fig = Figure((5 + 4.4 * n, max(4.2, 0.22 * n_labels + 0.3)), dpi=150, layout="constrained")
     axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -3869,7 +3868,7 @@ def panels(n: int, labels: Sequence[str]):
 def severity_figure(rows: list[dict], names: Sequence[str]):
     """[A] Fig. 3: accuracy against severity, a panel a -c set; bars = spread over the seeds."""
     looks, legend = styles(rows), {}
-    fig, axes = panels(len(names), models(rows, names))
+    fig, axes = panels(len(names), len(models(rows, names)))
     for ax, name in zip(axes, names):
         for x in models(rows, [name]):
             found = [np.array(seed_means(rows, label=x, **{"sets": (name,)} | at) or [NAN])
@@ -3886,7 +3885,7 @@ def pareto_figure(rows: list[dict], shifts: Sequence[str]):
     """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front; a
     model that was not trained here costs 0."""
     points, looks = {}, styles(rows)
-    fig, (ax,) = panels(1, models(rows, shifts))
+    fig, (ax,) = panels(1, len(models(rows, shifts)))
     for x in models(rows, shifts):
         gain = np.array(seed_means(rows, label=x, sets=shifts))
         cost = np.nan_to_num(seed_means(rows, label=x, sets=shifts, measure="training, s")) / 60
