@@ -3969,28 +3969,23 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
     """{method: a step of training} on images (n,3,224,224), the augmentation left out: FT, ERPM
     with the last stage tuned in each head, and that from the cache.  Networks by timm's names."""
     net, other = (freeze(named(f"timm:{name}", 1000, "random", 224)) for name in (student, teacher))
-    whole = copy.deepcopy(net).to(x.device).requires_grad_(True)
-    tuned, other, plain = Student(net, 1, 1).to(x.device), other.to(x.device), Robustify(
-        augment="none")
-    see = frozen_views(tuned.backbone, plain, True, tuned.original, other)
+    tuned, other = Student(net, 1, 1).to(x.device), other.to(x.device)
+    whole, aug = copy.deepcopy(net).to(x.device).requires_grad_(True), Robustify(augment="none")
+    see = frozen_views(tuned.backbone, aug, True, tuned.original, other)
     batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=x.device), rng(0))
     with autocast("auto", x.device):
         held = see(batch)
 
-    def step(model: nn.Module, loss: Callable) -> Callable:
-        opt = make_optimizer(model.train(), Train())
+    def once(model: nn.Module, opt: torch.optim.Optimizer, step: Callable) -> None:
+        add_gradients(model, step, iter([batch]), 1, torch.amp.GradScaler(enabled=False), "auto")
+        opt.step()
+        opt.zero_grad()
 
-        def once() -> None:
-            with autocast("auto", x.device):
-                value = loss(model, batch)[0]
-            value.backward()
-            opt.step()
-            opt.zero_grad()
-        return once
-
-    return {"FT": step(whole, plain_step(Train(), frozen_views(nn.Identity(), plain))),
-            "ERPM": step(tuned.tuned, erpm_step(Distill(), see)),
-            "ERPM, cached": step(tuned.tuned, erpm_step(Distill(), lambda batch: held))}
+    jobs = {"FT": (whole, plain_step(Train(), frozen_views(nn.Identity(), aug))),
+            "ERPM": (tuned.tuned, erpm_step(Distill(), see)),
+            "ERPM, cached": (tuned.tuned, erpm_step(Distill(), lambda batch: held))}
+    return {method: functools.partial(once, model.train(), make_optimizer(model, Train()), step)
+            for method, (model, step) in jobs.items()}
 
 
 def bench_training(n: int = 8) -> Iterator[dict]:
