@@ -3637,7 +3637,6 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
 # In: rows of results.jsonl.  Out: Markdown and figures.  Always: a pure function of the rows (the
 # pictures alone look at images); what is missing is called missing, never a smaller mean.
 
-KINDS = ("home", "shift", "transfer")
 KNOWN_ON = ("imagenet", "imagenet-c", "imagenet-v2", "imagenet-a", "imagenet-r",
             "imagenet-sketch", "objectnet")
 ALEXNET = dict(zip(CORRUPTIONS, (       # its errors, means of 5 severities (Hendrycks 2019)
@@ -3696,9 +3695,9 @@ def plain(name: str) -> str:
 
 
 def by_kind(rows: list[dict]) -> list[list[str]]:
-    """The sets of each of KINDS, as they were scored; home to one network is home to all."""
-    kinds = {r["set"]: r["kind"] for r in sorted(rows, key=lambda r: -KINDS.index(r["kind"]))}
-    return [[s for s in kinds if kinds[s] == kind] for kind in KINDS]
+    """The sets of home, shift and transfer, as scored; home (which comes last) wins."""
+    kinds = {r["set"]: r["kind"] for r in sorted(rows, key=lambda r: r["kind"], reverse=True)}
+    return [[s for s in kinds if kinds[s] == kind] for kind in ("home", "shift", "transfer")]
 
 
 def corrupted(rows: Iterable[dict]) -> list[str]:
@@ -3905,13 +3904,12 @@ def pareto_figure(rows: list[dict], shifts: Sequence[str]):
 
 def figures(rows: list[dict]) -> dict:
     """{file name: matplotlib figure}.  Raises: ImportError without matplotlib."""
-    rows, found = latest(rows), {}
+    rows = latest(rows)
     names, shifts = corrupted(rows), by_kind(rows)[1]
-    if names:
-        found["severity.png"] = severity_figure(rows, names)
+    drawn = {"severity.png": severity_figure(rows, names)} if names else {}
     if any(r["set"] in shifts and r["train"] for r in rows):
-        found["pareto.png"] = pareto_figure(rows, shifts)
-    return found
+        drawn["pareto.png"] = pareto_figure(rows, shifts)
+    return drawn
 
 
 # ==== 11. BENCH ====
