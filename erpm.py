@@ -3649,32 +3649,31 @@ KNOWN = {                       # published, in percent: top-1 on KNOWN_ON, on i
     "ResNet-50, DeepAugment+AugMix": (75.82, 53.6, 63.54, 3.88, 46.77, 32.62, 35.15),
     "ResNet-50, AugMix": (NAN, 65.3, NAN, NAN, NAN, NAN, NAN),
     "CLIP ViT-B/32, zero-shot": (63.30, NAN, 55.77, 31.39, 69.26, 42.37, 43.96)}
-# name: (a row and the figures of the rule that answers -> what stands in a table, its format)
-MEASURES: dict[str, tuple[Callable[[dict, dict], float], str]] = {
-    "top-1": (lambda r, f: 100 * f["correct"] / r["n"], ".2f"),
-    "top-5": (lambda r, f: 100 * f["correct5"] / r["n"], ".2f"),
-    "NLL": (lambda r, f: f["nll"], ".3f"),
-    "ECE": (lambda r, f: 100 * f["ece"], ".2f"),
+# name: (a row of `latest` -> what stands in a table, its format)
+MEASURES: dict[str, tuple[Callable[[dict], float], str]] = {
+    "top-1": (lambda r: 100 * r["correct"] / r["n"], ".2f"),
+    "top-5": (lambda r: 100 * r["correct5"] / r["n"], ".2f"),
+    "NLL": (lambda r: r["nll"], ".3f"),
+    "ECE": (lambda r: 100 * r["ece"], ".2f"),
     # all severities weigh alike, so the mean over the cells is the mCE
-    "mCE": (lambda r, f: 100 * (1 - f["correct"] / r["n"]) / ALEXNET[r["corruption"]], ".2f"),
-    "F": (lambda r, f: 100 * f["heads"][2 * (r["kind"] == "shift")] / r["n"], ".2f"),
-    "training, s": (lambda r, f: r["train"]["seconds"], ".0f"),
-    "images/s": (lambda r, f: r["images_per_s"], ".0f"),
-    "images a cell": (lambda r, f: r["n"], ",.0f"),
-    "ms / training image": (
-        lambda r, f: 1000 * r["train"]["seconds"] / r["train"]["images"], ".2f"),
+    "mCE": (lambda r: 100 * (1 - r["correct"] / r["n"]) / ALEXNET[r["corruption"]], ".2f"),
+    "F": (lambda r: 100 * r["heads"][2 * (r["kind"] == "shift")] / r["n"], ".2f"),
+    "training, s": (lambda r: r["train"]["seconds"], ".0f"),
+    "images/s": (lambda r: r["images_per_s"], ".0f"),
+    "images a cell": (lambda r: r["n"], ",.0f"),
+    "ms / training image": (lambda r: 1000 * r["train"]["seconds"] / r["train"]["images"], ".2f"),
     # r["FT"], r["original"]: their rows of the same seed, by `latest`
-    "time / FT": (lambda r, f: r["train"]["seconds"] / r["FT"]["train"]["seconds"], ".2f"),
-    "training FLOPs / FT": (lambda r, f: math.prod(
+    "time / FT": (lambda r: r["train"]["seconds"] / r["FT"]["train"]["seconds"], ".2f"),
+    "training FLOPs / FT": (lambda r: math.prod(
         r["train"][k] / r["FT"]["train"][k] for k in ("images", "gflops")), ".2f"),
-    "GFLOPs / original": (lambda r, f: r["gflops"] / r["original"]["gflops"], ".2f")}
+    "GFLOPs / original": (lambda r: r["gflops"] / r["original"]["gflops"], ".2f")}
 COSTS = tuple(MEASURES)[-4:]
 
 
 def latest(rows: list[dict]) -> list[dict]:
     """One row a cell: of each (label, seed, set) those of the evaluation with the most images, of
-    equal ones the newest.  Two never mix, not even where the newer one is not whole.  Beside each
-    stand rows of FT and of the original, of the same seed.
+    equal ones the newest.  Two never mix, not even where the newer one is not whole.  Each has the
+    figures of a Student's rule, and beside it rows of FT and of the original, of the same seed.
     Raises: UserError where two runs hold the same label and seed."""
     place, runs = operator.itemgetter("label", "seed", "set"), {}
     for r in rows:
@@ -3686,7 +3685,8 @@ def latest(rows: list[dict]) -> list[dict]:
     kept = {(*place(r), r["corruption"], r["severity"]): r
             for r in rows if r["of"] == last[place(r)]}.values()
     beside = {(r["label"], r["seed"]): r for r in kept}
-    return [r | {x: beside.get((x, r["seed"]), {}) for x in ("FT", "original")} for r in kept]
+    return [r | r.get("rules", {}).get(r["rule"], {})
+            | {x: beside.get((x, r["seed"]), {}) for x in ("FT", "original")} for r in kept]
 
 
 def plain(name: str) -> str:
@@ -3717,10 +3717,10 @@ def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str =
     found = {(seed, s): [] for seed in seeds for s in sets}
     for r in own:
         if r["set"] in sets and all(r[k] == v for k, v in where.items()):
-            f = r["rules"].get(rule or r["rule"], {}) if "rules" in r else r
             value = NAN
             with contextlib.suppress(KeyError):
-                value = r[measure] if measure in r else MEASURES[measure][0](r, f)
+                r = r | r["rules"][rule] if rule else r
+                value = r[measure] if measure in r else MEASURES[measure][0](r)
             found[r["seed"], r["set"]].append(value)
     if any(len(v) < (cells if s in wide else 1) for (_, s), v in found.items()):
         return []
