@@ -3509,11 +3509,11 @@ def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
 def kind_of(card: Card, images: ImageSet) -> str:
     """What a set is to a network: "home" = trained on, or a part of it, "shift" = the same classes
     otherwise, "transfer" = other classes.  A public network's home is ImageNet."""
-    if images.base == (card.home or "imagenet") and not images.corrupted:
+    home = card.home or "imagenet"
+    at_home = images.base == home or images.base.startswith(f"{home}@")
+    if at_home and not images.corrupted:
         return "home"
-    if images.base == card.home or images.outputs == (card.classes or synsets()):
-        return "home" if "@" in images.base else "shift"
-    return "transfer"
+    return "shift" if at_home or images.outputs == (card.classes or synsets()) else "transfer"
 
 
 def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Config,
