@@ -3668,6 +3668,7 @@ MEASURES: dict[str, tuple[Callable[[dict], float], str]] = {
         r["train"][k] / r["FT"]["train"][k] for k in ("images", "gflops")), ".2f"),
     "GFLOPs / original": (lambda r: r["gflops"] / r["original"]["gflops"], ".2f")}
 COSTS = tuple(MEASURES)[-4:]
+SEVERITIES = {f"severity {k}": {"severity": k} for k in range(1, 6)}        # lines of a pivot
 
 
 def latest(rows: list[dict]) -> list[dict]:
@@ -3687,11 +3688,6 @@ def latest(rows: list[dict]) -> list[dict]:
     beside = {(r["label"], r["seed"]): r for r in kept}
     return [r | r.get("rules", {}).get(r["rule"], {})
             | {x: beside.get((x, r["seed"]), {}) for x in ("FT", "original")} for r in kept]
-
-
-def plain(name: str) -> str:
-    """A set's name without its qualification: imagenet-c (regenerated) -> imagenet-c."""
-    return name.partition(" (")[0]
 
 
 def by_kind(rows: list[dict]) -> list[list[str]]:
@@ -3773,21 +3769,15 @@ def mean_on(sets: Sequence[str]) -> dict[str, dict]:
     return {f"mean of {len(sets)} shifts": {"sets": sets}} if len(sets) > 1 else on(sets)
 
 
-def severities(rows: list[dict], name: str) -> dict[str, dict]:
-    """Lines of a pivot: the severities of a -c set, 0 = its clean set as the rows name it."""
-    clean = [r["set"] for r in rows if corrupted_name(plain(r["set"])) == plain(name)] or [""]
-    return {"clean": {"sets": clean[:1]}} | {f"severity {k}": {"severity": k} for k in range(1, 6)}
-
-
 def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     """[A] Tables 1 to 4: the models at home, under shift, what they cost, and on other classes;
     plan: the tables of compare.rows, {"title; note": models}."""
     home, shifts, transfer = by_kind(rows)
     columns = on(home) | mean_on(shifts) | on(shifts)
-    columns |= {s.replace("imagenet-c", "mCE"): {"sets": (s,), "measure": "mCE"}
-                for s in shifts if plain(s) == "imagenet-c"}
+    scored = {s.partition(" (")[0]: s for s in home + shifts}          # without (regenerated)
+    if "imagenet-c" in scored:
+        columns["mCE"] = {"sets": (scored["imagenet-c"],), "measure": "mCE"}
     columns |= {m: {"sets": (home + shifts)[:1], "measure": m} for m in COSTS}
-    scored = {plain(s): s for s in home + shifts}
     known = rows + [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
                      "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent}
                     for label, values in KNOWN.items()
@@ -3834,7 +3824,7 @@ def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
         parts.append(rules_table(rows, label))
     for name in corrupted(rows):
         columns = models(rows, [name], sets=(name,))
-        lines = {c: {"corruption": c} for c in CORRUPTIONS} | severities(rows, name)
+        lines = {c: {"corruption": c} for c in CORRUPTIONS} | SEVERITIES
         parts.append(pivot(rows, f"{name} by corruption and by severity", lines, columns))
     ways = dict.fromkeys(f"- {r['set']}: {'75 cells of ' if r['corruption'] else ''}{r['n']:,} "
                          f"images, {r['transform']}" for r in rows)
@@ -3870,11 +3860,11 @@ def severity_figure(rows: list[dict], names: Sequence[str]):
     fig, axes = panels(len(names), len(models(rows, names)))
     for ax, name in zip(axes, names):
         for x in models(rows, [name]):
-            found = [np.array(seed_means(rows, label=x, **{"sets": (name,)} | at) or [NAN])
-                     for at in severities(rows, name).values()]
-            legend[x] = ax.errorbar(range(6), [v.mean() for v in found],
+            found = [np.array(seed_means(rows, label=x, sets=(name,), **at) or [NAN])
+                     for at in SEVERITIES.values()]
+            legend[x] = ax.errorbar(range(1, 6), [v.mean() for v in found],
                                     [v.std(ddof=len(v) > 1) for v in found], **looks[x])
-        ax.set(title=name, xlabel="severity (0 = clean)", xticks=range(6))
+        ax.set(title=name, xlabel="severity", xticks=range(1, 6))
     axes[0].set_ylabel("top-1 accuracy, %")
     fig.legend(legend.values(), legend, loc="outside right center", frameon=False)
     return fig
