@@ -3832,32 +3832,26 @@ def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def styles(rows: list[dict]) -> dict[str, dict]:
-    """{model: how it is drawn}; with the teacher beside it the same model is dashed and hollow."""
-    from matplotlib import colormaps
-    looks = {}
-    for k, x in enumerate(dict.fromkeys(r["label"].removesuffix(" + teacher") for r in rows)):
-        looks[x] = {"color": colormaps["tab10"](k % 10), "marker": "os^Dv<>PX*ph"[k % 12],
-                    "linestyle": "-"}
-        looks[f"{x} + teacher"] = looks[x] | {"linestyle": "--", "markerfacecolor": "white"}
-    return looks
-
-
-def panels(n: int, n_labels: int):
-    """(figure, n axes side by side), with room for a legend on the right."""
+def panels(n: int, labels: Iterable[str]):
+    """(figure, n axes side by side, {label: how it is drawn}), with room for a legend on the right;
+    a model with the teacher beside it is hollow."""
     from matplotlib.figure import Figure
-    fig = Figure((5 + 4.4 * n, max(4.2, 0.22 * n_labels + 0.3)), dpi=150, layout="constrained")
+    looks = {x: {"color": f"C{k}", "marker": "os^Dv<>PX*ph"[k % 12],
+                 "fillstyle": "none" if x.endswith("+ teacher") else "full"}
+             for k, x in enumerate(labels)}                   # of 10 colours and 12 markers in turn
+    size = 5 + 4.4 * n, max(4.2, 0.22 * len(looks) + 0.3)
+    fig = Figure(size, dpi=150, layout="constrained")
     axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#E5E5E5")
-    return fig, axes
+    return fig, axes, looks
 
 
 def severity_figure(rows: list[dict], names: Sequence[str]):
     """[A] Fig. 3: accuracy against severity, a panel a -c set; bars = spread over the seeds."""
-    looks, legend = styles(rows), {}
-    fig, axes = panels(len(names), len(models(rows, names)))
+    fig, axes, looks = panels(len(names), models(rows, names))
+    legend = {}
     for ax, name in zip(axes, names):
         for x in models(rows, [name]):
             found = [np.array(seed_means(rows, label=x, sets=(name,), **at) or [NAN])
@@ -3873,17 +3867,17 @@ def severity_figure(rows: list[dict], names: Sequence[str]):
 def pareto_figure(rows: list[dict], shifts: Sequence[str]):
     """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front; a
     model that was not trained here costs 0."""
-    points, looks = {}, styles(rows)
-    fig, (ax,) = panels(1, len(models(rows, shifts)))
-    for x in models(rows, shifts):
+    fig, (ax,), looks = panels(1, models(rows, shifts))
+    points = []
+    for x in looks:
         gain = np.array(seed_means(rows, label=x, sets=shifts))
         cost = np.nan_to_num(seed_means(rows, label=x, sets=shifts, measure="training, s")) / 60
         if len(gain):
-            points[x] = cost.mean(), gain.mean()
-            ax.errorbar(*points[x], gain.std(ddof=len(gain) > 1), label=x,
-                        **looks[x] | {"linestyle": ""})
-    front = sorted(p for p in set(points.values()) if not any(
-        q != p and q[0] <= p[0] and q[1] >= p[1] for q in points.values()))     # nothing beats it
+            points.append((cost.mean(), gain.mean()))
+            ax.errorbar(*points[-1], gain.std(ddof=len(gain) > 1), label=x, linestyle="",
+                        **looks[x])
+    front = sorted(p for p in set(points) if not any(
+        q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))              # nothing beats it
     ax.step(*np.reshape(front, (-1, 2)).T, where="post", color="#999999", zorder=1,
             label="Pareto front")
     ax.set(xlabel="training time of the model's own stage, minutes",
