@@ -3328,7 +3328,7 @@ def figures_of(v: np.ndarray, label: str) -> dict:
 
 
 def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None, passes: int) -> dict:
-    """{rule: facts and the head that answered (B,5)} and {"moments": sigma and KL (B,4)}."""
+    """{rule: facts and the head that answered (B,5)}."""
     f = student.features(x)
     drawn = student.moments(f, passes, ids)
     ways = {rule: (rule, drawn) for rule in RULES}
@@ -3340,7 +3340,7 @@ def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None, pa
         p = answer(mean, sigma, head, rule).float()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
         out[name] = torch.cat([facts(p, log_p, y), head[:, None]], 1)
-    return out | {"moments": torch.cat([drawn[1], divergence(drawn[0])], 1).nan_to_num()}
+    return out
 
 
 def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str, int] | None = None,
@@ -3363,10 +3363,7 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
 
     rows = {label: {"n": len(images)} for label in models}
     for (label, rule), v in over(images, f, **options).items():
-        if rule == "moments":
-            means = v.mean(0, dtype=np.float64).round(6).tolist()
-            rows[label] |= {"sigma": means[:2], "kl": means[2:]}
-        elif rule:
+        if rule:
             rows[label].setdefault("rules", {})[rule] = figures_of(v, label)
         else:
             rows[label] |= figures_of(v, label)
@@ -3387,11 +3384,11 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
     "correct5" (counts), "nll" (mean, nats), "ece" (15 bins)}, of the classes that the set scores.
 
     predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
-    {rule: the same figures and "heads", the images that clean, combined and robust answered},
-    "sigma", "kl" (means, of the clean and the robust head)}.  A module is put in eval mode, on the
-    accelerator where there is one.  images: what as_images takes, or the name of a set in ./data.
-    cell: (corruption, severity), made on the fly, with the JPEG round trip of the published files.
-    options: batch, passes, amp, workers.  Raises: UserError, on outputs that are not finite too."""
+    {rule: the same and "heads", the images that clean, combined and robust answered}}.  A module is
+    put in eval mode, on the accelerator where there is one.  images: what as_images takes, or the
+    name of a set in ./data.  cell: (corruption, severity), made on the fly, with the JPEG round
+    trip of the published files.  options: batch, passes, amp, workers.
+    Raises: UserError, on outputs that are not finite too."""
     card = getattr(predict, "card", Card())
     images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
     if hasattr(predict, "card") and images.images is None and not images.own_view:

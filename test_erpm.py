@@ -1383,8 +1383,6 @@ def test_figures_of_every_rule_are_those_of_a_slow_loop(passes):
         head = erpm.select(mean, sigma, rule, logits=logits, y=y)
         assert found == {**slow_figures(erpm.answer(mean, sigma, head, rule), y),
                          "heads": torch.bincount(head, minlength=3).tolist()}
-    kl = erpm.divergence(s.moments(f, passes)[0]).mean(0)
-    assert got["kl"] == pytest.approx(kl.tolist(), abs=1e-5)
 
 
 def test_a_cell_is_the_corruption_of_the_same_images():
@@ -1694,7 +1692,7 @@ def fake_row(name="shapes", cell=("", 0), seed=0, label="ERPM", right=6, n=10, *
     rules = {r: found | {"correct": right + (r == "robust"), "heads": [6, 0, 4]}
              for r in (*erpm.RULES, "product (closed form)")}
     rules["clean"]["heads"], rules["robust"]["heads"] = [n, 0, 0], [0, 0, n]
-    return row | {"rules": rules, "sigma": [0.25, 0.5], "kl": [1.5, 0.75]} | more
+    return row | {"rules": rules} | more
 
 
 def fake_rows(seeds=(0, 1), label="ERPM", **more):
