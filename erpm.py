@@ -4067,29 +4067,19 @@ def training_images(data: Data, m: Model) -> ImageSet:
 
 CHECKS = [None, *((c, 3) for c in ("gaussian_noise", "defocus_blur", "fog", "contrast",
                                    "jpeg_compression"))]
-VALIDATED: dict[str, float] = {}          # accuracy under corruption by `weights_sha`, told once
 
 
-def validate(cfg: Config, *nets: nn.Module) -> None:
-    """Tells, once a network, its accuracy on clean test images (up to 500), and under five
-    corruptions; of a student and its teacher with a warning where the teacher is worse."""
-    keys = [weights_sha(net) for net in nets]
-    for of, net in zip(keys, nets):
-        if of in VALIDATED:
-            continue
-        try:
-            images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
-        except UserError as e:
-            return say(f"{net.card.label}: no validation ({e})")
-        rows = [evaluate(net, images, cell, **scoring(cfg)) for cell in CHECKS]
-        clean, *others = (100 * row.get("rules", {cfg.eval.rule: row})[cfg.eval.rule]["correct"]
-                          / row["n"] for row in rows)
-        VALIDATED[of] = np.mean(others)
-        say(f"{net.card.label}: {clean:.1f} % of {len(images)} test images right, "
-            f"{VALIDATED[of]:.1f} % under corruption")
-    if VALIDATED[keys[-1]] < VALIDATED[keys[0]]:
-        say("warning: the teacher is worse than the student under corruption: it has little to "
-            "teach; train it longer, or start it from better weights (model.teacher_weights)")
+def validate(cfg: Config, net: nn.Module) -> None:
+    """Tells the accuracy on clean test images (up to 500), and under five corruptions."""
+    try:
+        images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
+    except UserError as e:
+        return say(f"{net.card.label}: no validation ({e})")
+    rows = [evaluate(net, images, cell, **scoring(cfg)) for cell in CHECKS]
+    clean, *others = (100 * row.get("rules", {cfg.eval.rule: row})[cfg.eval.rule]["correct"]
+                      / row["n"] for row in rows)
+    say(f"{net.card.label}: {clean:.1f} % of {len(images)} test images right, "
+        f"{np.mean(others):.1f} % under corruption")
 
 
 # ---- what is computed once: frozen views, samples of [B] -----------------------------------------
@@ -4404,8 +4394,6 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
         say(f"{section}: {path} is there, kept")
         return net
     write_config(cfg)
-    if "teacher" in nets:
-        validate(cfg, *nets.values())
 
     def train(module: nn.Module, step: Callable, some: ImageSet) -> dict:
         some = some.training(fold(cfg.seed, section), cfg.data.crop, cfg.data.flip)
@@ -4427,7 +4415,10 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
         raise Interrupted(f"{section} is done")
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
         f"{path}: as it comes")
-    return load(path).to(pick_device())
+    net = load(path).to(pick_device())
+    if file in ("student", "teacher", "model"):          # the rows of compare are scored anyway
+        validate(cfg, net)
+    return net
 
 
 # ---- eval ----------------------------------------------------------------------------------------
@@ -4577,7 +4568,7 @@ def run_stage(cfg: Config, args) -> None:
     """Makes the network of pretrain, robustify or distill, after what it is made from."""
     role = {"pretrain": "student", "robustify": "teacher"}.get(args.command, cfg.distill.method)
     file = "model" if args.command == "distill" else ""
-    validate(cfg, network(cfg, training_images(cfg.data, cfg.model), role, {}, file))
+    network(cfg, training_images(cfg.data, cfg.model), role, {}, file)
 
 
 def run_compare(cfg: Config, args) -> None:
