@@ -368,7 +368,7 @@ class Robustify(Train):
     steps: int = opt(1, "dad: ascent steps", 0, 1000)
     start: float = opt(0.8, "dad: probability of a random start", 0, 1)
     through: bool = opt(False, "dad: the gradient crosses the quantiser, straight through")
-    samples: str = opt("", "dad: folder (in the run's) of samples; empty = new every epoch")
+    samples: bool = opt(False, "dad: samples are made once and kept; else new ones every epoch")
 
 
 @dataclass(frozen=True)
@@ -4162,19 +4162,15 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
 
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
-    """The images with their samples of [B] beside them, files CLASS/INDEX.png; what is missing is
-    made by all processes.  Raises: UserError where the folder has other ones."""
-    r, top, device = cfg.robustify, cfg.dir / cfg.robustify.samples, pick_device()
+    """The images with their samples of [B] beside them, files CLASS/INDEX.png and their settings;
+    what is missing is made by all processes."""
+    r, device = cfg.robustify, pick_device()
     key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
                        "n": len(images.y), "teacher": weights_sha(teacher),
                        "vqgan": weights_sha(vqgan)}
-    file = top / "samples.yaml"
-    other = differences(read_yaml(file) if file.is_file() else key, key)
-    if other:
-        raise UserError(f"robustify.samples: {top} holds samples of other settings ({other}): "
-                        "take another folder")
+    top = cfg.dir / f"samples-{fold(key):016x}"
     if world()[0] == 0:
-        write_atomically(file, sealed(key))
+        write_atomically(top / "settings.yaml", sealed(key))
     paths = [top / slug(images.classes[k]) / f"{i:08d}.png" for i, k in enumerate(images.y)]
 
     def make(keys: list, batch: tuple) -> None:
