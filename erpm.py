@@ -4133,31 +4133,30 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
     key = [d.method, d.tune, d.batch, len(images), str(amp_type(cfg.runtime.amp, device)),
            [flat(cfg)[k] for k in (*DRAWN, *HARDENED)], *map(weights_sha, frozen)]
-    top, chunks, costs, flops = cfg.dir / f"views-{fold(key):016x}", {}, [], 0
+    top, chunks, cost = cfg.dir / f"views-{fold(key):016x}", {}, (0, 0)
     files = {(v, k): top / f"{v}-{k}.safetensors"
              for v in range(d.views) for k in range(0, len(images), d.batch)}
 
     def make(keys: list, batch: tuple) -> None:
-        nonlocal since, flops
-        counter = FlopCounterMode(display=False)
-        with autocast(cfg.runtime.amp, device), contextlib.nullcontext() if flops else counter:
+        nonlocal since
+        with autocast(cfg.runtime.amp, device), FlopCounterMode(display=False) as counter:
             found = see(Batch(batch[0].to(device), batch[1], rng("view", cfg.seed, keys)))
-        flops = flops or counter.get_total_flops() / len(keys)               # counted once
         seconds, since = time.perf_counter() - since, time.perf_counter()
-        cost = torch.tensor([seconds / world()[1], flops * len(keys) / 1e9], dtype=torch.float64)
-        state = {str(i): v for i, v in enumerate((*found, cost))}
-        write_tensors(files[keys[0]], state, Card())
+        took = {"seconds": seconds / world()[1], "gflops": counter.get_total_flops() / 1e9}
+        state = {str(i): v for i, v in enumerate(found)}
+        write_tensors(files[keys[0]], state, Card(train=took))
 
     fill("views", images, cfg, d.batch, lambda keys: files[keys[0]].is_file(), make, d.views)
     for at, file in files.items():
-        *chunks[at], cost = (v for _, v in sorted(read_weights(file)[0].items()))
-        costs.append(cost)
+        state, card = read_weights(file)
+        chunks[at] = [v for _, v in sorted(state.items())]
+        cost = tuple(a + b for a, b in zip(cost, card.train.values()))
     shapes = [v.shape[1:] for v in chunks[0, 0]]
 
     def read(batch: Batch) -> list[Tensor]:
         rows = batch.x.split([math.prod(some) for some in shapes], 1)
         return [channels_last(v.unflatten(1, some)) for v, some in zip(rows, shapes)]
-    kept = {"images": None, "d": d, "chunks": chunks, "cost": sum(costs).tolist()}
+    kept = {"images": None, "d": d, "chunks": chunks, "cost": cost}
     return Rows(**vars(images) | kept), read
 
 

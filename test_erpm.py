@@ -2201,9 +2201,9 @@ def test_a_kept_view_is_that_of_its_batch_to_the_last_bit(here):
 
 
 def kept_views():
-    """{file and name: tensor} of the run c, but what they took."""
+    """{file and name: tensor} of the run c."""
     return {f"{p.name} {k}": v for p in Path("runs/c").glob("views-*/*")
-            for k, v in erpm.read_weights(p)[0].items() if v.dtype != torch.float64}
+            for k, v in erpm.read_weights(p)[0].items()}
 
 
 def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(here, monkeypatch,
