@@ -4006,10 +4006,9 @@ BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment,
 # 0 done, 2 a mistake that the message explains, 130 or 143 stopped and ready to go on.
 
 
-@contextlib.contextmanager
 def alone(cfg: Config):
-    """Context of the one command that works in the run's folder; the lock dies with its process.
-    Raises: UserError while another one does; or where processes differ in settings or code."""
+    """Lock, to be closed, of the one command that works in the run's folder; it dies with its
+    process.  Raises: UserError while another has it; or where processes differ in settings."""
     import fcntl
     mine = sha(json.dumps(flat(cfg)), versions()["erpm"])
     others = [mine] * world()[1]
@@ -4020,18 +4019,17 @@ def alone(cfg: Config):
                         f"({', '.join(others)}): start them alike")
     cfg.dir.mkdir(parents=True, exist_ok=True)
     if world()[0]:
-        yield
-        return
-    with open(cfg.dir / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(f"{cfg.dir}: {file.read()} is at work there: wait for it, or take "
-                            "another run=NAME") from None
-        file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
-        yield
+        return contextlib.nullcontext()
+    file = open(cfg.dir / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(f"{cfg.dir}: {file.read()} is at work there: wait for it, or take another "
+                        "run=NAME") from None
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
 
 
 def write_config(cfg: Config) -> None:
