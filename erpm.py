@@ -4665,25 +4665,23 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "sets": (run_sets, "the data sets: found or not, how to get them"),
 }
 ON_ONE_PROCESS = ("report", "bench", "sets", "corrupt")
-OPTIONS = {
-    "--recipe": "recipe of config.yaml", "--config": "another file of recipes",
-    "--run": "folder of the run; report: of several, joined by commas",
-    "--set": "eval: sets, joined by commas, or all",
-    "--model": "eval: networks instead of a run, joined by commas; see eval.models"}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line's words."""
     lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     p = argparse.ArgumentParser(
-        prog="erpm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="erpm.py", formatter_class=argparse.RawDescriptionHelpFormatter, argument_default="",
         description=f"{__doc__.split('Sections:')[0]}\ncommands:\n{lines}",
         epilog="keys, given as key=value:\n" + config_help())
     p.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
-    p.add_argument("words", nargs="*", metavar="key=value", help="settings, see below; bench and "
-                   "corrupt take names and paths too")
-    for option, text in OPTIONS.items():
-        p.add_argument(option, default="", help=text)
+    p.add_argument("words", nargs="*", metavar="key=value",
+                   help="settings, see below; bench and corrupt take names and paths too")
+    p.add_argument("--recipe", help="recipe of config.yaml")
+    p.add_argument("--config", help="another file of recipes")
+    p.add_argument("--run", help="folder of the run; report: of several, joined by commas")
+    p.add_argument("--set", help="eval: sets, joined by commas, or all")
+    p.add_argument("--model", help="eval: networks instead of a run, see eval.models")
     args = p.parse_intermixed_args(argv)
     args.paths = [w for w in args.words if "=" not in w and args.command in ("bench", "corrupt")]
     args.words = [w for w in args.words if w not in args.paths]
