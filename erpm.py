@@ -2936,9 +2936,9 @@ def build(name: str | nn.Module, classes: int | Sequence[str] | None = None,
 
 
 class Batch(NamedTuple):
-    """x uint8 (B,3,S,S), y (B,), a CPU generator, a function of (seed, step, rank), and for each
-    image a key of (seed, epoch, index)."""
-    x: Tensor
+    """x uint8 (B,3,S,S), or a list of frozen features (B,...); y (B,); a CPU generator, a function
+    of (seed, step, rank); and for each image a key of (seed, epoch, index)."""
+    x: Tensor | list[Tensor]
     y: Tensor
     generator: torch.Generator
     keys: Sequence[tuple] = ()
@@ -3045,10 +3045,11 @@ def feed(images: ImageSet, cfg: Train, seed: int, at: int, workers: int) -> Iter
     is set likewise."""
     device, n, size, start = pick_device(), len(images), cfg.batch // cfg.accum, at * cfg.accum
     loaded = loader(images, workers, batch_sampler=batches(n, size, seed, start))
+    send = operator.methodcaller("to", device, non_blocking=True)
     for i, (x, y, index) in enumerate(loaded, start):
         key, epoch = (seed, *divmod(i, cfg.accum), world()[0]), i // (n // size)
         torch.manual_seed(fold("dropout", *key))
-        yield Batch(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
+        yield Batch(list(map(send, x)) if isinstance(x, list) else send(x), send(y),
                     rng("step", *key), [(seed, epoch, k) for k in index.tolist()])
 
 
@@ -3059,7 +3060,7 @@ def add_gradients(model: nn.Module, step: Callable, data: Iterator[Batch], accum
     for k, batch in enumerate(itertools.islice(data, accum)):
         one_by_one = world()[1] > 1 and k < accum - 1        # processes average their sums once
         with model.no_sync() if one_by_one else contextlib.nullcontext():
-            with autocast(amp, batch.x.device):
+            with autocast(amp, batch.y.device):
                 loss, parts = step(model, batch)
             scaler.scale(loss / accum).backward()
         losses.append({name: v.detach() for name, v in {"loss": loss, **parts}.items()})
@@ -4106,7 +4107,7 @@ def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, 
 
 @dataclass(eq=False)
 class Rows(ImageSet):
-    """Rows (D,) of d.views views in the place of images; epoch e shows view e mod d.views.
+    """Features of d.views views in the place of images; epoch e shows view e mod d.views.
     chunks: {(view, k): tensors of d.batch images from k on}; cost: their seconds and GFLOPs."""
     d: Distill = Distill()
     chunks: dict[tuple[int, int], list[Tensor]] = dataclasses.field(default_factory=dict)
@@ -4117,8 +4118,9 @@ class Rows(ImageSet):
         for epoch, k in keys:
             at = k % self.d.batch
             chunk = self.chunks[epoch % self.d.views, k - at]
-            rows.append(torch.cat([v[at].float().flatten() for v in chunk]))
-        return torch.stack(rows), torch.from_numpy(self.y[index]), torch.from_numpy(index)
+            rows.append([v[at].float() for v in chunk])
+        x = [channels_last(torch.stack(v)) for v in zip(*rows)]
+        return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
 
 def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
@@ -4149,13 +4151,8 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
         state, card = read_weights(file)
         chunks[at] = [v for _, v in sorted(state.items())]
         cost = tuple(a + b for a, b in zip(cost, card.train.values()))
-    shapes = [v.shape[1:] for v in chunks[0, 0]]
-
-    def read(batch: Batch) -> list[Tensor]:
-        rows = batch.x.split([math.prod(some) for some in shapes], 1)
-        return [channels_last(v.unflatten(1, some)) for v, some in zip(rows, shapes)]
     kept = {"images": None, "d": d, "chunks": chunks, "cost": cost}
-    return Rows(**vars(images) | kept), read
+    return Rows(**vars(images) | kept), operator.attrgetter("x")
 
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
@@ -4183,9 +4180,9 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     beside = dataclasses.replace(images, images=None, paths=paths, border_px=0,
                                  view=View(images.view.size_px, 1.0))
     if images.images is not None:                    # in memory, to be cut as the images are
-        x, _, index = beside.__getitems__([(0, k) for k in range(len(beside))])
-        held = torch.zeros(len(paths), *x.shape[1:], dtype=torch.uint8)
-        held[index] = x
+        x = beside.__getitems__([(0, k) for k in range(len(beside))])[0]
+        held = images.images.new_zeros(len(paths), *x.shape[1:])
+        held[images.index] = x
         beside = dataclasses.replace(beside, images=held, paths=())
     return dataclasses.replace(images, beside=beside)
 
