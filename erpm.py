@@ -150,12 +150,12 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether any process raised its flag; returns when every process is here."""
-    t = torch.tensor(float(flag), device=pick_device())
-    if world()[1] > 1:
-        dist.all_reduce(t)
-    return bool(t)
+def gathered(thing=None) -> list:
+    """What each process has brought, plain data; returns when every process is here."""
+    found = [thing] * world()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, thing)
+    return found
 
 
 def say(text: str) -> None:
@@ -2997,7 +2997,7 @@ def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -
         if path.is_file():
             os.replace(path, path.with_suffix(".ckpt1"))
         write_atomically(path, content.getvalue() + sha(content.getvalue()).encode())
-    any_rank(False)
+    gathered()
 
 
 def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
@@ -3112,7 +3112,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
                 seconds, since = seconds + time.perf_counter() - since, time.perf_counter()
                 row = {"stage": name, "step": at, "epoch": round(at / per_epoch, 3), "lr": lr}
                 bar.set_postfix_str(log_row(checkpoint, row, losses), refresh=False)
-                losses, stops = [], any_rank(bool(signals.hit)) and at < total
+                losses, stops = [], any(gathered(signals.hit)) and at < total
                 if checkpoint and at < total and (stops or saves):
                     keep(checkpoint, parts, at, seconds, key)
                 if stops:
@@ -3580,15 +3580,13 @@ def read_rows(run: Path, rule: str = "product") -> list[dict]:
 def done_cells(run: Path) -> set[tuple]:
     """(of, corruption, severity) of the rows that are there, as the first process sees them.  A
     last line that a crash left without its end is cut off: the next row would continue it."""
-    box, file = [set()], run / "results.jsonl"
+    done, file = set(), run / "results.jsonl"
     if world()[0] == 0 and file.is_file():
         whole, end, rest = file.read_bytes().rpartition(b"\n")
         if rest:
             write_atomically(file, whole + end)
-        box = [{(r["of"], r["corruption"], r["severity"]) for r in read_rows(run)}]
-    if world()[1] > 1:
-        dist.broadcast_object_list(box, 0)
-    return box[0]
+        done = {(r["of"], r["corruption"], r["severity"]) for r in read_rows(run)}
+    return gathered(done)[0]
 
 
 def scoring(cfg: Config) -> dict:
@@ -3626,7 +3624,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                 text = json.dumps(rows[label] | where | figures)[:-1]
                 with open(cfg.dir / "results.jsonl", "a") as f:
                     f.write(f'{text}, "sum": "{sha(text)}"}}\n')
-            if any_rank(bool(signals.hit)):
+            if any(gathered(signals.hit)):
                 raise Interrupted(f"eval, after {images.name} {cell[0]} {cell[1]}")
     return {row["of"] for row in rows.values()}
 
@@ -4011,13 +4009,10 @@ def alone(cfg: Config):
     """Lock, to be closed, of the one command that works in the run's folder; it dies with its
     process.  Raises: UserError while another has it; or where processes differ in settings."""
     import fcntl
-    mine = sha(json.dumps(flat(cfg)), versions()["erpm"])
-    others = [mine] * world()[1]
-    if world()[1] > 1:
-        dist.all_gather_object(others, mine)
-    if set(others) != {mine}:
+    hashes = gathered(sha(json.dumps(flat(cfg)), versions()["erpm"]))
+    if len(set(hashes)) > 1:
         raise UserError("the processes were started with different settings, or copies of erpm.py "
-                        f"({', '.join(others)}): start them alike")
+                        f"({', '.join(hashes)}): start them alike")
     cfg.dir.mkdir(parents=True, exist_ok=True)
     if world()[0]:
         return contextlib.nullcontext()
@@ -4046,13 +4041,10 @@ def readable(images: ImageSet, workers: int) -> ImageSet:
     with ThreadPool(max(1, workers)) as pool:                        # Pillow lets threads run
         spoilt = pool.map(unreadable, paths[rank::size])
     mine = list(itertools.compress(range(rank, len(paths), size), spoilt))
-    found = [mine] * size
-    if size > 1:
-        dist.all_gather_object(found, mine)
-        mine = sorted(itertools.chain(*found))
-    say(f"left out, for they cannot be read: {len(mine)} of {len(images):,} pictures "
-        + ", ".join(str(paths[k]) for k in mine))
-    return dataclasses.replace(images, index=np.delete(images.index, mine))
+    bad = sorted(itertools.chain(*gathered(mine)))
+    say(f"left out, for they cannot be read: {len(bad)} of {len(images):,} pictures "
+        + ", ".join(str(paths[k]) for k in bad))
+    return dataclasses.replace(images, index=np.delete(images.index, bad))
 
 
 def training_images(data: Data, m: Model) -> ImageSet:
@@ -4102,7 +4094,7 @@ def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, 
             bar.update(len(keys))
             if signals.hit:
                 raise Interrupted(what)
-    any_rank(False)
+    gathered()
 
 
 @dataclass(eq=False)
@@ -4375,7 +4367,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
     own = [f"{k.partition('.')[2]}={v}" for k, v in words.items() if k in key]
     file, label = file or slug("-".join([role, *own])), label or slug("-".join([known, *own]))
     path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
-    if any_rank(path.is_file()):                     # all look before one writes
+    if any(gathered(path.is_file())):                # all look before one writes
         net = load(path).to(pick_device())
         other = differences(net.card.key, key)
         if other:
@@ -4401,7 +4393,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
              fresh=False)
         for old in cfg.dir.glob(f"{file}.ckpt*"):
             old.unlink()
-    if any_rank(bool(Signals.hit)):                  # all wait for the file
+    if any(gathered(Signals.hit)):                   # all wait for the file
         raise Interrupted(f"{section} is done")
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
         f"{path}: as it comes")
