@@ -3070,7 +3070,7 @@ def add_gradients(model: nn.Module, step: Callable, data: Iterator[Batch], accum
 def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
         name: str, seed: int, checkpoint: Path | None = None, key: dict | None = None,
         workers: int = 0) -> dict[str, float]:
-    """Trains the module in place and returns {"images", "seconds", "gflops" (an image)}.
+    """Trains the module in place and returns {"images", "seconds", "gflops"}, of all steps.
 
     step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, the module
     or its DDP wrapper.  checkpoint: where it goes on, of the job that key tells, log.jsonl beside
@@ -3122,7 +3122,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         model.load_state_dict(parts["average"].module.state_dict())
     model.eval()
     return {"images": total * cfg.batch, "seconds": round(seconds, 2),
-            "gflops": counter.get_total_flops() * size / cfg.batch / 1e9}
+            "gflops": counter.get_total_flops() * size * total / 1e9}
 
 
 # ---- the steps of the methods --------------------------------------------------------------------
@@ -3660,8 +3660,8 @@ MEASURES: dict[str, tuple[Callable[[dict], float], str]] = {
     "ms / training image": (lambda r: 1000 * r["train"]["seconds"] / r["train"]["images"], ".2f"),
     # r["FT"], r["original"]: their rows of the same seed, by `latest`
     "time / FT": (lambda r: r["train"]["seconds"] / r["FT"]["train"]["seconds"], ".2f"),
-    "training FLOPs / FT": (lambda r: math.prod(
-        r["train"][k] / r["FT"]["train"][k] for k in ("images", "gflops")), ".2f"),
+    "training FLOPs / FT": (
+        lambda r: r["train"]["gflops"] / r["FT"]["train"]["gflops"], ".2f"),
     "GFLOPs / original": (lambda r: r["gflops"] / r["original"]["gflops"], ".2f")}
 COSTS = tuple(MEASURES)[-4:]
 SEVERITIES = {f"severity {k}": {"severity": k} for k in range(1, 6)}        # lines of a pivot
@@ -4100,10 +4100,10 @@ def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, 
 @dataclass(eq=False)
 class Rows(ImageSet):
     """Features of d.views views in the place of images; epoch e shows view e mod d.views.
-    chunks: {(view, k): tensors of d.batch images from k on}; cost: their seconds and GFLOPs."""
+    chunks: {(view, k): tensors of d.batch images from k on}; cost: their {"seconds", "gflops"}."""
     d: Distill = Distill()
     chunks: dict[tuple[int, int], list[Tensor]] = dataclasses.field(default_factory=dict)
-    cost: tuple[float, float] = (0, 0)
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]):
         rows, index = [], self.index[[k for _, k in keys]]
@@ -4125,7 +4125,7 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
     key = [d.method, d.tune, d.batch, len(images), str(amp_type(cfg.runtime.amp, device)),
            [flat(cfg)[k] for k in (*DRAWN, *HARDENED)], *map(weights_sha, frozen)]
-    top, chunks, cost = cfg.dir / f"views-{fold(key):016x}", {}, (0, 0)
+    top, chunks, cost = cfg.dir / f"views-{fold(key):016x}", {}, {"seconds": 0, "gflops": 0}
     files = {(v, k): top / f"{v}-{k}.safetensors"
              for v in range(d.views) for k in range(0, len(images), d.batch)}
 
@@ -4142,7 +4142,7 @@ def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
     for at, file in files.items():
         state, card = read_weights(file)
         chunks[at] = [v for _, v in sorted(state.items())]
-        cost = tuple(a + b for a, b in zip(cost, card.train.values()))
+        cost = {k: v + card.train[k] for k, v in cost.items()}
     kept = {"images": None, "d": d, "chunks": chunks, "cost": cost}
     return Rows(**vars(images) | kept), operator.attrgetter("x")
 
@@ -4299,9 +4299,7 @@ def tune_ft(cfg, images, train, net):
 def tune_lp_ft(cfg, images, train, lp):
     """FT that starts from LP; the costs of both count."""
     first, (net, then) = lp.card.train, tune_ft(cfg, images, train, lp)
-    both = {k: first[k] + then[k] for k in ("images", "seconds")}
-    flops = sum(s["images"] * s["gflops"] for s in (first, then))
-    return net, both | {"gflops": flops / both["images"]}
+    return net, {k: first[k] + then[k] for k in then}
 
 
 def tune_wise(cfg, images, train, tuned, original):
@@ -4381,9 +4379,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
         some = some.training(fold(cfg.seed, section), cfg.data.crop, cfg.data.flip)
         stats = fit(module, step, some, getattr(cfg, section), cfg.runtime, name=section,
                     seed=cfg.seed, checkpoint=checkpoint, key=key, workers=cfg.data.workers)
-        seconds, gflops = some.cost if isinstance(some, Rows) else (0, 0)
-        return stats | {"seconds": round(stats["seconds"] + seconds, 2),
-                        "gflops": stats["gflops"] + gflops / stats["images"]}
+        return stats | {k: stats[k] + v for k, v in getattr(some, "cost", {}).items()}
 
     some = images.subset(getattr(cfg, section).n_images)
     net, stats = make(cfg, some, train, *nets.values())
