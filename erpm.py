@@ -4543,14 +4543,14 @@ def run_report(cfg: Config, args) -> None:
 
 
 def run_stage(cfg: Config, args) -> None:
-    """Makes the network of pretrain, robustify or distill, after what it is made from."""
+    """Makes a network (which: see its section below), after what it is made from."""
     role = {"pretrain": "student", "robustify": "teacher"}.get(args.command, cfg.distill.method)
     file = "model" if args.command == "distill" else ""
     network(cfg, training_images(cfg.data, cfg.model), role, {}, file)
 
 
 def run_compare(cfg: Config, args) -> None:
-    """The recipe's own run and those of compare.rows, for every seed, then eval and report."""
+    """The recipe's own run and those of compare.rows, for every seed; eval and report."""
     folders, images = [], functools.cache(training_images)       # which most rows share
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
@@ -4568,7 +4568,7 @@ def run_compare(cfg: Config, args) -> None:
 
 
 def run_sets(cfg: Config, args) -> None:
-    """The table of sets: what is there, what is expected, how to get it."""
+    """The data sets: what is there, what is expected, how to get it."""
     data = dataclasses.replace(cfg.data, allow_partial=True, n_train=0, n_test=0)
     archives, body = [corrupted_name(n) for n, row in SETS.items() if row.archive], []
     for name in dict.fromkeys([*set_names(cfg), *SETS, *archives]):
@@ -4588,7 +4588,7 @@ def run_sets(cfg: Config, args) -> None:
 
 
 def run_bench(cfg: Config, args) -> None:
-    """Times our parts against the public ones -> bench.jsonl, and prints the ratios."""
+    """Times our parts against public ones, as ratios -> bench.jsonl: bench [NAME ...]"""
     cfg.dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name in args.paths or BENCHES:
@@ -4617,7 +4617,7 @@ class CorruptCopies(ImageSet):
 
 
 def run_corrupt(cfg: Config, args) -> None:
-    """IN -> OUT in parallel; what is there already is kept."""
+    """corrupt IN OUT: OUT/corruption/severity/class/name of a folder; what is there is kept."""
     if len(args.paths) != 2:
         raise UserError("corrupt takes two folders: corrupt IN OUT")
     source, out = map(Path, args.paths)
@@ -4636,25 +4636,16 @@ def run_corrupt(cfg: Config, args) -> None:
     say(f"{out}: {len(paths):,} images x {len(CELLS)} cells")
 
 
-STAGES = ("pretrain", "robustify", "distill")
-COMMANDS: dict[str, tuple[Callable, str]] = {
-    "demo": (run_compare, "pretrain, robustify, distill, baselines, eval and report in one go"),
-    "pretrain": (run_stage, "train a network on clean data"),
-    "robustify": (run_stage, "make the small teacher robust"),
-    "distill": (run_stage, "tune the large network with three heads"),
-    "eval": (run_eval, "score a run or a network on sets"),
-    "compare": (run_compare, "every run of a table, methods, settings and seeds, and its report"),
-    "report": (run_report, "tables and pictures of results"),
-    "bench": (run_bench, "speed against the public code, as ratios: bench [corruptions] [augment]"),
-    "corrupt": (run_corrupt, "corrupt IN OUT: the ImageNet-C-like copy of a folder"),
-    "sets": (run_sets, "the data sets: found or not, how to get them"),
-}
+COMMANDS: dict[str, Callable] = {
+    "demo": run_compare, "pretrain": run_stage, "robustify": run_stage, "distill": run_stage,
+    "eval": run_eval, "compare": run_compare, "report": run_report, "bench": run_bench,
+    "corrupt": run_corrupt, "sets": run_sets}
 ON_ONE_PROCESS = ("report", "bench", "sets", "corrupt")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line's words."""
-    lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<10} {run.__doc__}" for name, run in COMMANDS.items())
     p = argparse.ArgumentParser(
         prog="erpm.py", formatter_class=argparse.RawDescriptionHelpFormatter, argument_default="",
         description=f"{__doc__.split('Sections:')[0]}\ncommands:\n{lines}",
@@ -4696,7 +4687,7 @@ def preflight(cfg: Config, command: str) -> None:
     spec_names(r.augment)
     for name in set_names(cfg):
         set_row(name)
-    if command not in ("demo", "compare", *STAGES):
+    if COMMANDS[command] not in (run_stage, run_compare):
         return
     check(cfg, world()[1])
     for file in (m.student_weights, m.teacher_weights, r.teacher_weights, cfg.vqgan.weights):
@@ -4733,7 +4724,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one = args.command in ON_ONE_PROCESS
         with contextlib.nullcontext() if one else alone(cfg):
             if world()[0] == 0 or not one:
-                COMMANDS[args.command][0](cfg, args)
+                COMMANDS[args.command](cfg, args)
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
         code, text = 2, str(e).split("UserError: ")[-1]
