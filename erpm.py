@@ -4034,26 +4034,22 @@ def write_config(cfg: Config) -> None:
         write_atomically(cfg.dir / "config.yaml", sealed(dataclasses.asdict(cfg)))
 
 
-def readable(images: ImageSet, workers: int) -> ImageSet:
-    """The set without the pictures that cannot be read, which are listed; each process reads its
-    share of all."""
-    (rank, size), paths = world(), [images.paths[i] for i in images.index if images.images is None]
-    with ThreadPool(max(1, workers)) as pool:                        # Pillow lets threads run
-        spoilt = pool.map(unreadable, paths[rank::size])
-    mine = list(itertools.compress(range(rank, len(paths), size), spoilt))
-    bad = sorted(itertools.chain(*gathered(mine)))
-    say(f"left out, for they cannot be read: {len(bad)} of {len(images):,} pictures "
-        + ", ".join(str(paths[k]) for k in bad))
-    return dataclasses.replace(images, index=np.delete(images.index, bad))
-
-
 def training_images(data: Data, m: Model) -> ImageSet:
-    """The training images, in the student's own view, for which it is built without memory."""
+    """The training images, in the student's own view, for which it is built without memory; with
+    data.on_bad_image=skip without those that cannot be read, which are listed."""
     card = read_weights(m.student_weights)[1] if m.student_weights else None
     with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
         card = card or named(m.student, None, "random", data.size_px).card
-    images = open_set(data.name, data, "train", card.view)
-    return images if data.on_bad_image == "stop" else readable(images, data.workers)
+    images, (rank, size) = open_set(data.name, data, "train", card.view), world()
+    if data.on_bad_image == "stop" or images.images is not None:
+        return images
+    paths = [images.paths[i] for i in images.index]
+    with ThreadPool(max(1, data.workers)) as pool:                   # Pillow lets threads run
+        spoilt = gathered(pool.map(unreadable, paths[rank::size]))   # a share a process
+    bad = [k for k in range(len(paths)) if spoilt[k % size][k // size]]
+    say(f"left out, for they cannot be read: {len(bad)} of {len(images):,} pictures "
+        + ", ".join(str(paths[k]) for k in bad))
+    return dataclasses.replace(images, index=np.delete(images.index, bad))
 
 
 CHECKS = [None, *((c, 3) for c in ("gaussian_noise", "defocus_blur", "fog", "contrast",
