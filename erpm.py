@@ -4397,25 +4397,20 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
 
 # ---- eval ----------------------------------------------------------------------------------------
 
-def network_of_token(token: str) -> dict[str, nn.Module]:
-    """{label: network} of [LABEL@]NAME[=WEIGHTS_FILE].  Raises: UserError."""
-    front, _, path = token.partition("=")
-    label, name = re.fullmatch(r"(?:([^:@]+)@)?(.*)", front).groups()
-    net = build(name, weights=path or None)
-    if net.card.fresh and not name.startswith("run:"):
-        raise UserError(f"--model {name} has no weights: add a pretrained tag "
-                        "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what a run "
-                        "made (run:runs/x)")
-    return {label or token: freeze(net).to(pick_device())}
-
-
 def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
     """{label: network} for those that want the same pixels: those of eval.models one by one, else a
     run's original, teacher, what was tuned, and each in a team with the teacher.  Raises:
     UserError."""
     tokens = dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(","))))
-    for token in tokens:
-        yield network_of_token(token)
+    for token in tokens:                                 # [LABEL@]NAME[=WEIGHTS_FILE]
+        front, _, path = token.partition("=")
+        label, name = re.fullmatch(r"(?:([^:@]+)@)?(.*)", front).groups()
+        net = build(name, weights=path or None)
+        if net.card.fresh and not name.startswith("run:"):
+            raise UserError(f"--model {name} has no weights: add a pretrained tag "
+                            "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what "
+                            "a run made (run:runs/x)")
+        yield {label or token: freeze(net).to(pick_device())}
     if tokens:
         return
     order = {"student": 0, "teacher": 1, "model": 3}
