@@ -4111,16 +4111,18 @@ class Rows(ImageSet):
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
 
-def cached(cfg: Config, images: ImageSet, see: Callable, *frozen: nn.Module) \
-        -> tuple[ImageSet, Callable]:
-    """(images, see) as they are, or with distill.views files of what `see` gives for so many views
-    of every image, made once by all processes, and what reads them.  frozen: the networks in it."""
+def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = True,
+           *teachers: nn.Module) -> tuple[ImageSet, Callable]:
+    """(images, see), the frozen_views of a step; with distill.views files of what it gives for so
+    many views of every image, made once by all processes, and what reads them."""
     d, device, since = cfg.distill, pick_device(), time.perf_counter()
+    see = frozen_views(backbone, cfg.robustify, clean, *teachers)
     if not d.views:
         return images, see
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
     key = [d.method, d.tune, d.batch, len(images), str(amp_type(cfg.runtime.amp, device)),
-           [flat(cfg)[k] for k in (*DRAWN, *HARDENED)], *map(weights_sha, frozen)]
+           [flat(cfg)[k] for k in (*DRAWN, *HARDENED)],
+           *(sha(net.state_dict()) for net in (backbone, *teachers))]
     top, chunks, cost = cfg.dir / f"views-{fold(key):016x}", {}, {"seconds": 0, "gflops": 0}
     files = {(v, k): top / f"{v}-{k}.safetensors"
              for v in range(d.views) for k in range(0, len(images), d.batch)}
@@ -4262,16 +4264,14 @@ def tune_erpm(cfg, images, train, net, teacher):
     d = cfg.distill
     student = Student(net, d.tune, d.head, d.dropout, dropout_in=d.dropout_in)
     student.tuned.norms = d.norms
-    see = frozen_views(student.backbone, cfg.robustify, True, student.original, teacher)
-    images, see = cached(cfg, images, see, net, teacher)
+    images, see = cached(cfg, images, student.backbone, True, student.original, teacher)
     return student, train(student.tuned, erpm_step(d, see), images)
 
 
 def tune_team(cfg, images, train, net, teacher):
     """Ours: a second tail, its BatchNorm with own statistics, learns x~ alone; the rest stays."""
     both = Team(net, teacher, cfg.distill.tune)
-    see = frozen_views(both.net, cfg.robustify, clean=False)
-    images, see = cached(cfg, images, see, both.net)
+    images, see = cached(cfg, images, both.net, False)
     return both, train(both.tails[1], plain_step(cfg.distill, see), images)
 
 
@@ -4279,7 +4279,7 @@ def tune_apt(cfg, images, train, net, tune=None):
     """The same part, one head, no teacher, on clean and augmented images; tune = 0: LP."""
     d, tune = cfg.distill, cfg.distill.tune if tune is None else tune
     backbone, tail = cut(net, tune)
-    images, see = cached(cfg, images, frozen_views(backbone, cfg.robustify), backbone)
+    images, see = cached(cfg, images, backbone)
     part = Tuned(*tail.requires_grad_(True))
     part.norms = d.norms
     tail[-1].features.requires_grad_(tune > 0)

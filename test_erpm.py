@@ -2188,7 +2188,7 @@ def test_a_kept_view_is_that_of_its_batch_to_the_last_bit(here):
     net, teacher = (erpm.freeze(erpm.build("cifar:resnet8-s2", 10)) for _ in range(2))
     backbone, tail = erpm.cut(net, 2)
     see = erpm.frozen_views(backbone, cfg.robustify, True, tail.eval(), teacher)
-    kept, read = erpm.cached(cfg, data, see, net, teacher)
+    kept, read = erpm.cached(cfg, data, backbone, True, tail, teacher)
     for epoch, k in ((0, 43), (1, 7), (2, 7), (5, 20)):
         x, y, index = kept.__getitems__([(epoch, 1), (epoch, k)])
         at = k // 20 * 20
