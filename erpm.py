@@ -4141,8 +4141,7 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
         state, card = read_weights(file)
         chunks[at] = [v for _, v in sorted(state.items())]
         cost = {k: v + card.train[k] for k, v in cost.items()}
-    kept = {"images": None, "d": d, "chunks": chunks, "cost": cost}
-    return Rows(**vars(images) | kept), operator.attrgetter("x")
+    return Rows(**vars(images), d=d, chunks=chunks, cost=cost), operator.attrgetter("x")
 
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
