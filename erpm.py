@@ -4724,13 +4724,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, text = 130, "interrupted"
     except (MemoryError, RuntimeError) as e:
-        advice = "the same command goes on from the last checkpoint"
-        lack = any(word in str(e) for word in ("memory", "create a primitive", "new thread"))
-        if isinstance(e, MemoryError) or lack:
-            advice = "lower the stage's batch (or raise its accum), eval.batch or data.workers"
-        elif "CUDA" not in str(e):
+        lack = ("memory", "create a primitive", "new thread", "CUDA")
+        if not isinstance(e, MemoryError) and not any(word in str(e) for word in lack):
             raise
-        code, text = 2, f"out of memory, or the GPU failed: {advice} ({str(e)[:160]})"
+        code, text = 2, ("out of memory, or the GPU failed: lower the stage's batch (or raise its "
+                         "accum), eval.batch or data.workers; the same command goes on from the "
+                         f"last checkpoint ({str(e)[:160]})")
     finally:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):                  # the store may be gone
