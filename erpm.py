@@ -4310,9 +4310,7 @@ def tune_wise(cfg, images, train, tuned, original):
 def tune_vpt(cfg, images, train, net):
     """Prompt tokens of a ViT and the classifier."""
     torch.manual_seed(fold(cfg.seed, "init prompts"))
-    prompted(net, cfg.distill.prompts, cfg.distill.deep)
-    for name, p in net.named_parameters():
-        p.requires_grad_(name.endswith("prompt"))
+    prompted(net, cfg.distill.prompts, cfg.distill.deep)         # on a frozen network
     stages(net)[-1].fc.requires_grad_(True)
     see = frozen_views(nn.Identity(), cfg.robustify)
     return net, train(Tuned(net), plain_step(cfg.distill, see), images)
