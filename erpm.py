@@ -4076,17 +4076,19 @@ DRAWN = ("seed", "data.name", "data.size_px", "data.fit", "data.crop", "data.fli
 HARDENED = ("robustify.augment", "robustify.severity", "robustify.pictures")       # and its x~
 
 
-def fill(what: str, images: ImageSet, cfg: Config, batch: int, there: Callable, make: Callable,
-         views: int = 1) -> None:
-    """Calls make(keys, batch) for the batches of keys (view, position) that are not there yet, this
-    process for its share of them.  Raises: Interrupted."""
-    n, (rank, size) = len(images), world()
+def missing(what: str, images: ImageSet, cfg: Config, batch: int, files: dict,
+            views: int = 1) -> Iterator[tuple]:
+    """(keys, x, y, index) of the batches of which a file is missing, this process's share of them;
+    it ends when all are there.  files: of keys (view, position), where a batch is one file of its
+    first key alone.  Raises: Interrupted."""
+    n, (rank, size), device = len(images), world(), pick_device()
     jobs = [[(v, k) for k in range(at, min(at + batch, n))]
             for v in range(views) for at in range(0, n, batch)][rank::size]
-    jobs = [keys for keys in jobs if not there(keys)]
+    jobs = [keys for keys in jobs if not all(files[k].is_file() for k in keys if k in files)]
     with Progress(sum(map(len, jobs)), what) as bar, Signals() as signals:
-        for keys, some in zip(jobs, loader(images, cfg.data.workers, batch_sampler=jobs)):
-            make(keys, some)
+        loaded = loader(images, cfg.data.workers, batch_sampler=jobs)
+        for keys, (x, y, index) in zip(jobs, loaded):
+            yield keys, x.to(device), y.to(device), index
             bar.update(len(keys))
             if signals.hit:
                 raise Interrupted(what)
@@ -4126,17 +4128,13 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
     top, chunks, cost = cfg.dir / f"views-{fold(key):016x}", {}, {"seconds": 0, "gflops": 0}
     files = {(v, k): top / f"{v}-{k}.safetensors"
              for v in range(d.views) for k in range(0, len(images), d.batch)}
-
-    def make(keys: list, batch: tuple) -> None:
-        nonlocal since
+    for keys, x, y, _ in missing("views", images, cfg, d.batch, files, d.views):
         with autocast(cfg.runtime.amp, device), FlopCounterMode(display=False) as counter:
-            found = see(Batch(batch[0].to(device), batch[1], rng("view", cfg.seed, keys)))
+            found = see(Batch(x, y, rng("view", cfg.seed, keys)))
         seconds, since = time.perf_counter() - since, time.perf_counter()
         took = {"seconds": seconds / world()[1], "gflops": counter.get_total_flops() / 1e9}
         state = {str(i): v for i, v in enumerate(found)}
         write_tensors(files[keys[0]], state, Card(train=took))
-
-    fill("views", images, cfg, d.batch, lambda keys: files[keys[0]].is_file(), make, d.views)
     for at, file in files.items():
         state, card = read_weights(file)
         chunks[at] = [v for _, v in sorted(state.items())]
@@ -4147,7 +4145,7 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
     """The images with their samples of [B] beside them, files CLASS/INDEX.png and their settings;
     what is missing is made by all processes."""
-    r, device = cfg.robustify, pick_device()
+    r = cfg.robustify
     key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
                        "n": len(images.y), "teacher": weights_sha(teacher),
                        "vqgan": weights_sha(vqgan)}
@@ -4155,17 +4153,13 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     if world()[0] == 0:
         write_atomically(top / "settings.yaml", sealed(key))
     paths = [top / slug(images.classes[k]) / f"{i:08d}.png" for i, k in enumerate(images.y)]
-
-    def make(keys: list, batch: tuple) -> None:
-        x, y, index = batch[0].to(device), batch[1].to(device), batch[2].tolist()
-        draws = [rng("dad", cfg.seed, i) for i in index]
-        with autocast(cfg.runtime.amp, device):
+    files = {(0, k): paths[i] for k, i in enumerate(images.index)}
+    for keys, x, y, index in missing("samples", images, cfg, max(1, r.batch // world()[1]), files):
+        draws = [rng("dad", cfg.seed, i) for i in index.tolist()]
+        with autocast(cfg.runtime.amp, x.device):
             made = dad_samples(x, y, teacher, vqgan, draws, **attack(r))
-        for i, picture in zip(index, _bytes(255 * made).cpu()):
-            write_sealed(paths[i], v2.functional.to_pil_image(picture))
-
-    fill("samples", images, cfg, max(1, r.batch // world()[1]),
-         lambda keys: all(paths[images.index[k]].is_file() for _, k in keys), make)
+        for key, picture in zip(keys, _bytes(255 * made).cpu()):
+            write_sealed(files[key], v2.functional.to_pil_image(picture))
     beside = dataclasses.replace(images, images=None, paths=paths, border_px=0,
                                  view=View(images.view.size_px, 1.0))
     if images.images is not None:                    # in memory, to be cut as the images are
