@@ -449,7 +449,6 @@ class Runtime:
 @dataclass(frozen=True)
 class Config:
     """Everything.  `python erpm.py COMMAND section.key=value ...` changes it."""
-    recipe: str = opt("", "recipe of config.yaml; empty = the defaults, for demo its own")
     run: str = opt("", "name of the run; empty = recipe or data set, seed if not 0")
     out: str = opt("runs", "folder of the runs")
     seed: int = opt(0, "seed of everything but the cuts of the data", 0, 2 ** 31)
@@ -472,9 +471,6 @@ PARTS = {f.name: f.default for f in dataclasses.fields(Config)
          if dataclasses.is_dataclass(f.default)}
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in PARTS} | {
     f"{name}.{f.name}": f for name, part in PARTS.items() for f in dataclasses.fields(part)}
-
-
-RECIPE_FILE = Path(__file__).with_name("config.yaml")
 
 
 class _Loader(yaml.SafeLoader):
@@ -566,18 +562,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-")
 
 
-def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "",
-            run: Path | None = None) -> Config:
-    """The frozen Config: default < recipe of the file (or the run's config.yaml) < words."""
-    given = dict(w.partition("=")[::2] for w in words)
-    recipe, file = given.pop("recipe", recipe), Path(file or RECIPE_FILE)
-    base = Config(recipe=recipe)
-    if run:
-        base = changed(base, read_yaml(run / "config.yaml"), f"{run / 'config.yaml'}")
-    elif recipe:
-        tree = choose(read_yaml(file), recipe, f"recipe in {file}")
-        base = changed(base, tree, f"{file}: {recipe}")
-    cfg = changed(base, given, "command line")
+def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "") -> Config:
+    """The frozen Config: default < recipe of the file (without one the whole file) < words."""
+    base = Config()
+    if recipe or file:
+        file = Path(file or Path(__file__).with_name("config.yaml"))
+        tree, where = read_yaml(file), str(file)
+        if recipe:
+            tree, where = choose(tree, recipe, f"recipe in {file}"), f"{file}: {recipe}"
+        base = changed(base, tree, where)
+    cfg = changed(base, dict(w.partition("=")[::2] for w in words), "command line")
     name = recipe or cfg.data.name
     if recipe and cfg.data.name != base.data.name:
         name += f"-{cfg.data.name}"
@@ -4635,8 +4629,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
     p.add_argument("words", nargs="*", metavar="key=value",
                    help="settings, see below; bench and corrupt take names and paths too")
-    p.add_argument("--recipe", help="recipe of config.yaml")
-    p.add_argument("--config", help="another file of recipes")
+    p.add_argument("--recipe", help="recipe of config.yaml; demo has its own")
+    p.add_argument("--config", help="another file of recipes; without --recipe, of settings")
     p.add_argument("--run", help="folder of the run; report: of several, joined by commas")
     p.add_argument("--set", help="eval: sets, joined by commas, or all")
     p.add_argument("--model", help="eval: networks instead of a run, see eval.models")
@@ -4656,7 +4650,8 @@ def configure(args: argparse.Namespace) -> Config:
     words = args.words + ([f"out={run.parent}", f"run={run.name}"] if args.run else [])
     cfg, scores = resolve(words, recipe, args.config), args.command in ("eval", "report")
     if scores and (cfg.dir / "config.yaml").is_file():
-        return dataclasses.replace(resolve(words, run=cfg.dir), out=cfg.out, run=cfg.run)
+        own = resolve(words, file=cfg.dir / "config.yaml")
+        return dataclasses.replace(own, out=cfg.out, run=cfg.run)
     if scores and args.run:
         raise UserError(f"no run {run}: it has no config.yaml")
     return cfg

@@ -238,8 +238,8 @@ def test_precedence_is_default_recipe_words():
     assert (cfg.distill.lr, cfg.seed, cfg.run) == (0.5, 3, "demo-s3")
     names = [erpm.resolve(words, recipe).run for words, recipe in (
         (["data.name=cifar10"], "demo"), ([], ""), (["data.name=folder:a/b c"], ""),
-        (["run=x", "seed=2"], "demo"), (["recipe=demo-clip"], "demo"))]
-    assert names == ["demo-cifar10", "shapes", "folder-a-b-c", "x", "demo-clip"]
+        (["run=x", "seed=2"], "demo"))]
+    assert names == ["demo-cifar10", "shapes", "folder-a-b-c", "x"]
     assert erpm.configure(erpm.parse(["eval", "--model", "a", "seed=1"])).run == "models"
 
 
@@ -250,7 +250,7 @@ def test_without_a_recipe_the_defaults_that_help_prints_are_what_runs(here, caps
     words = [f"{k}={v.strip()}" for k, v in found.items() if k != "key"]
     cfg = erpm.configure(erpm.parse(["distill"]))
     assert dataclasses.replace(erpm.resolve(words), run=cfg.run) == cfg
-    assert len(words) == len(erpm.FIELDS) and cfg.recipe == ""
+    assert len(words) == len(erpm.FIELDS)
 
 
 @pytest.mark.parametrize("key", [k for k, f in erpm.FIELDS.items() if f.type in ("int", "float")])
@@ -1855,7 +1855,7 @@ def test_demo_leaves_everything_it_promises(demo, run_of_demo):
         clean = next(r for r in rows if (r["label"], r["set"]) == (label, "shapes"))
         clean = clean["rules"]["product"] if "rules" in clean else clean
         assert set(told) == {f"{100 * clean['correct'] / 30:.1f}"}
-    assert erpm.resolve(run=run) == erpm.configure(erpm.parse(["demo", *DEMO]))
+    assert erpm.resolve(file=run / "config.yaml") == erpm.configure(erpm.parse(["demo", *DEMO]))
 
 
 def test_a_second_demo_computes_nothing_again_and_other_settings_do_not_overwrite_it(
@@ -1984,7 +1984,7 @@ def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here):
     files = {"student", "teacher", "teacher-augment-augmix", "lp", "model", "erpm-augment-augmix"}
     for run in (here / "runs/c", here / "runs/c-s1"):
         assert {p.stem for p in run.glob("*.safetensors")} == files
-        assert erpm.resolve(run=run).distill.method == "erpm"
+        assert erpm.resolve(file=run / "config.yaml").distill.method == "erpm"
         assert {"LP", "Other", "ERPM + teacher"} <= {r["label"] for r in result_rows(run)}
     table = out.split("## Teachers")[1].split("##")[0]
     assert "as known" in out and "| Other" in table and "| LP" not in table and " ± " in table
@@ -2072,7 +2072,7 @@ def checkpoint_of(run):
 
 
 READ = {"t.ckpt": checkpoint_of, "results.jsonl": erpm.read_rows,
-        "config.yaml": lambda run: erpm.flat(erpm.resolve(run=run)),
+        "config.yaml": lambda run: erpm.flat(erpm.resolve(file=run / "config.yaml")),
         "model.safetensors": lambda run: erpm.weights_sha(erpm.load(run)),
         "view.safetensors": lambda run: erpm.sha(erpm.read_weights(run / "view.safetensors")[0]),
         "sample.png": lambda run: erpm.sha(erpm.read_picture(run / "sample.png").tobytes())}
