@@ -473,8 +473,9 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in PARTS} 
     f"{name}.{f.name}": f for name, part in PARTS.items() for f in dataclasses.fields(part)}
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key that stands twice (plain YAML keeps the last silently)."""
+class Words(yaml.BaseLoader):
+    """YAML whose values stay text, as on the command line: `no` is no False, 12:30 no 750.  A key
+    that stands twice is refused (plain YAML keeps the last silently)."""
 
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value]
@@ -484,11 +485,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict:
+def read_yaml(path: Path, loader: type = Words) -> dict:
     """The file's mapping.  Raises: UserError, also where a first line "# sha256 ..." is wrong."""
     try:
         text = path.read_text()
-        tree = yaml.load(text, _Loader)
+        tree = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     seal, _, rest = text.partition("\n")
@@ -507,21 +508,20 @@ def sealed(tree: dict) -> str:
 
 
 def typed(value, path: str, where: str):
-    """value as the type of a field and within its range.  Raises: UserError naming path, expected
-    and got."""
+    """value, or its text, as the type of a field and within its range.  Raises: UserError naming
+    path, expected and got."""
     field = choose(FIELDS, path, f"setting in {where}:")
-    kind, valid = field.type, field.metadata["valid"]
+    kind, valid, text, more = field.type, field.metadata["valid"], str(value), ""
     if kind == "str" and isinstance(value, str):
         return choose(valid or (value,), value, path)
-    if kind == "bool" and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind in ("int", "float") and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            out = {"int": int, "float": float}[kind](value)
-            if valid[0] <= out <= valid[1] and (out == value or isinstance(value, str)):
-                return out
-    more = f" of {valid[0]:g} to {valid[1]:g}" if kind in ("int", "float") else (
-        " (quote it: YAML reads no, on, 12:30 as other types)" if kind == "str" else "")
+    if kind == "bool" and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind in ("int", "float"):
+        more = f" of {valid[0]:g} to {valid[1]:g}"
+        with contextlib.suppress(ValueError):
+            number = int(text) if kind == "int" else float(text)
+            if valid[0] <= number <= valid[1]:
+                return number
     raise UserError(f"{where}: {path}: expected {kind}{more}, got {value!r}")
 
 
@@ -2417,7 +2417,7 @@ def vqgan(config: str | dict, weights: Path | str | None = None) -> VQGAN:
     weights: a local file as of read_weights, loaded strictly but for its losses ("loss.*"); None =
     random.  Raises: UserError."""
     if isinstance(config, str) and config.endswith((".yaml", ".yml")):
-        config = read_yaml(Path(config)).get("model", {}).get("params", {})
+        config = read_yaml(Path(config), yaml.SafeLoader).get("model", {}).get("params", {})
     config = choose(VQGANS, config, "vqgan.name") if isinstance(config, str) else config
     config = {"groups": 32, **config, **config.get("ddconfig", {})}
     lacks = [k for k in VQGANS["tiny_f2_256"] if k not in config]
