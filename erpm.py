@@ -181,22 +181,18 @@ class Progress(tqdm):
             print(self, flush=True)
 
 
-def write_atomically(path: Path, content: bytes | str | Callable) -> None:
+def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes the file whole or not at all: a reader never sees half of it, and a full disk leaves
-    the old one.  content: what to write, or a function that writes to an open binary file."""
+    the old one."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
     except OSError as e:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise UserError(f"cannot write {path}: {' '.join(str(e).split())}") from None
+        raise UserError(f"cannot write {path}: {e}") from None
 
 
 def read_lines(path: Path | str, key: str) -> list[str]:
@@ -245,7 +241,8 @@ def write_sealed(path: Path, picture: Image.Image) -> None:
     some changes pass."""
     info = PngImagePlugin.PngInfo()
     info.add_text(SEAL, sha(picture.tobytes()))
-    write_atomically(path, lambda file: picture.save(file, "png", pnginfo=info))
+    picture.save(content := io.BytesIO(), "png", pnginfo=info)
+    write_atomically(path, content.getvalue())
 
 
 def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
@@ -4512,7 +4509,8 @@ def run_report(cfg: Config, args) -> None:
     except ImportError:
         say("figures left out: matplotlib is not installed (pip install matplotlib)")
     for name, figure in drawn.items():
-        write_atomically(runs[0] / name, lambda f: figure.savefig(f, format="png"))
+        figure.savefig(content := io.BytesIO(), format="png")
+        write_atomically(runs[0] / name, content.getvalue())
         text += f"\n![{name}]({name})\n"
     write_atomically(runs[0] / "report.md", text)
     say(f"{runs[0]}: {', '.join(['report.md', *drawn])} written")
@@ -4589,7 +4587,8 @@ class CorruptCopies(ImageSet):
             if not path.is_file():
                 y = corrupt(x, name, severity, index=[k])[0]
                 picture = v2.functional.to_pil_image(y)
-                write_atomically(path, lambda f: picture.save(f, kind, quality=85))
+                picture.save(content := io.BytesIO(), kind, quality=85)
+                write_atomically(path, content.getvalue())
 
 
 def run_corrupt(cfg: Config, args) -> None:

@@ -285,14 +285,15 @@ def test_yaml_values_are_read_as_words_are(tmp_path):
     assert erpm.resolve(file=tmp_path / "c.yaml") == erpm.resolve(words)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    def breaks(file):
-        file.write(b"half")
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def breaks(part, content):
+        part.open("wb").write(content[:4])
         raise OSError("disk full")
     path = tmp_path / "new/x.txt"
     for left in ([], ["old"]):
-        with refuses(f"cannot write {path}: disk full"):
-            erpm.write_atomically(path, breaks)
+        with monkeypatch.context() as patch, refuses(f"cannot write {path}: disk full"):
+            patch.setattr(Path, "write_bytes", breaks)
+            erpm.write_atomically(path, "half of it")
         assert [p.read_text() for p in path.parent.iterdir()] == left
         erpm.write_atomically(path, "old")
 
