@@ -287,7 +287,7 @@ def versions() -> dict[str, str]:
 
 
 def opt(default, text: str, *valid):
-    """Dataclass field: default, help text and what is valid, (least, most) or a choice of words."""
+    """Dataclass field: default, help text and what is valid beside it: (least, most), or words."""
     return dataclasses.field(default=default, metadata={"help": text, "valid": valid})
 
 
@@ -299,7 +299,7 @@ class Data:
     """The training set, and how pictures become squares."""
     name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
     root: str = opt("data", "folder that holds the data sets")
-    size_px: int = opt(0, "side of the square images that networks see; 0 = their own", 0, 512)
+    size_px: int = opt(0, "side of the square images that networks see; 0 = their own", 32, 512)
     fit: str = opt("", "crop, or squash both sides; empty = as the network wants it", "", "crop",
                    "squash")
     crop: bool = opt(True, "training: random crops (stored images: shifts by up to 1/8)")
@@ -514,10 +514,10 @@ def typed(value, path: str, where: str):
     if kind == "bool" and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind in ("int", "float"):
-        more = f" of {valid[0]:g} to {valid[1]:g}"
+        more = f" of {valid[0]:g} to {valid[1]:g} (default {field.default:g})"
         with contextlib.suppress(ValueError):
             number = int(text) if kind == "int" else float(text)
-            if valid[0] <= number <= valid[1]:
+            if valid[0] <= number <= valid[1] or number == field.default:
                 return number
     raise UserError(f"{where}: {path}: expected {kind}{more}, got {value!r}")
 
@@ -532,8 +532,6 @@ def check(cfg: Config, processes: int = 1) -> None:
     if cfg.distill.head > cfg.distill.tune:
         raise UserError(f"distill.head: expected 0 to distill.tune = {cfg.distill.tune}, got "
                         f"{cfg.distill.head}")
-    if 0 < cfg.data.size_px < 32:
-        raise UserError(f"data.size_px: expected 0 or 32 to 512, got {cfg.data.size_px}")
 
 
 def changed(cfg: Config, given: dict, where: str = "settings") -> Config:

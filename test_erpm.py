@@ -2447,12 +2447,12 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
 
 @pytest.mark.parametrize("words, says", [
     ("distill distill.lrr=1", "'distill.lrr'; did you mean 'distill.lr'?"),
-    ("distill distill.lr=fast", "command line: distill.lr: expected float of 1e-09 to 100, got 'f"),
+    ("distill distill.lr=fast", "lr: expected float of 1e-09 to 100 (default 0.003), got 'fa"),
     ("distill distill=3", "unknown setting in command line: 'distill'"),
     ("distill data.crop=yes", "data.crop: expected bool, got 'yes'"),
     ("distill distill.head=9", "distill.head: expected 0 to distill.tune = "),
     ("distill distill.method=ermp", "unknown distill.method 'ermp'; did you mean 'erpm'?"),
-    ("distill data.size_px=16", "expected 0 or 32 to 512, got 16"),
+    ("distill data.size_px=16", "data.size_px: expected int of 32 to 512 (default 0), got '16"),
     ("distill distill.accum=7", "distill.batch: 20 images cannot be shared equally"),
     ("distill model.teacher=timm:resnet50.foo", "unknown network of timm 'resnet50.foo'"),
     ("distill distill.tune=99", "tune = 99"), ("distill eval.sets=shape", "'shapes'?"),
