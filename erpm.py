@@ -131,8 +131,7 @@ def rng(*key, device="cpu") -> torch.Generator:
 
 @contextlib.contextmanager
 def seeded(*key):
-    """Context in which the global CPU generator is a function of the key, and is put back after:
-    for what of torchvision draws from it."""
+    """Context in which the global CPU generator, torchvision's, is a function of the key."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(fold(*key))  # torch.manual_seed moves GPUs' as well
         yield
@@ -272,8 +271,7 @@ def unreadable(path: Path | str) -> bool:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions that a result depends on: this file (once: it may be edited during a long run),
-    Python and the packages."""
+    """What a result depends on; this file is read once, for it may be edited during a long run."""
     return {"erpm": sha(Path(__file__)), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
             "numpy": np.__version__}
@@ -298,17 +296,15 @@ class Data:
     name: str = opt("shapes", "training set, one of `python erpm.py sets`, or folder:PATH")
     root: str = opt("data", "folder that holds the data sets")
     size_px: int = opt(0, "side of the square images that networks see; 0 = their own", 32, 512)
-    fit: str = opt("", "crop, or squash both sides; empty = as the network wants it", "", "crop",
-                   "squash")
+    fit: str = opt("", "crop, or squash both sides; empty = the network's", "", "crop", "squash")
     crop: bool = opt(True, "training: random crops (stored images: shifts by up to 1/8)")
     flip: bool = opt(True, "training: mirror half of the images; wrong for digits and letters")
     names: str = opt("", "file of class names for prompts, in label order; empty = the set's own")
     n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all", 0, MANY)
     n_test: int = opt(0, "images used at most of each scored set (likewise); 0 = all", 0, MANY)
     allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
-    on_bad_image: str = opt("stop", "training, where a picture cannot be read: stop, or skip = all "
-                                    "are read once before, and such ones left out and listed",
-                            "stop", "skip")
+    on_bad_image: str = opt("stop", "training, a picture that cannot be read: skip = all are read "
+                                    "before, such ones left out and listed", "stop", "skip")
     workers: int = opt(0, "loader processes; images decoded from files want 4 or more", 0, 256)
 
 
@@ -462,8 +458,7 @@ class Config:
         return Path(self.out) / self.run
 
 
-PARTS = {f.name: f.default for f in dataclasses.fields(Config)
-         if dataclasses.is_dataclass(f.default)}
+PARTS = {name: part for name, part in vars(Config()).items() if dataclasses.is_dataclass(part)}
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in PARTS} | {
     f"{name}.{f.name}": f for name, part in PARTS.items() for f in dataclasses.fields(part)}
 
