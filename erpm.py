@@ -74,7 +74,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import yaml
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -230,31 +230,20 @@ def pictures_below(top: Path, seen: Sequence[str] = ()) -> list[Path]:
     return found
 
 
-SEAL = "sha256 of the RGB pixels"                        # text of a PNG
-
-
-def write_sealed(path: Path, picture: Image.Image) -> None:
-    """Writes an RGB picture as a PNG with the hash that `read_picture` checks: PNG's own sums let
-    some changes pass."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text(SEAL, sha(picture.tobytes()))
-    picture.save(content := io.BytesIO(), "png", pnginfo=info)
-    write_atomically(path, content.getvalue())
-
-
 def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
     """The picture in RGB, border_px cut off on each side; 16-bit grey is scaled to 8 bit (`convert`
     would clip it to white).  Raises: Unreadable."""
     try:
         with Image.open(path) as im:
+            kind = im.format
             if im.mode[0] in "IF":
                 grey = np.asarray(im)
                 if im.mode == "F" or grey.min() < 0 or not 255 < grey.max() <= 65535:
                     raise ValueError(f"mode {im.mode} has no known range: save it with 8 or 16 bit")
                 im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-            seal, im = im.info.get(SEAL), im.convert("RGB")
-            if seal and seal != sha(im.tobytes()):
-                raise ValueError("it is damaged")
+            im = im.convert("RGB")
+        if kind == "PNG":
+            Image.open(path).verify()                    # its sums, which decoding passes over
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise Unreadable(f"cannot read the image {path} ({e}): mend or remove it") from None
     return ImageOps.crop(im, border_px) if border_px else im
@@ -4141,7 +4130,8 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
         with autocast(cfg.runtime.amp, x.device):
             made = dad_samples(x, y, teacher, vqgan, draws, **attack(r))
         for key, picture in zip(keys, _bytes(255 * made).cpu()):
-            write_sealed(files[key], v2.functional.to_pil_image(picture))
+            v2.functional.to_pil_image(picture).save(content := io.BytesIO(), "png")
+            write_atomically(files[key], content.getvalue())
     beside = dataclasses.replace(images, images=None, paths=paths, border_px=0,
                                  view=View(images.view.size_px, 1.0))
     if images.images is not None:                    # in memory, to be cut as the images are
