@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import dataclasses
+import dis
 import io
 import json
 import math
@@ -172,19 +173,16 @@ def test_sections_are_those_of_the_docstring():
 
 
 def test_nothing_is_used_before_it_is_defined():
-    lines = {t.id: n.lineno for n in reversed(TREE.body) for t in ast.walk(n)
-             if isinstance(n, (ast.Assign, ast.AnnAssign)) and isinstance(t, ast.Name)
-             and isinstance(t.ctx, ast.Store)}
-    lines |= {name: node.lineno for name, node in TOP.items()}
-    for name, node in TOP.items():
-        hints = {id(x) for n in ast.walk(node)
-                 for a in (getattr(n, "annotation", None), getattr(n, "returns", None))
-                 if a for x in ast.walk(a)}
-        names = [x for x in ast.walk(node) if isinstance(x, ast.Name) and id(x) not in hints]
-        local = {x.id for x in names if isinstance(x.ctx, ast.Store)} | {
-            a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-        later = {x.id for x in names if lines.get(x.id, 0) > node.end_lineno} - local
-        assert not later, f"{name} uses {later} that stand below"
+    def reads(code):
+        """The names of the module that code reads when it runs."""
+        inner = (reads(c) for c in code.co_consts if isinstance(c, types.CodeType))
+        own = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        return own.union(*inner)
+    below = set()
+    for node in reversed(TREE.body):
+        code = compile(ast.Module([node], []), "erpm.py", "exec")
+        assert not reads(code) & below, f"line {node.lineno} uses what stands below it"
+        below |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_NAME"}
 
 
 def test_functions_are_short_lines_narrow_and_public_names_documented():
