@@ -35,6 +35,7 @@ import erpm
 HERE = Path(__file__).parent
 SOURCE = (HERE / "erpm.py").read_text()
 SLOW = bool(os.environ.get("ERPM_SLOW"))
+to_pil = erpm.v2.functional.to_pil_image
 TINY = """\
 model.student=cifar:resnet8-s2 model.teacher=cifar:resnet8-s2 distill.tune=2 distill.head=1
 data.n_test=60 data.n_train=600 pretrain.n_images=0 robustify.n_images=0 distill.n_images=0
@@ -660,11 +661,6 @@ def pictures(n, h=32, w=32, key=0):
     x[2::4], x[3::4] = x[2::4] * 0.1 + 0.6, (x[3::4] - 0.5) * 3
     x[0, 0] = 0.3
     return (x.clamp(0, 1) * 255).to(torch.uint8)
-
-
-def to_pil(x):
-    """(3,h,w) -> a Pillow image."""
-    return Image.fromarray(x.permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("name", erpm.CORRUPTIONS)
