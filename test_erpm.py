@@ -12,7 +12,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils.data import DataLoader, TensorDataset
 
 import erpm
@@ -95,9 +95,7 @@ def forked(work, *args):
 
 def in_processes(n, *words, code=0, own=lambda rank: ()):
     """Runs a command as torchrun does on n processes, each of which may have words of its own."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
+    port = str(get_free_port())
 
     def work(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
