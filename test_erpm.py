@@ -688,10 +688,6 @@ def test_the_15_have_two_columns_of_constants_that_go_by_the_longer_side():
     for size, c in (((64, 40), 0.75), ((40, 65), 0.4)):
         x = pictures(1, *size)
         assert torch.equal(erpm.corrupt(x, "contrast", 1), erpm.contrast(x, c, None))
-    for name in ("gaussian_noise", "shot_noise", "impulse_noise", "brightness", "contrast"):
-        error = [(erpm.corrupt(x[..., :64], name, s) - x[..., :64] / 1).square().mean()
-                 for s in range(1, 6)]
-        assert error == sorted(error), name
 
 
 def test_jpeg_pixelate_and_the_published_round_trip_equal_pillow():
