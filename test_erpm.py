@@ -379,14 +379,6 @@ def test_orders_are_permutations_that_a_restart_repeats(monkeypatch):
     assert [sum(parts, []) for parts in zip(*shares)] == whole
 
 
-def test_a_smaller_subset_is_part_of_a_larger_one():
-    s = erpm.open_set("shapes", erpm.Data(n_test=300))
-    some, few = s.subset(100), s.subset(20)
-    assert np.array_equal(some.subset(20).index, few.index) and set(few.index) < set(some.index)
-    x, y, index = batch(few, [3])
-    assert torch.equal(x[0], s.images[index[0]]) and y[0] == s.y[index[0]]
-
-
 def test_folder_sets_read_train_and_val_and_take_a_label(here):
     make_tree(here)
     make_tree(here / "flat", ("owl", "ant", ".git"), n=2, splits=("",))
