@@ -1567,11 +1567,10 @@ def test_prompts_come_from_imagenet_the_folder_names_or_a_file(here):
             erpm.prompts_of(own, "t")
 
 
-CLIP = """model.head=text model.student=open_clip:erpm-tiny model.teacher=cifar:resnet8-s2
-distill.tune=1 distill.head=1 data.n_train=40 data.n_test=20 pretrain.batch=20 robustify.batch=20
-distill.batch=20 pretrain.epochs=1 robustify.epochs=1 distill.epochs=1 eval.batch=20 eval.passes=2
-pretrain.n_images=0 robustify.n_images=0 distill.n_images=0 eval.n_cell=10 eval.sets=shapes,shapes-r
-runtime.amp=none compare.rows=""".split()
+SHORT = [*TINY, "data.n_train=40", "data.n_test=20", "pretrain.epochs=0.5", "distill.epochs=0.5",
+         "pretrain.batch=20", "robustify.batch=20", "distill.batch=20", "robustify.epochs=0.5"]
+CLIP = [*SHORT, "model.head=text", "model.student=open_clip:erpm-tiny", "distill.tune=1",
+        "eval.sets=shapes,shapes-r", "compare.rows="]
 
 
 @pytest.fixture(scope="module")
@@ -1589,7 +1588,7 @@ def test_a_text_demo_scores_zero_shot_and_leaves_the_frozen_towers_as_they_were(
     assert set(rows) == {(label, s) for s in ("shapes", "shapes-r") for label in (
         "original", "teacher", "ERPM", "original + teacher", "ERPM + teacher")}
     first, s, x = erpm.load("runs/z/student.safetensors"), erpm.load("runs/z"), images(4)
-    found = erpm.evaluate(s, erpm.open_set("shapes", erpm.Data(n_test=20)), amp="none", passes=2)
+    found = erpm.evaluate(s, erpm.open_set("shapes", erpm.Data(n_test=20)), amp="none", passes=3)
     assert found["rules"] == rows["ERPM", "shapes"]["rules"]
     assert s.card.prompts[0] == tuple(erpm.SHAPES) and equal(s.backbone, erpm.cut(first, 1)[0])
     assert torch.equal(s.original(s.features(x)), first(x))
@@ -1773,8 +1772,6 @@ LEFT = {"student.safetensors", "teacher.safetensors", "model.safetensors", "team
         "severity.png", "pareto.png"}
 DEMO = [*TINY, "data.n_train=200", "data.n_test=30", "eval.n_cell=5", "distill.epochs=1",
         "compare.rows=LP: distill.method=lp\nERPM:\nTeam: distill.method=team"]
-SHORT = [*TINY, "data.n_train=40", "data.n_test=20", "pretrain.epochs=0.5", "distill.epochs=0.5",
-         "pretrain.batch=20", "robustify.batch=20", "distill.batch=20", "robustify.epochs=0.5"]
 FOLDER = [*TINY, "data.name=folder:set", "data.size_px=32", "data.n_train=0"]
 
 
@@ -2121,8 +2118,7 @@ def test_training_and_test_pictures_of_other_classes_are_refused_by_name(here, c
 
 # ==== the cache of frozen views ====
 
-CACHED = [*TINY, "run=c", "distill.views=2", "distill.epochs=3", "distill.batch=20",
-          "distill.n_images=50", "pretrain.epochs=0.1", "robustify.epochs=0.1"]
+CACHED = [*SHORT, "run=c", "data.n_train=50", "distill.views=2"]
 
 
 def test_a_kept_view_is_that_of_its_batch_to_the_last_bit(here):
@@ -2150,7 +2146,7 @@ def kept_views():
 
 def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(here, monkeypatch,
                                                                              capsys):
-    words = ["distill", *CACHED, "distill.method=lp", "distill.epochs=1", "data.n_test=10"]
+    words = ["distill", *CACHED, "distill.method=lp"]
     runs(*words)
     whole, seen, harden = kept_views(), [], erpm.harden
     for p in list(Path("runs/c").glob("views-*/*0.safetensors"))[::2]:
@@ -2176,9 +2172,8 @@ def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(her
 
 SMALL_VQGAN = dict(n_embed=64, embed_dim=4, z_channels=8, ch=32, ch_mult=(1, 2), num_res_blocks=1,
                    attn_resolutions=(16,), resolution=32, groups=32)
-DAD = [*TINY, "robustify.method=dad", "robustify.augment=none", "robustify.samples=true",
-       "vqgan.epochs=0.1", "vqgan.batch=20", "vqgan.n_images=200", "robustify.n_images=40",
-       "robustify.batch=20", "pretrain.epochs=0.2", "data.n_test=20"]
+DAD = [*SHORT, "robustify.method=dad", "robustify.augment=none", "robustify.samples=true",
+       "vqgan.epochs=0.5", "vqgan.batch=20"]
 
 
 def drawn_vqgan(config=SMALL_VQGAN):
@@ -2305,7 +2300,7 @@ def test_samples_of_a_clip_teacher_are_stored_go_on_and_are_shared_by_processes(
     def files_of(folder):
         return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
     words, run = ["run=a", *DAD, "robustify.teacher=open_clip:tiny"], here / "runs/a"
-    out = runs("compare", *words, "distill.epochs=0.2", "eval.sets=shapes",
+    out = runs("compare", *words, "eval.sets=shapes",
                "compare.rows=KD: robustify.method=kd distill.method=none\nERPM:")
     assert all(w in out for w in ("guide ", "KD ", "ERPM + teacher")) and "KD + teac" not in out
     words, teacher, [made] = ["robustify", *words], run / "teacher.safetensors", run.glob("samp*")
