@@ -1933,17 +1933,15 @@ def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here):
     assert runs(*words).count("is there, kept") >= 12
 
 
-def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, run_of_demo, monkeypatch):
+def test_sigkill_in_the_middle_of_an_epoch_changes_no_bit(demo, run_of_demo):
     words, keep = ["distill", "--recipe", "demo", *DEMO], erpm.keep
     (run_of_demo / "model.safetensors").unlink()
 
-    def killed(*a):
-        keep(*a)
-        os.kill(os.getpid(), signal.SIGKILL)
-    with monkeypatch.context() as patch:
-        patch.setattr(erpm, "keep", killed)
-        job = forked(erpm.main, words)
-        job.join(100)
+    def work():
+        erpm.keep = lambda *a: keep(*a) or os.kill(os.getpid(), signal.SIGKILL)
+        return erpm.main(words)
+    job = forked(work)
+    job.join(100)
     assert job.exitcode == -signal.SIGKILL and not (run_of_demo / "model.safetensors").exists()
     assert "goes on at step 3" in runs(*words)
     assert equal(erpm.load(run_of_demo), erpm.load(demo[0] / "runs/demo"))
@@ -1956,7 +1954,8 @@ def test_a_signal_to_the_whole_group_stops_cleanly_with_its_own_exit_code(here, 
     def work():
         os.setsid()
         sys.stderr = open("err", "w", buffering=1)
-        return erpm.main(["pretrain", "run=x", *FOLDER, "data.workers=2", "pretrain.epochs=400"])
+        return erpm.main(["pretrain", *TINY, "run=x", "data.name=folder:set", "data.size_px=32",
+                          "data.workers=2", "pretrain.epochs=400"])
     job, log = forked(work), here / "runs/x/log.jsonl"
     while job.is_alive() and not (log.is_file() and log.read_text()):
         time.sleep(0.01)
