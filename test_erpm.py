@@ -1427,7 +1427,7 @@ def test_what_makes_another_figure_makes_a_new_row_and_nothing_else_does(here, m
         runs("eval", "--model", "run:q", "--set", "folder:four", "out=kept", "data.size_px=32",
              *word.split())
         return len({r["of"] for r in result_rows("kept/models")})
-    for word, n in (("", 1), ("eval.batch=7 data.workers=1", 1), ("seed=1", 2), ("seed=1", 2),
+    for word, n in (("", 1), ("eval.batch=7 data.workers=1", 1), ("seed=1", 2),
                     ("data.n_test=9", 3), ("eval.rule=kl", 3), ("data.fit=squash", 4)):
         assert rows_after(word) == n == len(result_rows("kept/models"))
     with torch.no_grad():
