@@ -2039,8 +2039,7 @@ def test_16_bit_pictures_are_scaled_and_others_without_a_range_refused(tmp_path)
 
 
 def test_a_tree_is_walked_to_its_end_and_only_regular_files_count(tmp_path):
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "a/x.png")
+    put_files(tmp_path, {"a/x.png": b""})
     os.mkfifo(tmp_path / "a/y.png")
     (tmp_path / "a/loop").symlink_to(tmp_path / "a")
     (tmp_path / "b").symlink_to(tmp_path / "a")
@@ -2350,7 +2349,6 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
 @pytest.mark.parametrize("words, says", [
     ("distill distill.lrr=1", "'distill.lrr'; did you mean 'distill.lr'?"),
     ("distill distill.lr=fast", "lr: expected float of 1e-09 to 100 (default 0.003), got 'fa"),
-    ("distill distill=3", "unknown setting in command line: 'distill'"),
     ("distill data.crop=yes", "data.crop: expected bool, got 'yes'"),
     ("distill distill.head=9", "distill.head: expected 0 to distill.tune = "),
     ("distill distill.method=ermp", "unknown distill.method 'ermp'; did you mean 'erpm'?"),
@@ -2365,7 +2363,6 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("distill robustify.method=dad vqgan.name=f9", "unknown vqgan.name 'f9'"),
     ("distill robustify.method=dad vqgan.name=none.yaml", "No such file or directory: 'none.yaml'"),
     ("distill robustify.method=dad vqgan.weights=none.pt", "no file none.pt"),
-    ("distill distill.method=none", "unknown distill.method 'none'"),
     ("pretrain pretrain.batch=700", "40 training images are fewer than a batch of 700"),
     ("compare 'compare.rows=A: distill.methd=lp'", "compare.rows: A: 'distill.methd'; did you"),
     ("compare 'compare.rows=A: distill.method=lp model.head=text'", "no linear layer to train"),
@@ -2380,7 +2377,6 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval --set imagenet-rr", "unknown set 'imagenet-rr'; did you mean 'imagenet-r'?"),
     ("eval --set a@shapes", "unknown set"),
     ("eval --set folder:half --model run:r", "no folder half/val"),
-    ("eval --set folder-c:in/cat/0.png --model run:r", "no folder"),
     ("eval --set folder:one --model run:r", "two classes or more, found 1"),
     ("eval --set folder:empty --model run:r", "without images ['dog']"),
     ("eval --set imagenet-r --model run:r", "looked for data/imagenet-r; expec"),
