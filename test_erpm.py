@@ -2109,8 +2109,7 @@ def kept_views():
             for k, v in erpm.read_weights(p)[0].items()}
 
 
-def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(here, monkeypatch,
-                                                                             capsys):
+def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(here, monkeypatch):
     words = ["distill", *CACHED, "distill.method=lp"]
     runs(*words)
     whole, seen, harden = kept_views(), [], erpm.harden
@@ -2127,12 +2126,6 @@ def test_any_number_of_processes_fill_a_cache_once_and_go_on_where_they_were(her
         Path("runs/c/model.safetensors").unlink()
         runs(*words, *more)
         assert equal(kept_views(), whole) and seen == [20]
-    Path("runs/c/model.safetensors").unlink()
-    [file] = Path("runs/c").glob("views-*/0-0.*")
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 4
-    file.write_bytes(content)
-    assert "0-0.safetensors is damaged" in fails(capsys, *words)
 
 
 # ==== discrete adversarial distillation ====
