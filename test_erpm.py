@@ -2136,9 +2136,9 @@ DAD = [*SHORT, "robustify.method=dad", "robustify.augment=none", "robustify.samp
        "vqgan.epochs=0.5", "vqgan.batch=20"]
 
 
-def drawn_vqgan(config=SMALL_VQGAN):
+def drawn_vqgan():
     """A VQGAN whose tensors are functions of their names."""
-    net = erpm.vqgan(config)
+    net = erpm.vqgan(SMALL_VQGAN)
     net.load_state_dict({k: torch.randn(v.shape, generator=erpm.rng(k)) * v[0].numel() ** -0.5
                          for k, v in net.state_dict().items()})
     return erpm.freeze(net)
