@@ -1723,7 +1723,7 @@ def test_published_figures_and_clean_images_of_the_same_classes_stand_beside_our
     assert "published" not in erpm.report_text(fake_rows())
 
 
-def test_figures_show_the_numbers_of_the_tables_and_what_nothing_beats(monkeypatch):
+def test_figures_show_the_numbers_of_the_tables_and_what_nothing_beats():
     rows = fake_rows() + fake_rows(label="net", right=4) + fake_rows(
         label="original", right=3, train={})
     drawn = figures(rows)
@@ -1736,9 +1736,6 @@ def test_figures_show_the_numbers_of_the_tables_and_what_nothing_beats(monkeypat
     points = [c.lines[0].get_xydata().tolist() for c in ax.containers]
     assert points == [[[0.025, pytest.approx(g)]] for g in (55, 40)] + [[[0, pytest.approx(30)]]]
     assert ax.lines[-1].get_xydata().tolist() == points[2] + points[0]
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError):
-        figures(rows)
 
 
 def test_pictures_show_what_each_head_said(here):
