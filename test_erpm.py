@@ -679,18 +679,13 @@ def test_the_15_have_two_columns_of_constants_that_go_by_the_longer_side():
         assert torch.equal(erpm.corrupt(x, "contrast", 1), erpm.contrast(x, c, None))
 
 
-def test_jpeg_pixelate_and_the_published_round_trip_equal_pillow():
-    def jpeg(image, quality):
-        image.save(file := io.BytesIO(), "JPEG", quality=quality)
-        return Image.open(file)
+def test_pixelate_and_the_published_round_trip_by_jpeg_equal_pillow():
     x = pictures(1, 200, 301)
-    image, dull = to_pil(x[0]), to_pil(erpm.corrupt(x, "contrast", 1)[0])
-    box = image.resize((90, 60), Image.BOX).resize((301, 200), Image.BOX)
-    for name, severity, published, theirs in (
-            ("jpeg_compression", 3, False, jpeg(image, 15)), ("pixelate", 4, False, box),
-            ("contrast", 1, True, jpeg(dull, 85))):
-        ours = erpm.corrupt(x, name, severity, jpeg=published)[0]
-        assert np.array_equal(theirs, to_pil(ours)), name
+    box = to_pil(x[0]).resize((90, 60), Image.BOX).resize((301, 200), Image.BOX)
+    assert np.array_equal(box, to_pil(erpm.corrupt(x, "pixelate", 4)[0]))
+    to_pil(erpm.corrupt(x, "contrast", 1)[0]).save(file := io.BytesIO(), "JPEG", quality=85)
+    published = erpm.corrupt(x, "contrast", 1, jpeg=True)[0]
+    assert np.array_equal(Image.open(file), to_pil(published))
 
 
 @pytest.mark.parametrize("d, passes", ((1, 2), (2, 3), (4, 2)))
