@@ -1777,27 +1777,21 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
 
 @dataclass(frozen=True)
 class Card:
-    """What a network knows of itself; it is saved beside its weights.
-
-    name: what `build` makes it from.  size_px: side of the images that it sees, 0 = as they come.
-    view: how picture files become its pixels.  classes: names of its outputs, () = not known.
-    home: the set that it was trained on.  prompts: (names, templates) of a zero-shot network;
-    clip: the file of its two towers, "" = by the name's tag.  fresh: its classifier is not trained.
-    made: what `load` makes of it, {prompted, student, team or vqgan: its keywords}.
-    label: its name in the tables; key: the settings that made it; train: {images, seconds}."""
-    name: str = ""
+    """What a network knows of itself; it is saved beside its weights."""
+    name: str = ""                   # what `build` makes it from
     n_classes: int = 0
-    size_px: int = 0
-    view: View = View()
-    classes: tuple[str, ...] = ()
-    home: str = ""
-    prompts: tuple = ()
-    clip: str = ""
-    fresh: bool = False
+    size_px: int = 0                 # side of the images that it sees, 0 = as they come
+    view: View = View()              # how picture files become its pixels
+    classes: tuple[str, ...] = ()    # names of its outputs, () = not known
+    home: str = ""                   # the set that it was trained on
+    prompts: tuple = ()              # (names, templates) of a zero-shot network
+    clip: str = ""                   # the file of its two towers, "" = by the name's tag
+    fresh: bool = False              # its classifier is not trained
+    # what `load` makes of it, {prompted, student, team or vqgan: its keywords}
     made: dict = dataclasses.field(default_factory=dict)
-    label: str = ""
-    key: dict = dataclasses.field(default_factory=dict)
-    train: dict = dataclasses.field(default_factory=dict)
+    label: str = ""                  # its name in the tables
+    key: dict = dataclasses.field(default_factory=dict)      # the settings that made it
+    train: dict = dataclasses.field(default_factory=dict)    # {images, seconds, gflops}
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -2557,8 +2551,9 @@ class ThreeHeads(Tuned):
         """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
         f[n_clean:] alone and the combined head everything, as [A] trains them."""
         f = self.shared(f)
-        a, b = (f, f) if n_clean is None else (f[:n_clean], f[n_clean:])
-        return Heads(self.heads["clean"](a), self.heads["combined"](f), self.heads["robust"](b))
+        a, b = (slice(None),) * 2 if n_clean is None else (slice(n_clean), slice(n_clean, None))
+        return Heads(self.heads["clean"](f[a]), self.heads["combined"](f),
+                     self.heads["robust"](f[b]))
 
 
 TINY = 1e-12      # a head that agrees with the combined one to the last bit has KL 0, and so would
@@ -3532,8 +3527,8 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     makes it another evaluation, corruption and severity apart."""
     card, ev, transform = model.card, cfg.eval, images.transform
     if images.corrupted and not images.archive:
-        frost = "original" if frost_folder() else "procedural"
-        transform += f", corrupted on the fly, jpeg 85, {frost} frost"
+        textures = "original" if frost_folder() else "procedural"
+        transform += f", corrupted on the fly, jpeg 85, {textures} frost"
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
     passes = ev.passes if isinstance(model, Student) else None

@@ -1900,16 +1900,15 @@ def test_gflops_are_those_of_the_shapes():
 
 
 def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here):
-    out = runs("compare", "run=c", *SHORT, "eval.sets=shapes", "compare.seeds=2",
-               "compare.rows=# Methods; as known\nLP: distill.method=lp\nERPM:\n# Teachers\n"
-               "ERPM:\nOther: robustify.augment=augmix")
-    files = {"student", "teacher", "teacher-augment-augmix", "lp", "model", "erpm-augment-augmix"}
+    out = runs("compare", "run=c", *SHORT, "eval.sets=shapes", "compare.seeds=2", "compare.rows="
+               "# Methods; as known\nERPM:\n# Teachers\nOther: robustify.augment=augmix")
+    files = {"student", "teacher", "teacher-augment-augmix", "model", "erpm-augment-augmix"}
     for run in (here / "runs/c", here / "runs/c-s1"):
         assert {p.stem for p in run.glob("*.safetensors")} == files
         assert erpm.resolve(file=run / "config.yaml").distill.method == "erpm"
-        assert {"LP", "Other", "ERPM + teacher"} <= {r["label"] for r in result_rows(run)}
+        assert {"Other", "ERPM + teacher"} <= {r["label"] for r in result_rows(run)}
     table = out.split("## Teachers")[1].split("##")[0]
-    assert "| Other" in table and "| LP" not in table and " ± " in table
+    assert "| Other" in table and "| ERPM" not in table and " ± " in table
     assert "as known" in out and "figures left out: matplotlib" in out        # see `quick`
 
 
@@ -2378,7 +2377,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval --set folder:half --model run:r", "no folder half/val"),
     ("eval --set folder:one --model run:r", "two classes or more, found 1"),
     ("eval --set folder:empty --model run:r", "without images ['dog']"),
-    ("eval --set imagenet-r --model run:r", "looked for data/imagenet-r; get it"),
+    ("eval --set imagenet-r --model run:r", "looked for data/imagenet-r; get i"),
     ("eval --set folder:in --model run:r data.workers=1 eval.head=own", "remove in/dog/0.png"),
     ("eval --set folder:flat --model run:r", "its classes are not those of folder:flat, and a lin"),
     ("eval --set shapes --model run:r", "has 2 classes and shapes needs 10"),
