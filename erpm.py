@@ -4308,11 +4308,10 @@ METHODS = {
 }
 
 
-def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: str = "",
-            label: str = "") -> nn.Module:
-    """The network of a row of METHODS, runs/NAME/FILE.safetensors: kept if it is there, else made,
-    after what it is made from.  words: of a row of compare; the file's name has those that count.
-    Raises: UserError when the file was made with other settings."""
+def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, label="") -> nn.Module:
+    """The network of a row of METHODS, in runs/NAME: kept if it is there, else made, after what it
+    is made from.  words: of a row of compare; the file's name has those that count, the run's own
+    is model.safetensors.  Raises: UserError when the file was made with other settings."""
     known, section, make, takes, uses = choose(METHODS, role, "distill.method")
     if role == "teacher":
         guide = "guide" if cfg.robustify.teacher else "student"
@@ -4327,7 +4326,9 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, file: st
     key |= {k: sha(Path(v)) if isinstance(v, str) and os.path.isfile(v) else v
             for k, v in flat(cfg).items() if k.startswith(counts)}
     own = [f"{k.partition('.')[2]}={v}" for k, v in words.items() if k in key]
-    file, label = file or slug("-".join([role, *own])), label or slug("-".join([known, *own]))
+    file, label = slug("-".join([role, *own])), label or slug("-".join([known, *own]))
+    if role == cfg.distill.method and not words:
+        file = "model"
     path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
     if any(gathered(path.is_file())):                # all look before one writes
         net = load(path).to(pick_device())
@@ -4505,8 +4506,7 @@ def run_report(cfg: Config, args) -> None:
 def run_stage(cfg: Config, args) -> None:
     """Makes a network (which: see its section below), after what it is made from."""
     role = {"pretrain": "student", "robustify": "teacher"}.get(args.command, cfg.distill.method)
-    file = "model" if args.command == "distill" else ""
-    network(cfg, training_images(cfg.data, cfg.model), role, {}, file)
+    network(cfg, training_images(cfg.data, cfg.model), role)
 
 
 def run_compare(cfg: Config, args) -> None:
@@ -4516,9 +4516,9 @@ def run_compare(cfg: Config, args) -> None:
         run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
         own = changed(cfg, {"seed": seed, "run": run})
         for label, words in cfg.compare.plan[1].items():
-            row, file = changed(own, words, label), "" if words else "model"
+            row = changed(own, words, label)
             role = "teacher" if row.distill.method == "none" else row.distill.method
-            network(row, images(row.data, row.model), role, words, file, label)
+            network(row, images(row.data, row.model), role, words, label)
         write_config(own)                                # not that of its last row
         run_eval(own, args)
         folders.append(str(own.dir))
@@ -4601,7 +4601,6 @@ COMMANDS: dict[str, Callable] = {
     "demo": run_compare, "pretrain": run_stage, "robustify": run_stage, "distill": run_stage,
     "eval": run_eval, "compare": run_compare, "report": run_report, "bench": run_bench,
     "corrupt": run_corrupt, "sets": run_sets}
-ON_ONE_PROCESS = ("report", "bench", "sets", "corrupt")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -4683,10 +4682,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cfg.runtime.offline:
             os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         preflight(cfg, args.command)
-        one = args.command in ON_ONE_PROCESS
-        with contextlib.nullcontext() if one else alone(cfg):
-            if world()[0] == 0 or not one:
-                COMMANDS[args.command](cfg, args)
+        run = COMMANDS[args.command]
+        together = run in (run_eval, run_stage, run_compare)
+        with alone(cfg) if together else contextlib.nullcontext():
+            if together or world()[0] == 0:
+                run(cfg, args)
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
         code, text = 2, str(e).split("UserError: ")[-1]
@@ -4705,8 +4705,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):                  # the store may be gone
-                store = dist.distributed_c10d._get_default_store()
-                told = store.add("told", 1) > 1
+                told = dist.distributed_c10d._get_default_store().add("told", 1) > 1
             dist.destroy_process_group()
     if not told:                                                     # by another process
         print(f"erpm.py: {' '.join(text.split())}", file=sys.stderr)

@@ -645,7 +645,7 @@ def pictures(n, h=32, w=32, key=0):
 
 @pytest.mark.parametrize("name", erpm.CORRUPTIONS)
 def test_every_severity_has_the_statistics_of_the_reference(name):
-    n = 1 if name in FIXED else 64 if name in ("frost", "fog", "elastic_transform") else 12
+    n = 1 if name in FIXED else {"frost": 64, "elastic_transform": 32, "fog": 16}.get(name, 12)
     x = picture().expand(n, -1, -1, -1)
     near, bias = (0.1, 0.6) if n == 1 else (0.6, 1) if n == 12 else (0.6, 10)
     for severity, figures in enumerate(REFERENCE[name].split(), 1):
@@ -701,34 +701,6 @@ def test_glass_blur_is_the_loop_that_copies(d, passes):
                 dy, dx = divmod(int(pick[0, i, j]), 2 * d)
                 y[i, j] = y[i + dy - d, j + dx - d]
     assert np.array_equal(y, to_pil(ours))
-
-
-@pytest.mark.parametrize("angle", (-135, -60.5, 0, 13.7, 45))
-def test_motion_is_the_loop_over_taps(angle):
-    x, radius, sigma = pictures(1, 34, 37), 6, 2.5
-    taps = np.exp(-np.arange(2 * radius + 1) ** 2 / (2 * sigma ** 2))
-    want, rad = np.zeros((3, 34, 37)), math.radians(angle)
-    for i, t in enumerate(taps / taps.sum()):
-        v = np.arange(34) + math.ceil(i * math.sin(rad) - 0.5)
-        u = np.arange(37) + math.ceil(i * math.cos(rad) - 0.5)
-        want += t * x[0].numpy()[:, v.clip(0, 33)][:, :, u.clip(0, 36)]
-    assert np.abs(erpm.motion(x, radius, sigma, [angle])[0].numpy() - want).max() < 1e-3
-
-
-def test_plasma_is_the_diamond_square_loop():
-    side, decay = 16, 2.5
-    u = erpm.draw([erpm.rng("p")], (side, side), torch.Tensor.uniform_, -1, 1)[0].double().numpy()
-    m, k, a = np.zeros((side, side)), side // 2, 1.0
-    while k:
-        cross, plus = ((-k, -k), (-k, k), (k, -k), (k, k)), ((-k, 0), (k, 0), (0, -k), (0, k))
-        for top, left, near in ((k, k, cross), (0, k, plus), (k, 0, plus)):
-            for i in range(top, side, 2 * k):
-                for j in range(left, side, 2 * k):
-                    around = [m[(i + p) % side, (j + q) % side] for p, q in near]
-                    m[i, j] = sum(around) / 4 + a * u[i, j]
-        k, a = k // 2, a / decay ** 2
-    m = (m - m.min()) / (m.max() - m.min())
-    assert np.abs(m - erpm.plasma([erpm.rng("p")], side, decay)[0].numpy()).max() < 1e-4
 
 
 def test_elastic_transform_without_movement_is_the_identity():
