@@ -35,6 +35,8 @@ import erpm
 
 HERE = Path(__file__).parent
 SOURCE = (HERE / "erpm.py").read_text()
+# torchvision 0.29 announces that its decoder will go; Pillow takes over then
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")
 SLOW = bool(os.environ.get("ERPM_SLOW"))
 to_pil = erpm.v2.functional.to_pil_image
 TINY = """\
