@@ -56,6 +56,7 @@ import operator
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -143,8 +144,10 @@ def world() -> tuple[int, int]:
 
 
 def pick_device() -> torch.device:
-    """This process's GPU, which `main` chose, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def gathered(thing=None) -> list:
@@ -253,8 +256,9 @@ def decode(path: Path | str) -> Tensor:
     """The picture, uint8 (3,H,W), for training: a JPEG by torchvision, 1.7 times as fast through a
     random crop and within a grey level; all else, and once that decoder is gone, by Pillow."""
     io = torchvision.io
-    with contextlib.suppress(RuntimeError, AttributeError):
-        return io.decode_jpeg(io.read_file(str(path)), io.ImageReadMode.RGB)
+    with contextlib.suppress(RuntimeError, AttributeError, OSError, Image.DecompressionBombError):
+        if Image.open(path).format == "JPEG":                        # it reads the header alone
+            return io.decode_jpeg(io.read_file(str(path)), io.ImageReadMode.RGB)
     return v2.functional.pil_to_tensor(read_picture(path))
 
 
@@ -348,7 +352,7 @@ class Robustify(Train):
     severity: float = opt(3.0, "strength of augmix; its authors: 1 on ImageNet, 3 on CIFAR", .1, 10)
     pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
     clean: bool = opt(True, "train on x beside x~; without, twice the epochs cost the same")
-    jsd: float = opt(0.0, "weight of AugMix's consistency loss (there 12); 0 = off", 0, 1000)
+    jsd: float = opt(0.0, "weight of AugMix's consistency of x, x~, x~ (there 12); 0 = off", 0, 1000)
     teacher: str = opt("", "kd, dad: the network to learn from; empty = model.student")
     teacher_weights: str = opt("", "file that it starts from; empty = by tag")
     temperature: float = opt(4.0, "kd, dad: softmax temperature", 0.01, 100)
@@ -1249,7 +1253,11 @@ class View:
     interpolation: str = "bilinear"
     squash: bool = False
 
-    def __call__(self, im: Image.Image, random: bool = False) -> Image.Image:
+    def __str__(self) -> str:
+        cut = "squashed" if self.squash else f"crop {self.crop_pct:g}"
+        return f"{self.size_px} px, {cut}, {self.interpolation}"
+
+    def __call__(self, im: Image.Image | Tensor, random: bool = False) -> Image.Image | Tensor:
         mode = v2.InterpolationMode(self.interpolation)
         if random:
             return v2.RandomResizedCrop(self.size_px, interpolation=mode)(im)
@@ -1649,8 +1657,8 @@ SETS: dict[str, SetRow] = {row.name: row for row in (
     SetRow("imagenet@a", 0, 10000, 200, _VAL, "imagenet/val", part="a"),
     SetRow("imagenet@r", 0, 10000, 200, _VAL, "imagenet/val", part="r"),
     SetRow("imagenet@objectnet", 0, 6250, 113, _VAL, "imagenet/val", part="objectnet"),
-    SetRow("imagenet-v2", 0, 10000, 1000, "huggingface.co/datasets/vaishaal/ImageNetV2",
-           "imagenetv2-matched-frequency-format-val", part=""),
+    SetRow("imagenet-v2", 0, 10000, 1000, "huggingface.co/datasets/vaishaal/ImageNetV2: "
+           "matched-frequency", "imagenetv2-matched-frequency-format-val", part=""),
     SetRow("imagenet-a", 0, 7500, 200, "github.com/hendrycks/natural-adv-examples", "imagenet-a",
            part="a"),
     SetRow("imagenet-r", 0, 30000, 200, "github.com/hendrycks/imagenet-r", "imagenet-r", part="r"),
@@ -2113,7 +2121,8 @@ class Classifier(nn.Module):
 def _eva_block(i: int, n: nn.Module, x: Tensor) -> Tensor:
     """Block i with the rotary embedding of the grid of patches (square, as all images here)."""
     side = math.isqrt(x.shape[1] - n.num_prefix_tokens)
-    rope = n.rope.get_embed(shape=(side, side))
+    free = n.dynamic_img_size or not hasattr(n.rope, "feat_shape")       # else it is made once
+    rope = n.rope.get_embed(shape=(side, side)) if free else n.rope.get_embed()
     return n.block(x, rope=rope[i] if n.rope_mixed else rope)
 
 
@@ -2240,7 +2249,8 @@ def prompted(net: Net, n: int = 10, deep: bool = True) -> Net:
     def take_off(block: nn.Module, args: tuple, x: Tensor) -> Tensor:
         return x[:, :x.shape[1] - n]
 
-    vit = next((m for m in net.modules() if type(m).__name__ == "VisionTransformer"), None)
+    vit = next((m for m in net.modules() if type(m).__name__ == "VisionTransformer"
+                and (hasattr(m, "blocks") or hasattr(m, "transformer"))), None)
     if vit is None:
         raise UserError(f"vpt: {net.card.name or 'the network'} has no tokens to add prompts to: "
                         "take a ViT of timm or open_clip")
@@ -3460,7 +3470,8 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
 
 def weights_sha(net: nn.Module) -> str:
     """A hash of the network's tensors, and of its prompts in the place of their embeddings."""
-    texts = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, TextHead)}
+    texts = {f"{n}.weight" for n, m in net.named_modules(remove_duplicate=False)
+             if isinstance(m, TextHead)}
     prompts = getattr(net, "card", Card()).prompts
     return sha({k: v for k, v in net.state_dict().items() if k not in texts}, repr(prompts))
 
@@ -3502,10 +3513,10 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts)
     if how == "own" or how == "auto" and own:
-        n, odd = len(images.outputs), sorted({*card.classes} ^ {*images.outputs})
-        if card.n_classes != n or how == "auto" and card.classes and odd:
+        n, odd = len(images.outputs), {*card.classes} ^ {*images.outputs} if card.classes else ()
+        if card.n_classes != n or how == "auto" and odd:
             raise UserError(f"{label} has {card.n_classes} classes and {name} needs {n}; in one "
-                            f"alone: {', '.join(odd[:9])}")
+                            f"alone: {', '.join(sorted(odd)[:9]) or 'unknown'}")
         return label, model
     home = images.base.removesuffix("-r") if row else name.replace("folder-c:", "folder:")
     try:
@@ -3747,14 +3758,16 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     home, shifts, transfer = by_kind(rows)
     columns = on(home) | mean_on(shifts) | on(shifts)
     scored = {s.partition(" (")[0]: s for s in home + shifts}          # without (regenerated)
-    if "imagenet-c" in scored:
-        columns["mCE"] = {"sets": (scored["imagenet-c"],), "measure": "mCE"}
+    columns |= {s.replace("imagenet-c", "mCE"): {"sets": (s,), "measure": "mCE"}
+                for s in shifts if s.startswith("imagenet-c")}
     columns |= {m: {"sets": (home + shifts)[:1], "measure": m} for m in COSTS}
     known = rows + [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
                      "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent}
                     for label, values in KNOWN.items()
                     for s, percent in zip(KNOWN_ON, values) if s in scored]
-    note = "(published) = of whole sets from disk" if len(known) > len(rows) else ""
+    absent = ", ".join(s for s in KNOWN_ON if s not in scored)
+    note = f"(published) = of whole sets from disk; no result for {absent or 'none'}"
+    note = note if len(known) > len(rows) else ""
     tables = [pivot(known, "Models", models(known, home + shifts), columns, note)]
     for title, labels in plan.items():
         title, _, note = title.partition(";")
@@ -3825,12 +3838,13 @@ def severity_figure(rows: list[dict], names: Sequence[str]):
     fig, axes, looks = panels(len(names), models(rows, names))
     legend = {}
     for ax, name in zip(axes, names):
+        clean = [r["set"] for r in rows if corrupted_name(r["set"]) == name][:1] or [""]
         for x in models(rows, [name]):
-            found = [np.array(seed_means(rows, label=x, sets=(name,), **at) or [NAN])
-                     for at in SEVERITIES.values()]
-            legend[x] = ax.errorbar(range(1, 6), [v.mean() for v in found],
+            found = [np.array(seed_means(rows, label=x, **at) or [NAN]) for at in
+                     ({"sets": clean}, *({"sets": (name,)} | at for at in SEVERITIES.values()))]
+            legend[x] = ax.errorbar(range(6), [v.mean() for v in found],
                                     [v.std(ddof=len(v) > 1) for v in found], **looks[x])
-        ax.set(title=name, xlabel="severity", xticks=range(1, 6))
+        ax.set(title=name, xlabel="severity (0 = clean)", xticks=range(6))
     axes[0].set_ylabel("top-1 accuracy, %")
     fig.legend(legend.values(), legend, loc="outside right center", frameon=False)
     return fig
@@ -4104,11 +4118,20 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
     top, chunks, cost = cfg.dir / f"views-{fold(key):016x}", {}, {"seconds": 0, "gflops": 0}
     files = {(v, k): top / f"{v}-{k}.safetensors"
              for v in range(d.views) for k in range(0, len(images), d.batch)}
+    with autocast(cfg.runtime.amp, device), FlopCounterMode(display=False) as counter:
+        one = see(Batch(images.__getitems__([(0, 0)])[0].to(device), None, rng(0)))
+    need, flops = sum(v.nbytes for v in one) * d.batch, counter.get_total_flops() / 1e9
+    say(f"views: up to {need * len(files) / 2 ** 30:.2f} GiB in {top}")
+    top.mkdir(parents=True, exist_ok=True)
+    lacks = sum(not file.is_file() for file in files.values())
+    if any(gathered(need * lacks > shutil.disk_usage(top).free)):
+        raise UserError(f"distill.views: no room for them in {cfg.dir}: take fewer views, or "
+                        "another out=FOLDER")
     for keys, x, y, _ in missing("views", images, cfg, d.batch, files, d.views):
-        with autocast(cfg.runtime.amp, device), FlopCounterMode(display=False) as counter:
+        with autocast(cfg.runtime.amp, device):
             found = see(Batch(x, y, rng("view", cfg.seed, keys)))
         seconds, since = time.perf_counter() - since, time.perf_counter()
-        took = {"seconds": seconds / world()[1], "gflops": counter.get_total_flops() / 1e9}
+        took = {"seconds": seconds / world()[1], "gflops": flops * len(y)}
         state = {str(i): v for i, v in enumerate(found)}
         write_tensors(files[keys[0]], state, Card(train=took))
     for at, file in files.items():
@@ -4325,7 +4348,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, label=""
     counts = (*DRAWN, *(u if "." in u else f"{section}.{u}" for u in uses.split()))
     key |= {k: sha(Path(v)) if isinstance(v, str) and os.path.isfile(v) else v
             for k, v in flat(cfg).items() if k.startswith(counts)}
-    own = [f"{k.partition('.')[2]}={v}" for k, v in words.items() if k in key]
+    own, given = [f"{k.partition('.')[2]}={v}" for k, v in words.items() if k in key], label
     file, label = slug("-".join([role, *own])), label or slug("-".join([known, *own]))
     if role == cfg.distill.method and not words:
         file = "model"
@@ -4337,6 +4360,8 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, label=""
             raise UserError(f"{path} was made with other settings ({other}): take another "
                             "run=NAME, or delete it to make it again")
         say(f"{section}: {path} is there, kept")
+        if given and given != net.card.label:
+            say(f"warning: it is {net.card.label}: {given} has no setting of its own that counts")
         return net
     write_config(cfg)
 
@@ -4605,7 +4630,8 @@ COMMANDS: dict[str, Callable] = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line's words."""
-    lines = "\n".join(f"  {name:<10} {run.__doc__}" for name, run in COMMANDS.items())
+    lines = "\n".join(f"  {name:<10} {(PARTS[name] if run is run_stage else run).__doc__}"
+                      for name, run in COMMANDS.items())
     p = argparse.ArgumentParser(
         prog="erpm.py", formatter_class=argparse.RawDescriptionHelpFormatter, argument_default="",
         description=f"{__doc__.split('Sections:')[0]}\ncommands:\n{lines}",
@@ -4670,11 +4696,11 @@ def preflight(cfg: Config, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    Signals.hit, told = 0, False
+    Signals.hit, text, told = 0, "", False
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+                torch.cuda.set_device(pick_device())
             # of 1 x 1 kernels after channels_last images: the strides of one element a place
             warnings.filterwarnings("ignore", "Grad strides do not match")
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -4689,23 +4715,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run(cfg, args)
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
-        code, text = 2, str(e).split("UserError: ")[-1]
+        code, text = 2, re.split("UserError: |Unreadable: ", str(e))[-1]
         _kill_workers()                    # one that failed would be waited for
     except Interrupted as e:
         code, text = 128 + Signals.hit, f"stopped ({e}); the same command goes on from here"
     except KeyboardInterrupt:
         code, text = 130, "interrupted"
     except (MemoryError, RuntimeError) as e:
-        lack = ("memory", "create a primitive", "new thread", "CUDA")
-        if not isinstance(e, MemoryError) and not any(word in str(e) for word in lack):
+        advice = "the same command goes on from the last checkpoint"
+        lack = any(word in str(e) for word in ("memory", "create a primitive", "new thread"))
+        if isinstance(e, MemoryError) or lack:
+            advice = "lower the stage's batch (or raise its accum), eval.batch or data.workers"
+        elif "CUDA" not in str(e):
             raise
-        code, text = 2, ("out of memory, or the GPU failed: lower the stage's batch (or raise its "
-                         "accum), eval.batch or data.workers; the same command goes on from the "
-                         f"last checkpoint ({str(e)[:160]})")
+        code, text = 2, f"out of memory, or the GPU failed: {advice} ({str(e)[:160]})"
     finally:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):                  # the store may be gone
-                told = dist.distributed_c10d._get_default_store().add("told", 1) > 1
+                told = text and dist.distributed_c10d._get_default_store().add("told", 1) > 1
             dist.destroy_process_group()
     if not told:                                                     # by another process
         print(f"erpm.py: {' '.join(text.split())}", file=sys.stderr)
