@@ -352,7 +352,7 @@ class Robustify(Train):
     severity: float = opt(3.0, "strength of augmix; its authors: 1 on ImageNet, 3 on CIFAR", .1, 10)
     pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
     clean: bool = opt(True, "train on x beside x~; without, twice the epochs cost the same")
-    jsd: float = opt(0.0, "weight of AugMix's consistency of x, x~, x~ (there 12); 0 = off", 0, 1000)
+    jsd: float = opt(0.0, "weight of AugMix's consistency of x, x~, x~; 0 = off", 0, 1000)
     teacher: str = opt("", "kd, dad: the network to learn from; empty = model.student")
     teacher_weights: str = opt("", "file that it starts from; empty = by tag")
     temperature: float = opt(4.0, "kd, dad: softmax temperature", 0.01, 100)
