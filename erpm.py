@@ -3277,7 +3277,7 @@ def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
         found = f(x.to(device, non_blocking=True), y.to(device, non_blocking=True), index)
         mine.append({k: v.float().cpu().numpy() for k, v in found.items()})
         if bar is not None:
-            bar.update(len(keys) * size)
+            bar.update(len(keys) * len(images) // sum(map(len, lists)))      # of all processes
     ranks = [mine] * size
     if size > 1:
         dist.all_gather_object(ranks, mine)
