@@ -1541,6 +1541,11 @@ def _list(file: Path, top: Path):
     return [f"{top}/{words[0]}" for words in lines], [label[c] for c in of], tuple(label)
 
 
+def _classes(top: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(e.name for e in os.scandir(top) if e.is_dir() and e.name[0] != ".")
+
+
 def _tree(row: SetRow, top: Path, train: bool, data: Data):
     """TOP/FOLDER/.../IMAGE, and for {class: ImageNet's outputs that mean it} as names.  The label
     comes from a folder's name, never from its place in the text order: the class, or the synset or
@@ -1548,8 +1553,7 @@ def _tree(row: SetRow, top: Path, train: bool, data: Data):
     if top.is_file():
         return _list(top, Path(data.root, row.pictures))
     if row.part is None:
-        folders = (e.name for e in os.scandir(top) if e.is_dir() and e.name[0] != ".")
-        names = dict.fromkeys(sorted(folders), ())
+        names = dict.fromkeys(_classes(top), ())
     elif row.part == "objectnet":
         names = OBJECTNET
     else:
@@ -1575,7 +1579,7 @@ def _folder(row: SetRow, top: Path, train: bool, data: Data):
     if len(names) < 2 or empty:
         raise UserError(f"{top}: expected {top}/CLASS/IMAGE with two classes or more, found "
                         f"{len(names)}, without images {empty[:3] or 'none'}")
-    odd = {*names} ^ {*_tree(row, test, train, data)[2]} if train and test else ()
+    odd = {*names} ^ {*_classes(test)} if train and test else ()
     if odd:
         raise UserError(f"{top}: classes of its training or its test pictures alone: "
                         f"{', '.join(sorted(odd)[:9])}")
