@@ -3677,6 +3677,11 @@ def latest(rows: list[dict]) -> list[dict]:
             | {x: beside.get((x, r["seed"]), {}) for x in ("FT", "original")} for r in kept]
 
 
+def plain(name: str) -> str:
+    """A set's name without its qualification: imagenet-c (regenerated) -> imagenet-c."""
+    return name.partition(" (")[0]
+
+
 def by_kind(rows: list[dict]) -> list[list[str]]:
     """The sets of home, shift and transfer, as scored; home (which comes last) wins."""
     kinds = {r["set"]: r["kind"] for r in sorted(rows, key=lambda r: r["kind"], reverse=True)}
@@ -3761,7 +3766,7 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     plan: the tables of compare.rows, {"title; note": models}."""
     home, shifts, transfer = by_kind(rows)
     columns = on(home) | mean_on(shifts) | on(shifts)
-    scored = {s.partition(" (")[0]: s for s in home + shifts}          # without (regenerated)
+    scored = {plain(s): s for s in home + shifts}
     columns |= {s.replace("imagenet-c", "mCE"): {"sets": (s,), "measure": "mCE"}
                 for s in shifts if s.startswith("imagenet-c")}
     columns |= {m: {"sets": (home + shifts)[:1], "measure": m} for m in COSTS}
@@ -3842,7 +3847,8 @@ def severity_figure(rows: list[dict], names: Sequence[str]):
     fig, axes, looks = panels(len(names), models(rows, names))
     legend = {}
     for ax, name in zip(axes, names):
-        clean = [r["set"] for r in rows if corrupted_name(r["set"]) == name][:1] or [""]
+        clean = [r["set"] for r in rows if corrupted_name(plain(r["set"])) == plain(name)]
+        clean = clean[:1] or [""]
         for x in models(rows, [name]):
             found = [np.array(seed_means(rows, label=x, **at) or [NAN]) for at in
                      ({"sets": clean}, *({"sets": (name,)} | at for at in SEVERITIES.values()))]

@@ -1706,6 +1706,9 @@ def test_figures_show_the_numbers_of_the_tables_and_what_nothing_beats():
     line = drawn["severity.png"].axes[0].lines[0]
     steps = list(lines_of(rows, "shapes-c by corruption and by severity").values())[-5:]
     assert [f"{y:.2f}" for y in line.get_ydata()[1:]] == [v[0][:5] for v in steps]
+    made = [r | {"set": r["set"].replace("-c", "-c (regenerated)")} for r in rows]
+    again = figures(made)["severity.png"].axes[0].lines[0]
+    assert again.get_ydata().tolist() == line.get_ydata().tolist() and line.get_ydata()[0] > 0
     [ax] = drawn["pareto.png"].axes
     points = [c.lines[0].get_xydata().tolist() for c in ax.containers]
     assert points == [[[0.025, pytest.approx(g)]] for g in (55, 40)] + [[[0, pytest.approx(30)]]]
