@@ -101,13 +101,6 @@ class Unreadable(UserError):
     """A picture file that cannot be read."""
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(Exception):
-    """A signal of STOPS reached a safe point, which the text tells: the state is saved."""
-
-
 def choose(table, name: str, what: str):
     """table[name], or the name itself where the table is a tuple.  Raises: UserError that lists the
     names and the nearest one."""
@@ -166,8 +159,11 @@ def say(text: str) -> None:
 
 
 class Progress(tqdm):
-    """tqdm in images, on the first process; where there is no terminal, a line each 8 s."""
+    """tqdm in images, on the first process; where there is no terminal, a line each 8 s.  In its
+    context signals only set `hit`, for the loop to raise KeyboardInterrupt at a safe point."""
     monitor_interval = 0                       # no thread of its own
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    hit = 0                                    # the last signal of the process, or none
 
     def __init__(self, total: int, what: str, start: int = 0):
         super().__init__(total=total, initial=start, desc=what, leave=False, unit=" images",
@@ -179,6 +175,18 @@ class Progress(tqdm):
             return super().display(msg, pos)
         if self.n > self.initial:
             print(self, flush=True)
+
+    def __enter__(self):
+        def note(number, frame):
+            Progress.hit = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)   # the second one is impatient
+        Progress.hit, self.old = 0, [signal.signal(s, note) for s in self.signals]
+        return self
+
+    def __exit__(self, *exc):
+        for s, handler in zip(self.signals, self.old):
+            signal.signal(s, handler)
+        self.close()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -1411,7 +1419,7 @@ def loader(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
     """DataLoader whose workers leave Ctrl-C and SIGTERM to this process, which stops when it is
     ready, and end with it, however it ends; the number of workers changes no sample."""
     def leave_signals(_):
-        for s in STOPS:
+        for s in Progress.signals:
             signal.signal(s, signal.SIG_IGN)
 
     if isinstance(jobs, ImageSet) and jobs.images is not None:
@@ -2951,26 +2959,6 @@ def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.lr)
 
 
-class Signals:
-    """Context in which Ctrl-C, SIGTERM and SIGHUP only set `hit`, for the loop to stop at a safe
-    point."""
-    hit = 0                                      # the last signal of the process, or none
-
-    def __enter__(self):
-        Signals.hit = 0
-        self.old = {s: signal.signal(s, self._note) for s in STOPS}
-        return self
-
-    def _note(self, number, frame):
-        if Signals.hit and number == signal.SIGINT:          # a second Ctrl-C is impatient
-            raise KeyboardInterrupt
-        Signals.hit = number
-
-    def __exit__(self, *exc):
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
-
-
 def differences(old: dict, new: dict) -> str:
     """What differs between two mappings, as "a.b: 1 -> 2", or ""."""
     return ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new})
@@ -3064,7 +3052,8 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
 
     step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, the module
     or its DDP wrapper.  checkpoint: where it goes on, of the job that key tells, log.jsonl beside
-    it; None = nothing is written.  Raises: UserError on a loss that is not finite; Interrupted."""
+    it; None = nothing is written.  Raises: UserError on a loss that is not finite;
+    KeyboardInterrupt by a signal, once the state is saved."""
     device, size, seed = pick_device(), world()[1], fold(seed, name)
     opt = make_optimizer(model.to(device).train(), cfg)
     scaler = torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)
@@ -3082,7 +3071,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         f"{sum(p.numel() for p in trained):,} trained parameters"
         + (f"; goes on at step {at:,}" if at else ""))
     losses, since, counter = [], time.perf_counter(), FlopCounterMode(display=False)
-    with Progress(total * cfg.batch, name, at * cfg.batch) as bar, Signals() as signals:
+    with Progress(total * cfg.batch, name, at * cfg.batch) as bar:
         while at < total:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
             for group in opt.param_groups:
@@ -3098,15 +3087,15 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
             if cfg.ema:
                 parts["average"].update_parameters(model)
             at, saves = at + 1, (at + 1) % runtime.save_every == 0
-            if saves or at % runtime.log_every == 0 or at == total or size == 1 and signals.hit:
+            if saves or at % runtime.log_every == 0 or at == total or size == 1 and bar.hit:
                 seconds, since = seconds + time.perf_counter() - since, time.perf_counter()
                 row = {"stage": name, "step": at, "epoch": round(at / per_epoch, 3), "lr": lr}
                 bar.set_postfix_str(log_row(checkpoint, row, losses), refresh=False)
-                losses, stops = [], any(gathered(signals.hit)) and at < total
+                losses, stops = [], any(gathered(bar.hit)) and at < total
                 if checkpoint and at < total and (stops or saves):
                     keep(checkpoint, parts, at, seconds, key)
                 if stops:
-                    raise Interrupted(f"{name}, step {at} of {total}")
+                    raise KeyboardInterrupt(f"{name}, step {at} of {total}")
             bar.update(cfg.batch)
     if cfg.ema:
         model.load_state_dict(parts["average"].module.state_dict())
@@ -3460,8 +3449,9 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
         with autocast(cfg.runtime.amp, pick_device()):
             return {"f": features(x)}
 
-    with Progress(len(images), "linear probe: features") as bar:
-        x = over(images, f, batch=cfg.eval.batch, workers=cfg.data.workers, bar=bar)["f"]
+    bar = Progress(len(images), "linear probe: features")    # no context: Ctrl-C stops it at once
+    x = over(images, f, batch=cfg.eval.batch, workers=cfg.data.workers, bar=bar)["f"]
+    bar.close()
     fc, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
                           len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
@@ -3588,7 +3578,7 @@ def scoring(cfg: Config) -> dict:
 
 def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
     """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
-    soon as it is known.  Returns the "of" of what was asked.  Raises: Interrupted by a signal."""
+    soon as it is known.  Returns the "of" of what was asked.  Raises: KeyboardInterrupt."""
     ev, made = cfg.eval, images.corrupted and not images.archive
     images = images.subset(ev.n_cell) if made else images
     rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
@@ -3596,7 +3586,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
     for cell in CELLS if images.corrupted else [("", 0)]:
         jobs[cell] = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
     jobs = {cell: pending for cell, pending in jobs.items() if pending}
-    with Progress(len(jobs) * len(images), f"eval: {images.name}") as bar, Signals() as signals:
+    with Progress(len(jobs) * len(images), f"eval: {images.name}") as bar:
         for cell, pending in jobs.items():
             since, some = time.perf_counter(), images
             if images.archive:
@@ -3615,8 +3605,8 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                 text = json.dumps(rows[label] | where | figures)[:-1]
                 with open(cfg.dir / "results.jsonl", "a") as f:
                     f.write(f'{text}, "sum": "{sha(text)}"}}\n')
-            if any(gathered(signals.hit)):
-                raise Interrupted(f"eval, after {images.name} {cell[0]} {cell[1]}")
+            if any(gathered(bar.hit)):
+                raise KeyboardInterrupt(f"eval, after {images.name} {cell[0]} {cell[1]}")
     return {row["of"] for row in rows.values()}
 
 
@@ -4080,18 +4070,18 @@ def missing(what: str, images: ImageSet, cfg: Config, batch: int, files: dict,
             views: int = 1) -> Iterator[tuple]:
     """(keys, x, y, index) of the batches of which a file is missing, this process's share of them;
     it ends when all are there.  files: of keys (view, position), where a batch is one file of its
-    first key alone.  Raises: Interrupted."""
+    first key alone.  Raises: KeyboardInterrupt."""
     n, (rank, size), device = len(images), world(), pick_device()
     jobs = [[(v, k) for k in range(at, min(at + batch, n))]
             for v in range(views) for at in range(0, n, batch)][rank::size]
     jobs = [keys for keys in jobs if not all(files[k].is_file() for k in keys if k in files)]
-    with Progress(sum(map(len, jobs)), what) as bar, Signals() as signals:
+    with Progress(sum(map(len, jobs)), what) as bar:
         loaded = loader(images, cfg.data.workers, batch_sampler=jobs)
         for keys, (x, y, index) in zip(jobs, loaded):
             yield keys, x.to(device), y.to(device), index
             bar.update(len(keys))
-            if signals.hit:
-                raise Interrupted(what)
+            if bar.hit:
+                raise KeyboardInterrupt(what)
     gathered()
 
 
@@ -4389,8 +4379,8 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, label=""
              fresh=False)
         for old in cfg.dir.glob(f"{file}.ckpt*"):
             old.unlink()
-    if any(gathered(Signals.hit)):                   # all wait for the file
-        raise Interrupted(f"{section} is done")
+    if any(gathered(Progress.hit)):                  # all wait for the file
+        raise KeyboardInterrupt(f"{section} is done")
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
         f"{path}: as it comes")
     net = load(path).to(pick_device())
@@ -4624,11 +4614,11 @@ def run_corrupt(cfg: Config, args) -> None:
         raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
     copies = CorruptCopies(str(source), [0] * len(paths), ["-"], view, paths=paths, out=out)
-    with Progress(len(paths), "corrupt") as bar, Signals() as signals:
+    with Progress(len(paths), "corrupt") as bar:
         for _ in loader(copies, cfg.data.workers or os.cpu_count(), batch_size=None):
             bar.update(1)
-            if signals.hit:
-                raise Interrupted("corrupt")
+            if bar.hit:
+                raise KeyboardInterrupt("corrupt")
     say(f"{out}: {len(paths):,} images x {len(CELLS)} cells")
 
 
@@ -4706,7 +4696,7 @@ def preflight(cfg: Config, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    Signals.hit, text, told = 0, "", False
+    Progress.hit, text, told = 0, "", False
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
@@ -4727,10 +4717,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
         code, text = 2, re.split("UserError: |Unreadable: ", str(e))[-1]
         _kill_workers()                    # one that failed would be waited for
-    except Interrupted as e:
-        code, text = 128 + Signals.hit, f"stopped ({e}); the same command goes on from here"
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted"
+    except KeyboardInterrupt as e:
+        code = 128 + (Progress.hit or signal.SIGINT)
+        text = f"stopped ({str(e) or 'at once'}); the same command goes on from here"
     except (MemoryError, RuntimeError) as e:
         advice = "the same command goes on from the last checkpoint"
         lack = any(word in str(e) for word in ("memory", "create a primitive", "new thread"))
