@@ -97,10 +97,6 @@ class Absent(UserError):
     """A set, or what scoring it takes, is not there at all."""
 
 
-class Unreadable(UserError):
-    """A picture file that cannot be read."""
-
-
 def choose(table, name: str, what: str):
     """table[name], or the name itself where the table is a tuple.  Raises: UserError that lists the
     names and the nearest one."""
@@ -243,20 +239,18 @@ def pictures_below(top: Path, seen: Sequence[str] = ()) -> list[Path]:
 
 def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
     """The picture in RGB, border_px cut off on each side; 16-bit grey is scaled to 8 bit (`convert`
-    would clip it to white).  Raises: Unreadable."""
+    would clip it to white).  Raises: UserError."""
     try:
+        Image.open(path).verify()                            # a PNG's sums, which decoding ignores
         with Image.open(path) as im:
-            kind = im.format
             if im.mode[0] in "IF":
                 grey = np.asarray(im)
                 if im.mode == "F" or grey.min() < 0 or not 255 < grey.max() <= 65535:
                     raise ValueError(f"mode {im.mode} has no known range: save it with 8 or 16 bit")
                 im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
             im = im.convert("RGB")
-        if kind == "PNG":
-            Image.open(path).verify()                    # its sums, which decoding passes over
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise Unreadable(f"cannot read the image {path} ({e}): mend or remove it") from None
+        raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
     return ImageOps.crop(im, border_px) if border_px else im
 
 
@@ -264,19 +258,21 @@ def decode(path: Path | str) -> Tensor:
     """The picture, uint8 (3,H,W), for training: a JPEG by torchvision, 1.7 times as fast through a
     random crop and within a grey level; all else, and once that decoder is gone, by Pillow."""
     io = torchvision.io
-    with contextlib.suppress(RuntimeError, AttributeError, OSError, Image.DecompressionBombError):
-        if Image.open(path).format == "JPEG":                        # it reads the header alone
-            return io.decode_jpeg(io.read_file(str(path)), io.ImageReadMode.RGB)
+    with contextlib.suppress(RuntimeError, AttributeError):
+        return io.decode_jpeg(io.read_file(str(path)), io.ImageReadMode.RGB)
     return v2.functional.pil_to_tensor(read_picture(path))
 
 
-def unreadable(path: Path | str) -> bool:
-    """Whether `read_picture` refuses the file."""
-    try:
-        read_picture(path)
-    except Unreadable:
-        return True
-    return False
+def unreadable(paths: Sequence[str]) -> list[str]:
+    """Those of the files that `read_picture` refuses."""
+    def refused(path: str) -> str:
+        with contextlib.suppress(UserError):
+            read_picture(path)
+            return ""
+        return path
+
+    with ThreadPool() as pool:                                       # Pillow lets threads run
+        return list(filter(None, pool.map(refused, paths)))
 
 
 @functools.cache
@@ -3593,10 +3589,11 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                 some = open_set(f"{images.base}-c", cfg.data, cell=cell)
             try:
                 found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
-            except Unreadable:                           # one is known: all are told at once
-                bad = [str(path) for path in some.paths if unreadable(path)]
-                raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
-                                f"remove {', '.join(bad)}") from None
+            except UserError:                            # of pictures all are told at once
+                if bad := unreadable(some.paths):
+                    raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
+                                    f"remove {', '.join(bad)}") from None
+                raise
             seconds = time.perf_counter() - since
             where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
                      "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
@@ -4034,12 +4031,10 @@ def training_images(data: Data, m: Model) -> ImageSet:
     if data.on_bad_image == "stop" or images.images is not None:
         return images
     paths = [images.paths[i] for i in images.index]
-    with ThreadPool(max(1, data.workers)) as pool:                   # Pillow lets threads run
-        spoilt = gathered(pool.map(unreadable, paths[rank::size]))   # a share a process
-    bad = [k for k in range(len(paths)) if spoilt[k % size][k // size]]
+    bad = set(sum(gathered(unreadable(paths[rank::size])), []))          # a share a process
     say(f"left out, for they cannot be read: {len(bad)} of {len(images):,} pictures "
-        + ", ".join(str(paths[k]) for k in bad))
-    return dataclasses.replace(images, index=np.delete(images.index, bad))
+        + ", ".join(sorted(bad)))
+    return dataclasses.replace(images, index=images.index[[p not in bad for p in paths]])
 
 
 CHECKS = [None, *((c, 3) for c in ("gaussian_noise", "defocus_blur", "fog", "contrast",
@@ -4715,7 +4710,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run(cfg, args)
         return 0
     except (UserError, OSError) as e:      # from a loader process it comes with its traceback
-        code, text = 2, re.split("UserError: |Unreadable: ", str(e))[-1]
+        code, text = 2, str(e).split("UserError: ")[-1]
         _kill_workers()                    # one that failed would be waited for
     except KeyboardInterrupt as e:
         code = 128 + (Progress.hit or signal.SIGINT)
