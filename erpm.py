@@ -209,14 +209,10 @@ def read_lines(path: Path | str, key: str) -> list[str]:
 
 
 def sha(*parts) -> str:
-    """First 16 hex digits of the SHA-256 of all parts: text, bytes, the file of a Path, tensors by
-    name.  Raises: OSError."""
+    """First 16 hex digits of the SHA-256 of all parts: text, bytes, tensors by name."""
     h = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Path):
-            with open(part, "rb") as file:
-                part = hashlib.file_digest(file, "sha256").digest()
-        elif isinstance(part, dict):
+        if isinstance(part, dict):
             part = sha(*itertools.chain.from_iterable(sorted(part.items())))
         elif isinstance(part, Tensor):
             part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -278,9 +274,8 @@ def unreadable(paths: Sequence[str]) -> list[str]:
 @functools.cache
 def versions() -> dict[str, str]:
     """What a result depends on; this file is read once, for it may be edited during a long run."""
-    return {"erpm": sha(Path(__file__)), "python": platform.python_version(),
-            "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__}
+    return {"erpm": sha(Path(__file__).read_bytes()), "python": platform.python_version(),
+            **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
 
 
 # ==== 2. CONFIG ====
@@ -497,12 +492,6 @@ def read_yaml(path: Path, loader: type = Words) -> dict:
     return tree
 
 
-def sealed(tree: dict) -> str:
-    """YAML with the hash that `read_yaml` checks."""
-    text = yaml.safe_dump(tree, sort_keys=False)
-    return f"# sha256 {sha(text)}\n{text}"
-
-
 def typed(value, path: str, where: str):
     """value, or its text, as the type of a field and within its range.  Raises: UserError naming
     path, expected and got."""
@@ -572,11 +561,6 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "") 
     if cfg.seed:
         name += f"-s{cfg.seed}"
     return cfg if cfg.run else dataclasses.replace(cfg, run=slug(name))
-
-
-def flat(cfg: Config) -> dict:
-    """{"section.key": value} of everything."""
-    return {path: operator.attrgetter(path)(cfg) for path in FIELDS}
 
 
 def config_help() -> str:
@@ -3996,7 +3980,7 @@ def alone(cfg: Config):
     """Lock, to be closed, of the one command that works in the run's folder; it dies with its
     process.  Raises: UserError while another has it; or where processes differ in settings."""
     import fcntl
-    hashes = gathered(sha(json.dumps(flat(cfg)), versions()["erpm"]))
+    hashes = gathered(sha(repr(cfg), versions()["erpm"]))
     if len(set(hashes)) > 1:
         raise UserError("the processes were started with different settings, or copies of erpm.py "
                         f"({', '.join(hashes)}): start them alike")
@@ -4016,9 +4000,10 @@ def alone(cfg: Config):
 
 
 def write_config(cfg: Config) -> None:
-    """runs/NAME/config.yaml: the resolved config."""
+    """runs/NAME/config.yaml: the resolved config, with the hash that `read_yaml` checks."""
     if world()[0] == 0:
-        write_atomically(cfg.dir / "config.yaml", sealed(dataclasses.asdict(cfg)))
+        text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+        write_atomically(cfg.dir / "config.yaml", f"# sha256 {sha(text)}\n{text}")
 
 
 def training_images(data: Data, m: Model) -> ImageSet:
@@ -4108,7 +4093,7 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
         return images, see
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
     key = [d.method, d.tune, d.batch, len(images), str(amp_type(cfg.runtime.amp, device)),
-           [flat(cfg)[k] for k in (*DRAWN, *HARDENED)],
+           operator.attrgetter(*DRAWN, *HARDENED)(cfg),
            *(sha(net.state_dict()) for net in (backbone, *teachers))]
     top, chunks, cost = cfg.dir / f"views-{fold(key):016x}", {}, {"seconds": 0, "gflops": 0}
     files = {(v, k): top / f"{v}-{k}.safetensors"
@@ -4145,7 +4130,7 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
                        "vqgan": weights_sha(vqgan)}
     top = cfg.dir / f"samples-{fold(key):016x}"
     if world()[0] == 0:
-        write_atomically(top / "settings.yaml", sealed(key))
+        write_atomically(top / "settings.yaml", yaml.safe_dump(key))
     paths = [top / slug(images.classes[k]) / f"{i:08d}.png" for i, k in enumerate(images.y)]
     files = {(0, k): paths[i] for k, i in enumerate(images.index)}
     for keys, x, y, index in missing("samples", images, cfg, max(1, r.batch // world()[1]), files):
@@ -4341,8 +4326,9 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, label=""
         net = nets[r] = network(cfg, images, r, words)
         key = net.card.key | key | {r: weights_sha(net)}
     counts = (*DRAWN, *(u if "." in u else f"{section}.{u}" for u in uses.split()))
-    key |= {k: sha(Path(v)) if isinstance(v, str) and os.path.isfile(v) else v
-            for k, v in flat(cfg).items() if k.startswith(counts)}
+    for k in [path for path in FIELDS if path.startswith(counts)]:
+        v = operator.attrgetter(k)(cfg)
+        key[k] = sha(Path(v).read_bytes()) if isinstance(v, str) and os.path.isfile(v) else v
     own, given = [f"{k.partition('.')[2]}={v}" for k, v in words.items() if k in key], label
     file, label = slug("-".join([role, *own])), label or slug("-".join([known, *own]))
     if role == cfg.distill.method and not words:

@@ -1963,7 +1963,7 @@ def checkpoint_of(run):
 
 
 READ = {"t.ckpt": checkpoint_of, "results.jsonl": erpm.read_rows,
-        "config.yaml": lambda run: erpm.flat(erpm.resolve(file=run / "config.yaml")),
+        "config.yaml": lambda run: erpm.resolve(file=run / "config.yaml"),
         "model.safetensors": lambda run: erpm.weights_sha(erpm.load(run)),
         "view.safetensors": lambda run: erpm.sha(erpm.read_weights(run / "view.safetensors")[0]),
         "sample.png": lambda run: erpm.sha(erpm.read_picture(run / "sample.png").tobytes())}
