@@ -54,7 +54,6 @@ import logging
 import math
 import operator
 import os
-import platform
 import re
 import shutil
 import signal
@@ -274,7 +273,7 @@ def unreadable(paths: Sequence[str]) -> list[str]:
 @functools.cache
 def versions() -> dict[str, str]:
     """What a result depends on; this file is read once, for it may be edited during a long run."""
-    return {"erpm": sha(Path(__file__).read_bytes()), "python": platform.python_version(),
+    return {"erpm": sha(Path(__file__).read_bytes()), "python": sys.version.split()[0],
             **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
 
 
@@ -288,9 +287,6 @@ def opt(default, text: str, *valid):
     return dataclasses.field(default=default, metadata={"help": text, "valid": valid})
 
 
-MANY = 10 ** 9
-
-
 @dataclass(frozen=True)
 class Data:
     """The training set, and how pictures become squares."""
@@ -301,8 +297,8 @@ class Data:
     crop: bool = opt(True, "training: random crops (stored images: shifts by up to 1/8)")
     flip: bool = opt(True, "training: mirror half of the images; wrong for digits and letters")
     names: str = opt("", "file of class names for prompts, in label order; empty = the set's own")
-    n_train: int = opt(0, "training images used at most (drawn by seed 0); 0 = all", 0, MANY)
-    n_test: int = opt(0, "images used at most of each scored set (likewise); 0 = all", 0, MANY)
+    n_train: int = opt(0, "training images at most (drawn by seed 0); 0 = all", 0, 10 ** 9)
+    n_test: int = opt(0, "images at most of each scored set; 0 = all", 0, 10 ** 9)
     allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
     on_bad_image: str = opt("stop", "training, a picture that cannot be read: skip = all are read "
                                     "before, such ones left out and listed", "stop", "skip")
@@ -324,7 +320,7 @@ class Model:
 class Train:
     """One training stage."""
     epochs: float = opt(8.0, "passes over the stage's images", 1e-3, 1e5)
-    n_images: int = opt(0, "training images of this stage at most; 0 = all", 0, MANY)
+    n_images: int = opt(0, "training images of this stage at most; 0 = all", 0, 10 ** 9)
     batch: int = opt(128, "images a step, over all processes", 1, 10 ** 6)
     accum: int = opt(1, "micro-batches that a step is made of", 1, 10 ** 4)
     optimizer: str = opt("adamw", "sgd has momentum 0.9, Nesterov", "adamw", "sgd")
@@ -402,15 +398,13 @@ class Compare:
         """({"title; note": labels}, {label: {"section.key": text}})."""
         tables, runs, title = {}, {}, "Methods"
         for line in filter(None, map(str.strip, self.rows.splitlines())):
-            label, colon, words = line.partition(":")
             if line.startswith("#"):
                 title = line.strip("# ")
-            elif not colon:
-                raise UserError(f"compare.rows: {line!r} is not of the form LABEL: KEY=VALUE ...")
-            else:
-                own = dict(w.partition("=")[::2] for w in words.split())
-                runs[label] = own or runs.get(label, {})
-                tables.setdefault(title, []).append(label)
+                continue
+            *label, words = line.split(":", 1)               # without a colon all are settings
+            label, own = "".join(label), dict(w.partition("=")[::2] for w in words.split())
+            runs[label] = own or runs.get(label, {})
+            tables.setdefault(title, []).append(label)
         return tables, runs or {"": {}}
 
 
@@ -425,7 +419,7 @@ class Eval:
                             "own = its outputs are the set's, you say so", "auto", "own", "probe")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
     passes: int = opt(10, "dropout passes; 0 = closed form", 0, 1000)
-    n_cell: int = opt(0, "images at most of each cell of a generated -c set; 0 = all", 0, MANY)
+    n_cell: int = opt(0, "images at most of each cell of a generated -c set; 0 = all", 0, 10 ** 9)
     batch: int = opt(256, "images a forward", 1, 10 ** 6)
 
 
@@ -434,8 +428,8 @@ class Runtime:
     """What changes speed and safety, not meaning."""
     amp: str = opt("auto", "autocast type of networks", "auto", "bf16", "fp16", "none")
     offline: bool = opt(False, "no hub is asked: a name whose weights are not on disk is an error")
-    log_every: int = opt(20, "steps between lines of log.jsonl", 1, MANY)
-    save_every: int = opt(200, "steps between checkpoints", 1, MANY)
+    log_every: int = opt(20, "steps between lines of log.jsonl", 1, 10 ** 9)
+    save_every: int = opt(200, "steps between checkpoints", 1, 10 ** 9)
 
 
 @dataclass(frozen=True)
@@ -480,15 +474,13 @@ def read_yaml(path: Path, loader: type = Words) -> dict:
     """The file's mapping.  Raises: UserError, also where a first line "# sha256 ..." is wrong."""
     try:
         text = path.read_text()
-        tree = yaml.load(text, loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+        tree = dict(yaml.load(text, loader))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}: expected a mapping in YAML: {' '.join(str(e).split())}") from None
     seal, _, rest = text.partition("\n")
     if seal.startswith("# sha256 ") and seal != f"# sha256 {sha(rest)}":
         raise UserError(f"{path} is damaged or was edited: give KEY=VALUE instead, or delete its "
                         "first line where the settings are right")
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping at the top, got {type(tree).__name__}")
     return tree
 
 
@@ -510,21 +502,9 @@ def typed(value, path: str, where: str):
     raise UserError(f"{where}: {path}: expected {kind}{more}, got {value!r}")
 
 
-def check(cfg: Config, processes: int = 1) -> None:
-    """Raises: UserError where values that are valid by themselves do not go together."""
-    for name in ("pretrain", "robustify", "vqgan", "distill"):
-        stage = getattr(cfg, name)
-        if stage.batch % (stage.accum * processes):
-            raise UserError(f"{name}.batch: {stage.batch} images cannot be shared equally by "
-                            f"{processes} processes and {name}.accum={stage.accum} micro-batches")
-    if cfg.distill.head > cfg.distill.tune:
-        raise UserError(f"distill.head: expected 0 to distill.tune = {cfg.distill.tune}, got "
-                        f"{cfg.distill.head}")
-
-
-def changed(cfg: Config, given: dict, where: str = "settings") -> Config:
+def changed(cfg: Config, given: dict, where: str = "settings", processes: int = 1) -> Config:
     """The Config with other values, {"section.key": value} or YAML's {"section": {"key": value}}.
-    Raises: UserError."""
+    Raises: UserError; also where valid values do not go together, or with so many processes."""
     if not isinstance(given, dict):
         raise UserError(f"{where}: expected a mapping of settings, got {given!r}")
     for path, value in given.items():
@@ -536,7 +516,13 @@ def changed(cfg: Config, given: dict, where: str = "settings") -> Config:
             if section:
                 new = {section: dataclasses.replace(getattr(cfg, section), **new)}
             cfg = dataclasses.replace(cfg, **new)
-    check(cfg)
+    for name, stage in vars(cfg).items():
+        if isinstance(stage, Train) and stage.batch % (stage.accum * processes):
+            raise UserError(f"{name}.batch: {stage.batch} images cannot be shared equally by "
+                            f"{processes} processes and {name}.accum={stage.accum} micro-batches")
+    head, tune = cfg.distill.head, cfg.distill.tune
+    if head > tune:
+        raise UserError(f"distill.head: expected 0 to distill.tune = {tune}, got {head}")
     return cfg
 
 
@@ -550,10 +536,9 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "") 
     base = Config()
     if recipe or file:
         file = Path(file or Path(__file__).with_name("config.yaml"))
-        tree, where = read_yaml(file), str(file)
-        if recipe:
-            tree, where = choose(tree, recipe, f"recipe in {file}"), f"{file}: {recipe}"
-        base = changed(base, tree, where)
+        tree = read_yaml(file)
+        tree = choose(tree, recipe, f"recipe in {file}") if recipe else tree
+        base = changed(base, tree, f"{file} {recipe}".strip())
     cfg = changed(base, dict(w.partition("=")[::2] for w in words), "command line")
     name = recipe or cfg.data.name
     if recipe and cfg.data.name != base.data.name:
@@ -567,12 +552,11 @@ def config_help() -> str:
     """Every key, its default, its meaning and what is valid, a line each."""
     lines = []
     for path, f in FIELDS.items():
-        section, dot, key = path.partition(".")
+        section, dot, _ = path.partition(".")
         if dot and f is dataclasses.fields(PARTS[section])[0]:
             lines += ["", f"{section}: {PARTS[section].__doc__}"]
-        valid = (" | " if f.type == "str" else " to ").join(map(str, f.metadata["valid"]))
-        lines.append(f"  {f'{path}={f.default}':<42} {f.metadata['help']}"
-                     + (f"  [{valid.strip(' |')}]" if valid else ""))
+        valid = [*f.metadata["valid"]] or ""
+        lines.append(f"  {f'{path}={f.default}':<42} {f.metadata['help']}  {valid}")
     return "\n".join(lines)
 
 
@@ -3995,7 +3979,7 @@ def alone(cfg: Config):
         raise UserError(f"{cfg.dir}: {file.read()} is at work there: wait for it, or take another "
                         "run=NAME") from None
     file.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
     return file
 
 
@@ -4657,7 +4641,7 @@ def preflight(cfg: Config, command: str) -> None:
         set_row(name)
     if COMMANDS[command] not in (run_stage, run_compare):
         return
-    check(cfg, world()[1])
+    changed(cfg, {}, processes=world()[1])
     for file in (m.student_weights, m.teacher_weights, r.teacher_weights, cfg.vqgan.weights):
         if file and not Path(file).is_file():
             raise UserError(f"no file {file}")

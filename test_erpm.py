@@ -270,9 +270,9 @@ def test_every_number_has_a_range_and_nothing_outside_it_passes(key):
     ("demo: {seeds: 1}", "'seeds'; did you mean 'seed'?"),
     ("demo: {distill: {lr: 1e-3, batch: 2.5}}", "distill.batch: expected int of 1 to"),
     ("demo: [1, 2]", "demo: expected a mapping of settings, got ['1', '2']"),
-    ("demo: {data: }", "'data'"), ("", "expected a mapping at the top"),
-    ("demo: [", "not valid YAML"), ("demo: {? [1] : 2}", "not valid YAML"),
-    ("demo: &a {data: *a}", "not valid YAML"), ("other: {}", "unknown recipe")])
+    ("demo: {data: }", "'data'"), ("", "expected a mapping in YAML"),
+    ("demo: [", "expected a mapping in YAML"), ("demo: {? [1] : 2}", "a mapping in YAML"),
+    ("demo: &a {data: *a}", "expected a mapping in YAML"), ("other: {}", "unknown recipe")])
 def test_yaml_traps_are_errors_of_one_line(tmp_path, text, says):
     (tmp_path / "c.yaml").write_text(text)
     with refuses(says):
