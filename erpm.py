@@ -198,13 +198,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise UserError(f"cannot write {path}: {e}") from None
 
 
-def read_lines(path: Path | str, key: str) -> list[str]:
-    """The lines of a text file that are not empty.  Raises: UserError that names the key."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{key}: cannot read {path} ({e}): expected a text file") from None
-    return [line.strip() for line in lines if line.strip()]
+def read_lines(path: Path | str) -> list[str]:
+    """The lines of a text file that are not empty.  Raises: OSError; UnicodeDecodeError."""
+    return list(filter(None, map(str.strip, Path(path).read_text("utf-8").splitlines())))
 
 
 def sha(*parts) -> str:
@@ -1507,7 +1503,7 @@ def synsets(part: str = "") -> tuple[str, ...]:
 def _list(file: Path, top: Path):
     """The pictures of a list, a line each, its path below top first.  A class is the folder of its
     pictures (a/abbey/NAME.jpg), where they have none the line's second word."""
-    lines = [line.lstrip("/").split() for line in read_lines(file, "the list of images")]
+    lines = [line.lstrip("/").split() for line in read_lines(file)]
     of = [words[0].rpartition("/")[0][2:] or words[:2][-1] for words in lines]
     label = {c: k for k, c in enumerate(sorted(set(of)))}
     return [f"{top}/{words[0]}" for words in lines], [label[c] for c in of], tuple(label)
@@ -2407,10 +2403,10 @@ def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[
     import open_clip
     known, lines = dict(zip(synsets(), open_clip.IMAGENET_CLASSNAMES)), ["a photo of a {}."]
     classes = [known.get(c, re.sub("[_-]+", " ", c)) for c in images.outputs]
-    if names and len(given := read_lines(names, "data.names")) == len(classes):
+    if names and len(given := read_lines(names)) == len(classes):
         classes = given                                   # else they are of another set's classes
     if templates:
-        lines = read_lines(templates, "model.templates")
+        lines = read_lines(templates)
     elif images.outputs == synsets():
         lines = [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
     if not lines or any(t.count("{}") != 1 for t in lines):
@@ -4679,7 +4675,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if together or world()[0] == 0:
                 run(cfg, args)
         return 0
-    except (UserError, OSError) as e:      # from a loader process it comes with its traceback
+    except (UserError, OSError, UnicodeDecodeError) as e:    # from a loader with its traceback
         code, text = 2, str(e).split("UserError: ")[-1]
         _kill_workers()                    # one that failed would be waited for
     except KeyboardInterrupt as e:

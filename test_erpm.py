@@ -2346,7 +2346,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("distill model.student_weights=none.safetensors", "no file none.safetensors"),
     ("distill data.name=imagenet-r", "has no training split"),
     ("distill model.head=text model.student=open_clip:erpm-tiny model.templates=no.txt",
-     "model.templates: cannot read no.t"),
+     "No such file or directory: 'no.txt'"),
     ("distill robustify.method=dad vqgan.name=f9", "unknown vqgan.name 'f9'"),
     ("distill robustify.method=dad vqgan.name=none.yaml", "No such file or directory: 'none.yaml'"),
     ("distill robustify.method=dad vqgan.weights=none.pt", "no file none.pt"),
