@@ -370,7 +370,7 @@ class Distill(Train):
                               "and ft; vpt = a ViT's prompts; none = (compare) the teacher alone",
                       "none", "erpm", "team", "apt", "lp", "ft", "lp-ft", "wise", "vpt")
     tune: int = opt(3, "last stages that are tuned", 0, 1000)
-    head: int = opt(3, "of these, the last ones that each head has for itself", 0, 1000)
+    head: int = opt(3, "of these at most, the last ones that each head has for itself", 0, 1000)
     dropout: float = opt(0.1, "rate in the tuned part and before classifiers", 1e-3, 0.99)
     norms: str = opt("frozen", "tuned BatchNorm: own = of each head's images", "frozen", "own")
     dropout_in: str = opt("tail", "head = before the classifiers alone", "tail", "head")
@@ -516,9 +516,6 @@ def changed(cfg: Config, given: dict, where: str = "settings", processes: int = 
         if isinstance(stage, Train) and stage.batch % (stage.accum * processes):
             raise UserError(f"{name}.batch: {stage.batch} images cannot be shared equally by "
                             f"{processes} processes and {name}.accum={stage.accum} micro-batches")
-    head, tune = cfg.distill.head, cfg.distill.tune
-    if head > tune:
-        raise UserError(f"distill.head: expected 0 to distill.tune = {tune}, got {head}")
     return cfg
 
 
@@ -4215,7 +4212,7 @@ def make_teacher(cfg, images, train, guide=None, codes=None):
 def tune_erpm(cfg, images, train, net, teacher):
     """[A]: three heads, distilled from the original network and the robust teacher."""
     d = cfg.distill
-    student = Student(net, d.tune, d.head, d.dropout, dropout_in=d.dropout_in)
+    student = Student(net, d.tune, min(d.head, d.tune), d.dropout, dropout_in=d.dropout_in)
     student.tuned.norms = d.norms
     images, see = cached(cfg, images, student.backbone, True, student.original, teacher)
     return student, train(student.tuned, erpm_step(d, see), images)
