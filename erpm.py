@@ -193,8 +193,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {e}") from None
 
 
@@ -239,10 +238,9 @@ def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
                 if im.mode == "F" or grey.min() < 0 or not 255 < grey.max() <= 65535:
                     raise ValueError(f"mode {im.mode} has no known range: save it with 8 or 16 bit")
                 im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-            im = im.convert("RGB")
+            return ImageOps.crop(im.convert("RGB"), border_px)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
-    return ImageOps.crop(im, border_px) if border_px else im
 
 
 def decode(path: Path | str) -> Tensor:
