@@ -17,19 +17,8 @@ without losing what the model already knew.
     At inference T dropout passes of tail and heads give sigma; sigma and the KL divergence to the
     combined head choose whether the clean or the robust head answers ([A] eq. 6).
 
-Sections:
-    1. BASICS
-    2. CONFIG
-    3. CORRUPTIONS
-    4. AUGMENTATIONS
-    5. DATA
-    6. MODELS
-    7. METHOD
-    8. TRAINING
-    9. EVALUATION
-    10. REPORT
-    11. BENCH
-    12. COMMANDS
+Sections: 1. BASICS, 2. CONFIG, 3. CORRUPTIONS, 4. AUGMENTATIONS, 5. DATA, 6. MODELS, 7. METHOD,
+    8. TRAINING, 9. EVALUATION, 10. REPORT, 11. BENCH, 12. COMMANDS.
 
 Papers:
     [A] Jain, Behl, Rawat, Vineet. Efficiently Robustify Pre-Trained Models. ICCV 2023.
