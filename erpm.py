@@ -122,9 +122,7 @@ def world() -> tuple[int, int]:
 
 def pick_device() -> torch.device:
     """This process's accelerator, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def gathered(thing=None) -> list:
@@ -4645,7 +4643,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
-                torch.cuda.set_device(pick_device())
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             # of 1 x 1 kernels after channels_last images: the strides of one element a place
             warnings.filterwarnings("ignore", "Grad strides do not match")
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
