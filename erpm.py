@@ -81,10 +81,6 @@ class UserError(ValueError):
     """A mistake that a person can mend: the message says what, where and what to do (exit 2)."""
 
 
-class Absent(UserError):
-    """A set, or what scoring it takes, is not there at all."""
-
-
 def choose(table, name: str, what: str):
     """table[name], or the name itself where the table is a tuple.  Raises: UserError that lists the
     names and the nearest one."""
@@ -1674,13 +1670,13 @@ def cell_row(row: SetRow, data: Data, corruption: str, severity: int) -> SetRow:
 def _read_row(row: SetRow, data: Data, train: bool):
     """(paths or images, labels, class names, what is to be said of their number).
 
-    Raises: Absent; UserError where it is a part of the set, or more, and that is not allowed."""
+    Raises: FileNotFoundError; UserError where it is a part of the set, or more, and that is not allowed."""
     n, place = (row.n_train, row.train or row.test) if train else (row.n_test, row.test)
     top, get = Path("" if n is None else data.root, place), row.get.replace("ROOT", data.root)
     n = n if place else None                                 # made here: as many as are wanted
     if n and not top.exists():
-        raise Absent(f"{row.name} is not there: looked for {top}; get it: {get}; another place: "
-                     "data.root=FOLDER")
+        raise FileNotFoundError(f"{row.name} is not there: looked for {top}; get it: {get}; "
+                                "another place: data.root=FOLDER")
     try:
         found, y, names = row.read(row, top, train, data)
     except UserError:
@@ -1703,7 +1699,7 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     A -c set is the published archive (this cell of it) where that is on disk, else the clean set,
     to be corrupted; ImageNet's pictures are then cut as the benchmark's were, whatever the view.
     What is regenerated, or a part of the published images, says so in its name.
-    Raises: UserError when it is unknown, absent (Absent) or incomplete."""
+    Raises: FileNotFoundError; UserError when it is unknown or incomplete."""
     (row, is_c), train = set_row(name), split == "train"
     if train and (is_c or row.n_train == 0):
         raise UserError(f"{name} has no training split: it is there to be scored")
@@ -3459,7 +3455,7 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
         train = open_set("imagenet" if row and row.part is not None else home, cfg.data, "train",
                          card.view)
         features = frozen_features(model)
-    except UserError as e:
+    except (UserError, OSError) as e:
         raise UserError(f"{label}: its classes are not those of {name}, and a linear probe cannot "
                         f"be had: {e}") from None
     if (label, train.base) not in probes:
@@ -3992,7 +3988,7 @@ def validate(cfg: Config, net: nn.Module) -> None:
     """Tells the accuracy on clean test images (up to 500), and under five corruptions."""
     try:
         images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
-    except UserError as e:
+    except (UserError, OSError) as e:
         return say(f"{net.card.label}: no validation ({e})")
     rows = [evaluate(net, images, cell, **scoring(cfg)) for cell in CHECKS]
     clean, *others = (100 * row.get("rules", {cfg.eval.rule: row})[cfg.eval.rule]["correct"]
@@ -4382,7 +4378,7 @@ def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
     for name in set_names(cfg):                     # what is not there says so before any scoring
         try:
             opened[name] = aligned(open_set(name, cfg.data, view=card.view), card)
-        except Absent as e:
+        except FileNotFoundError as e:
             if not everything:
                 raise
             say(f"left out: {str(e).partition(':')[0]}")
@@ -4459,7 +4455,7 @@ def run_report(cfg: Config, args) -> None:
     say(text)
     try:
         drawn = figures(rows)
-        with contextlib.suppress(UserError):             # no Student, or no test images
+        with contextlib.suppress(UserError, OSError):    # no Student, or no test images
             drawn["pictures.png"] = pictures_of(runs[0], cfg)
     except ImportError:
         say("figures left out: matplotlib is not installed (pip install matplotlib)")
@@ -4505,9 +4501,10 @@ def run_sets(cfg: Config, args) -> None:
         get = row.get.replace("ROOT", data.root).split("; -c: ")[-1 if is_c else 0]
         try:
             found = f"{len(open_set(name, data)):,}"
+        except FileNotFoundError:
+            pass
         except UserError as e:
-            if not isinstance(e, Absent):
-                found, get = "spoilt", str(e)
+            found, get = "spoilt", str(e)
         where = row.archive if is_c else row.test
         body.append([name, found, n, row.n_classes or "any", where, get])
     say(markdown(["set", "found", "expected", "classes", f"where (below {data.root})",

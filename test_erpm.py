@@ -555,7 +555,7 @@ def test_sets_by_torchvision_are_read_through_its_classes(here, name, cls, n_tra
             pixels = torch.full((n, 32, 32, 3), n, dtype=torch.uint8)
             self.data = pixels.numpy() if name == "cifar10" else pixels[:, :28, :28, 0]
 
-    with pytest.raises(erpm.Absent, match="download=True"):
+    with pytest.raises(FileNotFoundError, match="download=True"):
         erpm.open_set(name)
     (here / "data" / erpm.SETS[name].test).mkdir(parents=True)
     monkeypatch.setattr(erpm.torchvision.datasets, cls, Fake)
