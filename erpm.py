@@ -522,18 +522,6 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "") 
     return cfg if cfg.run else dataclasses.replace(cfg, run=slug(name))
 
 
-def config_help() -> str:
-    """Every key, its default, its meaning and what is valid, a line each."""
-    lines = []
-    for path, f in FIELDS.items():
-        section, dot, _ = path.partition(".")
-        if dot and f is dataclasses.fields(PARTS[section])[0]:
-            lines += ["", f"{section}: {PARTS[section].__doc__}"]
-        valid = [*f.metadata["valid"]] or ""
-        lines.append(f"  {f'{path}={f.default}':<42} {f.metadata['help']}  {valid}")
-    return "\n".join(lines)
-
-
 # ==== 3. CORRUPTIONS ====
 # ImageNet-C's 15 corruptions as batched tensor code: uint8 (B,3,H,W) in and out, on the device of
 # the images. Randomness is a function of (seed, image index, name, severity), not of the batch.
@@ -4569,13 +4557,20 @@ COMMANDS: dict[str, Callable] = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line's words."""
+    """The command line's words; --help lists every key, its default, meaning and what is valid."""
     lines = "\n".join(f"  {name:<10} {(PARTS[name] if run is run_stage else run).__doc__}"
                       for name, run in COMMANDS.items())
+    keys = ["keys, given as key=value:"]
+    for path, f in FIELDS.items():
+        section, dot, _ = path.partition(".")
+        if dot and f is dataclasses.fields(PARTS[section])[0]:
+            keys += ["", f"{section}: {PARTS[section].__doc__}"]
+        valid = [*f.metadata["valid"]] or ""
+        keys.append(f"  {f'{path}={f.default}':<42} {f.metadata['help']}  {valid}")
     p = argparse.ArgumentParser(
         prog="erpm.py", formatter_class=argparse.RawDescriptionHelpFormatter, argument_default="",
         description=f"{__doc__.split('Sections:')[0]}\ncommands:\n{lines}",
-        epilog="keys, given as key=value:\n" + config_help())
+        epilog="\n".join(keys))
     p.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
     p.add_argument("words", nargs="*", metavar="key=value",
                    help="settings, see below; bench and corrupt take names and paths too")
