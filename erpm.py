@@ -277,8 +277,7 @@ class Data:
     n_train: int = opt(0, "training images at most (drawn by seed 0); 0 = all", 0, 10 ** 9)
     n_test: int = opt(0, "images at most of each scored set; 0 = all", 0, 10 ** 9)
     allow_partial: bool = opt(False, "score a set whose number of images is not the published one")
-    on_bad_image: str = opt("stop", "training, a picture that cannot be read: skip = all are read "
-                                    "before, such ones left out and listed", "stop", "skip")
+    on_bad_image: str = opt("stop", "skip = train without spoilt pictures", "stop", "skip")
     workers: int = opt(0, "loader processes; images decoded from files want 4 or more", 0, 256)
 
 
@@ -346,9 +345,8 @@ class Vqgan(Train):
 @dataclass(frozen=True)
 class Distill(Train):
     """How the large network is tuned.  tune = last stages tuned, head = of these, own a head."""
-    method: str = opt("erpm", "erpm = [A]; team = original, robust tail, teacher; apt = a tail "
-                              "alone; lp = the Linear; ft = all; lp-ft; wise = between original "
-                              "and ft; vpt = a ViT's prompts; none = (compare) the teacher alone",
+    method: str = opt("erpm", "erpm = [A]; team = ours; apt = a tail alone; lp = the Linear; "
+                              "ft = all; vpt = a ViT's prompts; none = (compare) the teacher alone",
                       "none", "erpm", "team", "apt", "lp", "ft", "lp-ft", "wise", "vpt")
     tune: int = opt(3, "last stages that are tuned", 0, 1000)
     head: int = opt(3, "of these at most, the last ones that each head has for itself", 0, 1000)
@@ -388,8 +386,7 @@ class Compare:
 @dataclass(frozen=True)
 class Eval:
     """What is scored and how."""
-    sets: str = opt("", "sets, joined by commas, or all (that are found); LABEL@folder:PATH too; "
-                        "empty = the training set, its -c and its -r")
+    sets: str = opt("", "joined by commas, or all; empty = the training set, its -c, its -r")
     models: str = opt("", "networks instead of a run, joined by commas: names with a tag, "
                           "NAME=WEIGHTS_FILE, run:FOLDER, each also with LABEL@ before it")
     head: str = opt("auto", "auto = its own on its own classes, else prompts or linear probe; "
