@@ -1652,7 +1652,7 @@ def cell_row(row: SetRow, data: Data, corruption: str, severity: int) -> SetRow:
 def _read_row(row: SetRow, data: Data, train: bool):
     """(paths or images, labels, class names, what is to be said of their number).
 
-    Raises: FileNotFoundError; UserError where it is a part of the set, or more, and that is not allowed."""
+    Raises: FileNotFoundError; UserError where it is a part of the set, or more, unless allowed."""
     n, place = (row.n_train, row.train or row.test) if train else (row.n_test, row.test)
     top, get = Path("" if n is None else data.root, place), row.get.replace("ROOT", data.root)
     n = n if place else None                                 # made here: as many as are wanted
