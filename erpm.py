@@ -387,8 +387,7 @@ class Compare:
 class Eval:
     """What is scored and how."""
     sets: str = opt("", "joined by commas, or all; empty = the training set, its -c, its -r")
-    models: str = opt("", "networks instead of a run, joined by commas: names with a tag, "
-                          "NAME=WEIGHTS_FILE, run:FOLDER, each also with LABEL@ before it")
+    models: str = opt("", "instead of a run, by commas: [LABEL@]NAME[=FILE] or run:FOLDER")
     head: str = opt("auto", "auto = its own on its own classes, else prompts or linear probe; "
                             "own = its outputs are the set's, you say so", "auto", "own", "probe")
     rule: str = opt("product", "selection rule of the headline figure; all rules are recorded")
@@ -3369,9 +3368,8 @@ def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
         with autocast(cfg.runtime.amp, pick_device()):
             return {"f": features(x)}
 
-    bar = Progress(len(images), "linear probe: features")    # no context: Ctrl-C stops it at once
-    x = over(images, f, batch=cfg.eval.batch, workers=cfg.data.workers, bar=bar)["f"]
-    bar.close()
+    x = over(images, f, batch=cfg.eval.batch, workers=cfg.data.workers,
+             bar=Progress(len(images), "linear probe: features"))["f"]       # signals act at once
     fc, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
                           len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
