@@ -214,8 +214,9 @@ def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
     """The picture in RGB, border_px cut off on each side; 16-bit grey is scaled to 8 bit (`convert`
     would clip it to white).  Raises: UserError."""
     try:
-        Image.open(path).verify()                            # a PNG's sums, which decoding ignores
         with Image.open(path) as im:
+            if im.format == "PNG":
+                Image.open(path).verify()                # its sums, which decoding passes over
             if im.mode[0] in "IF":
                 grey = np.asarray(im)
                 if im.mode == "F" or grey.min() < 0 or not 255 < grey.max() <= 65535:
