@@ -236,16 +236,12 @@ def decode(path: Path | str) -> Tensor:
     return v2.functional.pil_to_tensor(read_picture(path))
 
 
-def unreadable(paths: Sequence[str]) -> list[str]:
-    """Those of the files that `read_picture` refuses."""
-    def refused(path: str) -> str:
-        with contextlib.suppress(UserError):
-            read_picture(path)
-            return ""
-        return path
-
-    with ThreadPool() as pool:                                       # Pillow lets threads run
-        return list(filter(None, pool.map(refused, paths)))
+def unreadable(path: str) -> str:
+    """The path of a file that `read_picture` refuses, else ""."""
+    with contextlib.suppress(UserError):
+        read_picture(path)
+        return ""
+    return path
 
 
 @functools.cache
@@ -3513,7 +3509,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
             try:
                 found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
             except UserError:                            # of pictures all are told at once
-                if bad := unreadable(some.paths):
+                if bad := list(filter(None, map(unreadable, some.paths))):
                     raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
                                     f"remove {', '.join(bad)}") from None
                 raise
@@ -3955,7 +3951,9 @@ def training_images(data: Data, m: Model) -> ImageSet:
     if data.on_bad_image == "stop" or images.images is not None:
         return images
     paths = [images.paths[i] for i in images.index]
-    bad = set(sum(gathered(unreadable(paths[rank::size])), []))          # a share a process
+    with ThreadPool(max(1, data.workers)) as pool:                   # Pillow lets threads run
+        found = gathered(pool.map(unreadable, paths[rank::size]))    # a share a process
+    bad = set(itertools.chain(*found)) - {""}
     say(f"left out, for they cannot be read: {len(bad)} of {len(images):,} pictures "
         + ", ".join(sorted(bad)))
     return dataclasses.replace(images, index=images.index[[p not in bad for p in paths]])
