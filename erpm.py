@@ -4586,8 +4586,7 @@ def configure(args: argparse.Namespace) -> Config:
     words = args.words + ([f"out={run.parent}", f"run={run.name}"] if args.run else [])
     cfg, scores = resolve(words, recipe, args.config), args.command in ("eval", "report")
     if scores and (cfg.dir / "config.yaml").is_file():
-        own = resolve(words, file=cfg.dir / "config.yaml")
-        return dataclasses.replace(own, out=cfg.out, run=cfg.run)
+        return resolve(words, file=cfg.dir / "config.yaml")
     if scores and args.run:
         raise UserError(f"no run {run}: it has no config.yaml")
     return cfg
