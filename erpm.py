@@ -1350,11 +1350,6 @@ def loader(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
 
 # ---- shapes: a procedural set --------------------------------------------------------------------
 
-def _box(x: Tensor, y: Tensor, w: float, h: float) -> Tensor:
-    """Signed field of the rectangle |x| < w, |y| < h."""
-    return torch.maximum(x.abs() - w, y.abs() - h)
-
-
 def _star(x: Tensor, y: Tensor, n: int, tip: float, dent: float) -> Tensor:
     """Signed field of a star: n tips at the one radius, n dents at the other."""
     step, r = math.pi / n, torch.hypot(x, y)
@@ -1367,23 +1362,18 @@ def _star(x: Tensor, y: Tensor, n: int, tip: float, dent: float) -> Tensor:
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": lambda x, y: torch.hypot(x, y) - 0.75,
     "triangle": lambda x, y: _star(x, y, 3, 0.95, 0.475),
-    "square": lambda x, y: _box(x, y, 0.66, 0.66),
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.66,
     "pentagon": lambda x, y: _star(x, y, 5, 0.9, 0.73),
     "hexagon": lambda x, y: _star(x, y, 6, 0.9, 0.78),
     "star": lambda x, y: _star(x, y, 5, 1.0, 0.4),
-    "cross": lambda x, y: torch.minimum(_box(x, y, 0.85, 0.24), _box(x, y, 0.24, 0.85)),
+    "cross": lambda x, y: torch.maximum(torch.maximum(x.abs(), y.abs()) - 0.85,
+                                        torch.minimum(x.abs(), y.abs()) - 0.24),
     "ring": lambda x, y: (torch.hypot(x, y) - 0.62).abs() - 0.17,
     "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.85,
                                            0.7 - torch.hypot(x - 0.45, y)),
     "heart": lambda x, y: torch.minimum((x.abs() + y.abs() - 0.64) / 2 ** 0.5,
                                         torch.hypot(x.abs() - 0.32, y - 0.32) - 0.32 * 2 ** 0.5),
 }
-
-
-def _hues(u: Tensor, pale: float) -> Tensor:
-    """Colours (B,3,1,1) of the hues u (B,1,1) in 0..1, no channel below `pale`."""
-    wave = torch.cos(2 * math.pi * (u[:, None] + torch.arange(3)[:, None, None] / 3))
-    return pale + (1 - pale) * (0.5 + 0.5 * wave)
 
 
 def _render_shapes(u: Tensor, field: Callable, size: int, style: str) -> Tensor:
@@ -1397,7 +1387,9 @@ def _render_shapes(u: Tensor, field: Callable, size: int, style: str) -> Tensor:
     x, y = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
     d = scale * field(x / scale, y / scale / (0.85 + 0.3 * u[:, 4]))
     cover = lambda d: (0.5 - d * size / 2).clamp(0, 1)              # the share of a pixel inside
-    colour, ground = _hues(u[:, 5], 0.3), _hues(u[:, 6], 0.5) * u[:, 9:10]
+    hues = u[:, 5:7, None] + torch.arange(3)[:, None, None] / 3                    # (B,2,3,1,1)
+    colour, ground = (0.5 + 0.5 * torch.cos(2 * math.pi * hues)).unbind(1)
+    colour, ground = 0.3 + 0.7 * colour, (0.5 + 0.5 * ground) * u[:, 9:10]
     if style == "r":
         hatch = torch.sin((gx + gy) * (18 + 10 * u[:, 7])) < 2.4 * u[:, 8] - 1.2
         mask = torch.maximum(cover(d.abs() - 0.05), cover(d) * hatch)
@@ -1413,7 +1405,7 @@ def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor,
     u = np.random.default_rng(fold("shapes", split, style)).random((n, 11, 1, 1), np.float32)
     x, y = torch.empty(n, 3, size, size, dtype=torch.uint8), np.arange(n) % len(SHAPES)
     for k, field in enumerate(SHAPES.values()):
-        for at in torch.from_numpy(np.flatnonzero(y == k)).split(64):      # fits the CPU's cache
+        for at in torch.arange(n)[k::len(SHAPES)].split(64):               # fits the CPU's cache
             x[at] = _render_shapes(torch.from_numpy(u)[at], field, size, style)
     return x, y
 
