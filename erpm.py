@@ -1197,15 +1197,11 @@ def shift_and_flip(x: Tensor, u: np.ndarray, crop: bool = True, flip: bool = Tru
     """Each image moved by up to 1/8 of its side (edges reflected) and mirrored half of the time.
 
     Shapes: x uint8 (B,3,S,S), u (B,3) in [0,1)."""
-    b, _, s, _ = x.shape
-    pad = s // 8 if crop else 0
-    at = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64))
-    reflect = torch.from_numpy(np.pad(np.arange(s), pad, mode="reflect"))
-    rows, cols = (reflect[at[:, i, None] + torch.arange(s)] for i in (0, 1))          # (B,S)
-    if flip:
-        cols = torch.where(torch.from_numpy(u[:, 2:] < 0.5), cols, cols.flip(1))
-    return x[torch.arange(b)[:, None, None], :, rows[:, :, None], cols[:, None, :]] \
-        .permute(0, 3, 1, 2).contiguous()
+    s, pad = x.shape[-1], x.shape[-1] // 8 if crop else 0
+    row, col = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64)).T
+    x = v2.functional.pad(x, pad, padding_mode="reflect").unfold(2, s, 1).unfold(3, s, 1)
+    x = x[torch.arange(len(x)), :, row, col]                                          # (B,3,S,S)
+    return torch.where(torch.from_numpy(flip & (u[:, 2] >= 0.5)).view(-1, 1, 1, 1), x.flip(3), x)
 
 
 @dataclass(eq=False)
