@@ -210,9 +210,9 @@ def pictures_below(top: Path, seen: Sequence[str] = ()) -> list[Path]:
     return found
 
 
-def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
-    """The picture in RGB, border_px cut off on each side; 16-bit grey is scaled to 8 bit (`convert`
-    would clip it to white).  Raises: UserError."""
+def read_picture(path: Path | str) -> Image.Image:
+    """The picture in RGB; 16-bit grey is scaled to 8 bit (`convert` would clip it to white).
+    Raises: UserError."""
     try:
         with Image.open(path) as im:
             if im.format == "PNG":
@@ -222,7 +222,7 @@ def read_picture(path: Path | str, border_px: int = 0) -> Image.Image:
                 if im.mode == "F" or grey.min() < 0 or not 255 < grey.max() <= 65535:
                     raise ValueError(f"mode {im.mode} has no known range: save it with 8 or 16 bit")
                 im = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-            return ImageOps.crop(im.convert("RGB"), border_px)
+            return im.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"cannot read the image {path} ({e}): mend or remove it") from None
 
@@ -1173,21 +1173,26 @@ def mix_labels(x, y, spec, generator, n_classes):
 
 @dataclass(frozen=True)
 class View:
-    """How a picture file becomes a square image to score: the short side resized to size_px /
-    crop_pct, the centre cut out; squash = both sides resized, whatever the shape."""
+    """How a picture becomes a square image to score: border_px cut off each side (ObjectNet's
+    frame), the short side resized to size_px / crop_pct, the centre cut out; squash = both sides
+    resized, whatever the shape."""
     size_px: int = 224
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
     squash: bool = False
+    border_px: int = 0
 
     def __str__(self) -> str:
+        border = f"cut {self.border_px} px, " if self.border_px else ""
         cut = "squashed" if self.squash else f"crop {self.crop_pct:g}"
-        return f"{self.size_px} px, {cut}, {self.interpolation}"
+        return f"{border}{self.size_px} px, {cut}, {self.interpolation}"
 
     def __call__(self, im: Image.Image | Tensor, random: bool = False) -> Image.Image | Tensor:
         mode = v2.InterpolationMode(self.interpolation)
         if random:
             return v2.RandomResizedCrop(self.size_px, interpolation=mode)(im)
+        if self.border_px:
+            im = ImageOps.crop(im, self.border_px)
         size = [self.size_px] * 2 if self.squash else [math.floor(self.size_px / self.crop_pct)]
         im = v2.functional.resize(im, size, interpolation=mode)
         return v2.functional.center_crop(im, self.size_px)
@@ -1209,8 +1214,8 @@ class ImageSet(torch.utils.data.Dataset):
     """Labelled square images, held in memory or read from files.
 
     base: the set's name; name: what the results call it.  y: labels (n,).
-    images: uint8 (n,3,S,S), or paths: files, which `view` makes square after border_px were cut off
-    each side (ObjectNet's frame).  own_view: the view is the set's, whatever the network's.
+    images: uint8 (n,3,S,S), or paths: files, which `view` makes square.
+    own_view: the view is the set's, whatever the network's.
     outputs: the classes of a network that answers here by itself; ids (C,k): which of its outputs
     mean class k, None = all in order.  corrupted: a -c set; archive: a published one.
     index: the images in use.  draw: (seed, crop, flip) of training.  beside: a copy of each image
@@ -1222,7 +1227,6 @@ class ImageSet(torch.utils.data.Dataset):
     images: Tensor | None = None
     paths: Sequence[str] = ()
     name: str = ""
-    border_px: int = 0
     own_view: bool = False
     outputs: tuple[str, ...] = ()
     ids: Tensor | None = None
@@ -1240,13 +1244,6 @@ class ImageSet(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def transform(self) -> str:
-        """What happens to an image before it is scored, as recorded in the results."""
-        if self.images is None:
-            return (f"cut {self.border_px} px, " if self.border_px else "") + str(self.view)
-        return f"stored at {self.images.shape[-1]} px, seen at {self.view.size_px} px"
 
     def subset(self, n: int) -> ImageSet:
         """The same set with at most n of its images (0 = all), drawn by a fixed seed: of fewer the
@@ -1267,8 +1264,7 @@ class ImageSet(torch.utils.data.Dataset):
         if self.images is None:
             x = torch.stack([self._read(epoch, int(i)) for i in index])
         else:
-            x = self.images[torch.from_numpy(index)]
-            x = v2.functional.resize(x, [self.view.size_px] * 2)
+            x = self.view(self.images[torch.from_numpy(index)])
             if crop or flip:
                 draws = np.random.default_rng(fold(seed, "crop", epoch))
                 u = draws.random((len(self.y), 3), dtype=np.float32)[index]
@@ -1280,7 +1276,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     def _read(self, epoch: int, i: int) -> Tensor:
         seed, crop, flip = self.draw
-        im = decode(self.paths[i]) if crop else read_picture(self.paths[i], self.border_px)
+        im = decode(self.paths[i]) if crop else read_picture(self.paths[i])
         with seeded(seed, "crop", epoch, i):
             im = self.view(im, random=crop)
             im = v2.RandomHorizontalFlip()(im) if flip else im
@@ -1302,7 +1298,7 @@ def as_images(images) -> ImageSet:
         raise UserError(f"images: expected uint8 (n,3,S,S), or floats in [0, 1], and n labels, got "
                         f"{x.dtype} {shape} and {len(y)}")
     classes = [str(k) for k in range(int(max(y)) + 1)]
-    return ImageSet("images", y, classes, View(x.shape[-1]), images=x)
+    return ImageSet("images", y, classes, View(x.shape[-1], 1.0), images=x)
 
 
 def batches(n: int, batch: int, seed: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
@@ -1673,20 +1669,20 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     if archive:
         row = cell_row(row, data, *cell)
     elif is_c and row.part is not None:
-        row = dataclasses.replace(row, view=View())
+        row = dataclasses.replace(row, view=View(border_px=row.border_px))
     found, y, classes, notes = _read_row(row, data, train)
     if is_c and row.archive and not archive:
         notes = ["regenerated", *notes]
     name = corrupted_name(row.name) if is_c else row.name
     images = ImageSet(
         row.name, y, classes, name=name + (f" ({', '.join(notes)})" if notes else ""),
-        border_px=row.border_px, own_view=row.view is not None, corrupted=is_c, archive=archive)
+        own_view=row.view is not None, corrupted=is_c, archive=archive)
     if isinstance(found, Tensor):
         images.images, images.view = found, View(data.size_px or found.shape[-1], 1.0)
     else:
         squash = data.fit == "squash" if data.fit else view.squash
         images.paths, images.view = found, row.view or dataclasses.replace(
-            view, size_px=data.size_px or view.size_px, squash=squash)
+            view, size_px=data.size_px or view.size_px, squash=squash, border_px=row.border_px)
     if row.part is not None:
         images.outputs = synsets()
     if row.part:
@@ -3433,7 +3429,7 @@ def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Confi
 def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dict:
     """The columns of a row that are known before it is computed; "of" is a hash of everything that
     makes it another evaluation, corruption and severity apart."""
-    card, ev, transform = model.card, cfg.eval, images.transform
+    card, ev, transform = model.card, cfg.eval, str(images.view)
     if images.corrupted and not images.archive:
         textures = "original" if frost_folder() else "procedural"
         transform += f", corrupted on the fly, jpeg 85, {textures} frost"
@@ -4050,7 +4046,7 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     """The images with their samples of [B] beside them, files CLASS/INDEX.png and their settings;
     what is missing is made by all processes."""
     r = cfg.robustify
-    key = attack(r) | {"data": images.base, "transform": images.transform, "seed": cfg.seed,
+    key = attack(r) | {"data": images.base, "view": str(images.view), "seed": cfg.seed,
                        "n": len(images.y), "teacher": weights_sha(teacher),
                        "vqgan": weights_sha(vqgan)}
     top = cfg.dir / f"samples-{fold(key):016x}"
@@ -4065,7 +4061,7 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
         for key, picture in zip(keys, _bytes(255 * made).cpu()):
             v2.functional.to_pil_image(picture).save(content := io.BytesIO(), "png")
             write_atomically(files[key], content.getvalue())
-    beside = dataclasses.replace(images, images=None, paths=paths, border_px=0,
+    beside = dataclasses.replace(images, images=None, paths=paths,
                                  view=View(images.view.size_px, 1.0))
     if images.images is not None:                    # in memory, to be cut as the images are
         x = beside.__getitems__([(0, k) for k in range(len(beside))])[0]

@@ -128,7 +128,7 @@ def images(n=16, size=32, seed=0):
 
 def shown(classes=5, n=16, size=32, ids=None):
     return erpm.ImageSet("x", np.arange(n) * 7 % classes, map(str, range(classes)),
-                         erpm.View(size), images=images(n, size), ids=ids)
+                         erpm.View(size, 1.0), images=images(n, size), ids=ids)
 
 
 def make_tree(root, classes=("cat", "dog"), n=6, splits=("train", "val"), size=(40, 40)):
@@ -482,7 +482,7 @@ def test_without_an_archive_cells_are_made_from_the_benchmarks_own_view(mini, tm
     assert s.view == erpm.View(224, 0.875, "bilinear") and s.own_view and not s.archive
     assert s.name == "imagenet-c (regenerated, 112 of 50,000 images)"
     s = erpm.open_set("objectnet-c", partial_data(mini), view=view)
-    assert s.view == erpm.View() and s.own_view and s.corrupted
+    assert s.view == erpm.View(border_px=2) and s.own_view and s.corrupted
     clean = erpm.open_set("imagenet", partial_data(tmp_path, size_px=0), view=view)
     assert clean.view == view and not clean.own_view
 
