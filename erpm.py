@@ -1215,7 +1215,6 @@ class ImageSet(torch.utils.data.Dataset):
 
     base: the set's name; name: what the results call it.  y: labels (n,).
     images: uint8 (n,3,S,S), or paths: files, which `view` makes square.
-    own_view: the view is the set's, whatever the network's.
     outputs: the classes of a network that answers here by itself; ids (C,k): which of its outputs
     mean class k, None = all in order.  corrupted: a -c set; archive: a published one.
     index: the images in use.  draw: (seed, crop, flip) of training.  beside: a copy of each image
@@ -1227,7 +1226,6 @@ class ImageSet(torch.utils.data.Dataset):
     images: Tensor | None = None
     paths: Sequence[str] = ()
     name: str = ""
-    own_view: bool = False
     outputs: tuple[str, ...] = ()
     ids: Tensor | None = None
     corrupted: bool = False
@@ -1676,7 +1674,7 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     name = corrupted_name(row.name) if is_c else row.name
     images = ImageSet(
         row.name, y, classes, name=name + (f" ({', '.join(notes)})" if notes else ""),
-        own_view=row.view is not None, corrupted=is_c, archive=archive)
+        corrupted=is_c, archive=archive)
     if isinstance(found, Tensor):
         images.images, images.view = found, View(data.size_px or found.shape[-1], 1.0)
     else:
@@ -3265,14 +3263,12 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
 
     predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
     {rule: the same and "heads", the images that clean, combined and robust answered}}.  A module is
-    put in eval mode, on the accelerator where there is one.  images: what as_images takes, or the
-    name of a set in ./data.  cell: (corruption, severity), made on the fly, with the JPEG round
-    trip of the published files.  options: batch, passes, amp, workers.
-    Raises: UserError, on outputs that are not finite too."""
+    put in eval mode, on the accelerator where there is one.  images: what as_images takes (files in
+    the set's view), or the name of a set in ./data (in the network's).  cell: (corruption,
+    severity), made on the fly, with the JPEG round trip of the published files.  options: batch,
+    passes, amp, workers.  Raises: UserError, on outputs that are not finite too."""
     card = getattr(predict, "card", Card())
     images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
-    if hasattr(predict, "card") and images.images is None and not images.own_view:
-        images = dataclasses.replace(images, view=card.view)
     if isinstance(predict, nn.Module):
         predict.eval().to(pick_device())
     return evaluate_all({"": predict}, aligned(images, card), cell, **options)[""]

@@ -463,7 +463,7 @@ def test_every_set_of_the_miniature_imagenet_has_the_right_labels(mini, name, n)
 def test_imagenet_c_is_read_from_disk_cell_by_cell(mini):
     data, view = partial_data(mini, size_px=0), erpm.View(288, 0.9, "bicubic")
     s = erpm.open_set("imagenet-c", data, view=view)
-    assert (s.view, s.archive, s.own_view) == (erpm.View(224, 1.0), True, True)
+    assert (s.view, s.archive) == (erpm.View(224, 1.0), True)
     assert s.name == "imagenet-c (4 of 50,000 images)"
     some = erpm.open_set("imagenet-c", data, view=view, cell=("fog", 3))      # as the tars have it
     assert some.y.tolist() == decoded(batch(some)[0]) == [3, 10, 500, 999]
@@ -479,12 +479,12 @@ def test_without_an_archive_cells_are_made_from_the_benchmarks_own_view(mini, tm
     (tmp_path / "imagenet").symlink_to(mini / "imagenet")
     view = erpm.View(336, 1.0, "bicubic", squash=True)
     s = erpm.open_set("imagenet-c", partial_data(tmp_path, fit="squash"), view=view)
-    assert s.view == erpm.View(224, 0.875, "bilinear") and s.own_view and not s.archive
+    assert s.view == erpm.View(224, 0.875, "bilinear") and not s.archive
     assert s.name == "imagenet-c (regenerated, 112 of 50,000 images)"
     s = erpm.open_set("objectnet-c", partial_data(mini), view=view)
-    assert s.view == erpm.View(border_px=2) and s.own_view and s.corrupted
+    assert s.view == erpm.View(border_px=2) and s.corrupted
     clean = erpm.open_set("imagenet", partial_data(tmp_path, size_px=0), view=view)
-    assert clean.view == view and not clean.own_view
+    assert clean.view == view
 
 
 def small_row(monkeypatch, name, **changes):
@@ -512,7 +512,7 @@ def test_tiny_imagenet_is_read_as_published(here, monkeypatch):
               | {"val/val_annotations.txt": "".join(f"val_{i}.JPEG\t{w}\t0\t32\t44\t62\n"
                                                     for i, w in enumerate((b, a, b)))})
     s = erpm.open_set("tiny-imagenet", view=erpm.View(224))
-    assert s.classes == (a, b) and s.view == erpm.View(64, 1.0) and s.own_view
+    assert s.classes == (a, b) and s.view == erpm.View(64, 1.0)
     assert s.y.tolist() == [1, 0, 1] and decoded(batch(s)[0]) == [0, 1, 2]
     assert erpm.open_set("tiny-imagenet", split="train").y.tolist() == [0, 0, 1, 1]
     put_files(here / "data/Tiny-ImageNet-C/snow/4", {f"{w}/x.JPEG": encoded(9) for w in (b, a)})
