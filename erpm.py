@@ -1299,20 +1299,17 @@ def as_images(images) -> ImageSet:
     return ImageSet("images", y, classes, View(x.shape[-1], 1.0), images=x)
 
 
-def batches(n: int, batch: int, seed: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
-    """Training's lists of (epoch, position) from micro-batch `start` on, without end: this
-    process's share of each batch, in the global order of (seed, epoch)."""
+def batches(n: int, batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """Training's lists of (epoch, position), without end: this process's share of each batch, in
+    the global order of (seed, epoch)."""
     rank, size = world()
     if n < batch:
         raise UserError(f"{n} training images are fewer than a batch of {batch}")
     share = slice(rank * batch // size, (rank + 1) * batch // size)
-    epoch, k = divmod(start, n // batch)
-    while True:
+    for epoch in itertools.count():
         order = np.random.default_rng(fold(seed, "order", epoch)).permutation(n)
-        for k in range(k, n // batch):
-            picks = order[k * batch:(k + 1) * batch][share]
-            yield [(epoch, int(i)) for i in picks]
-        epoch, k = epoch + 1, 0
+        for picks in order[:n // batch * batch].reshape(-1, batch)[:, share]:
+            yield [(epoch, i) for i in picks.tolist()]
 
 
 def _kill_workers() -> None:
@@ -2920,7 +2917,8 @@ def feed(images: ImageSet, cfg: Train, seed: int, at: int, workers: int) -> Iter
     function of the seed, the micro-batch and the rank; the global generator, which dropout takes,
     is set likewise."""
     device, n, size, start = pick_device(), len(images), cfg.batch // cfg.accum, at * cfg.accum
-    loaded = loader(images, workers, batch_sampler=batches(n, size, seed, start))
+    order = itertools.islice(batches(n, size, seed), start, None)
+    loaded = loader(images, workers, batch_sampler=order)
     send = operator.methodcaller("to", device, non_blocking=True)
     for i, (x, y, index) in enumerate(loaded, start):
         key, epoch = (seed, *divmod(i, cfg.accum), world()[0]), i // (n // size)
