@@ -1321,15 +1321,15 @@ def _kill_workers() -> None:
             process.kill()
 
 
-def loader(jobs, workers: int, **options) -> torch.utils.data.DataLoader:
+def loader(images: ImageSet, workers: int, **options) -> torch.utils.data.DataLoader:
     """DataLoader whose workers leave Ctrl-C and SIGTERM to this process, which stops when it is
     ready, and end with it, however it ends; the number of workers changes no sample."""
-    if isinstance(jobs, ImageSet) and jobs.images is not None:
+    if isinstance(images.images, Tensor):
         workers = 0
     if workers:
         atexit.register(_kill_workers)                   # runs before multiprocessing's own
     return torch.utils.data.DataLoader(
-        jobs, num_workers=workers, collate_fn=lambda batch: batch,
+        images, num_workers=workers, collate_fn=lambda batch: batch,
         worker_init_fn=lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, Progress.signals),
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(), **options)
