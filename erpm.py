@@ -77,7 +77,7 @@ from tqdm import tqdm
 # Nothing here moves a global generator.
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake that a person can mend: the message says what, where and what to do (exit 2)."""
 
 
@@ -436,7 +436,7 @@ class Words(yaml.BaseLoader):
         keys = [k.value for k, _ in node.value]
         twice = [k for k in keys if keys.count(k) > 1]
         if twice:
-            raise UserError(f"line {node.start_mark.line + 1}: {twice[0]!r} stands twice")
+            raise ValueError(f"line {node.start_mark.line + 1}: {twice[0]!r} stands twice")
         return super().construct_mapping(node, deep)
 
 
@@ -1636,8 +1636,6 @@ def _read_row(row: SetRow, data: Data, train: bool):
                                 "another place: data.root=FOLDER")
     try:
         found, y, names = row.read(row, top, train, data)
-    except UserError:
-        raise
     except (RuntimeError, ImportError, OSError, ValueError, EOFError) as e:  # of many libraries
         raise UserError(f"{row.name} in {top}: {e}; get it: {get}") from None
     odd, partial = row.n_classes not in (0, len(names)), n and len(y) != n
