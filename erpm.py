@@ -1435,38 +1435,30 @@ def synsets(part: str = "") -> tuple[str, ...]:
 
 # ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
 
-def _list(file: Path, top: Path):
-    """The pictures of a list, a line each, its path below top first.  A class is the folder of its
-    pictures (a/abbey/NAME.jpg), where they have none the line's second word."""
-    lines = [line.lstrip("/").split() for line in read_lines(file)]
-    of = [words[0].rpartition("/")[0][2:] or words[:2][-1] for words in lines]
-    label = {c: k for k, c in enumerate(sorted(set(of)))}
-    return [f"{top}/{words[0]}" for words in lines], [label[c] for c in of], tuple(label)
-
-
-def _classes(top: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    return sorted(e.name for e in os.scandir(top) if e.is_dir() and e.name[0] != ".")
-
-
 def _tree(row: SetRow, top: Path, train: bool, data: Data):
-    """TOP/FOLDER/.../IMAGE, and for {class: ImageNet's outputs that mean it} as names.  The label
-    comes from a folder's name, never from its place in the text order: the class, or the synset or
-    the number of an output that means it.  Other folders are passed over."""
+    """TOP/FOLDER/.../IMAGE; or where TOP is a list, a line a picture, its path below row.pictures
+    first, whose class is its folder (a/abbey/NAME.jpg), or without one the line's second word.
+
+    Names are the classes, for row.part with ImageNet's outputs that mean them.  The label comes
+    from the folder's name, never from its place in the text order: the class, or the synset or the
+    number of an output that means it.  Other folders are passed over."""
     if top.is_file():
-        return _list(top, Path(data.root, row.pictures))
+        lines = [line.lstrip("/").split() for line in read_lines(top)]
+        found = [(f"{data.root}/{row.pictures}/{words[0]}",
+                  words[0].rpartition("/")[0][2:] or words[:2][-1]) for words in lines]
+    else:
+        found = [(str(p), folder.name) for folder in sorted(top.glob("[!.]*/"))
+                 for p in pictures_below(folder)]
     if row.part is None:
-        names = dict.fromkeys(_classes(top), ())
+        names = dict.fromkeys(sorted({c for _, c in found}), ())
     elif row.part == "objectnet":
         names = OBJECTNET
     else:
         names = {s: [synsets().index(s)] for s in synsets(row.part)}
     label = {}
     for k, (name, ids) in enumerate(names.items()):
-        label[name] = k
-        for i in ids:
-            label |= {synsets()[i]: k, str(i): k}
-    found = [(str(p), k) for c, k in label.items() for p in pictures_below(top / c)]
+        label |= dict.fromkeys([name, *map(str, ids), *(synsets()[i] for i in ids)], k)
+    found = [(p, label[c]) for p, c in found if c in label]
     return [p for p, _ in found], [k for _, k in found], names
 
 
@@ -1478,14 +1470,11 @@ def _folder(row: SetRow, top: Path, train: bool, data: Data):
         raise UserError(f"no folder {top / ('train' if train else 'val')}: training takes {top}/"
                         f"train/CLASS/IMAGE and {top}/val/CLASS/IMAGE, scoring any CLASS/IMAGE")
     paths, y, names = _tree(row, half, train, data)
-    empty = sorted(set(names) - {tuple(names)[k] for k in set(y)})
-    if len(names) < 2 or empty:
-        raise UserError(f"{top}: expected {top}/CLASS/IMAGE with two classes or more, found "
-                        f"{len(names)}, without images {empty[:3] or 'none'}")
-    odd = {*names} ^ {*_classes(test)} if train and test else ()
-    if odd:
-        raise UserError(f"{top}: classes of its training or its test pictures alone: "
-                        f"{', '.join(sorted(odd)[:9])}")
+    odd = {*names} ^ {folder.name for folder in (test or half).glob("[!.]*/")}
+    if len(names) < 2 or odd:
+        raise UserError(f"{half}: expected {half}/CLASS/IMAGE with two classes or more, found "
+                        f"{len(names)}; without pictures, or with training or test pictures alone: "
+                        f"{', '.join(sorted(odd)[:9]) or 'none'}")
     return paths, y, names
 
 

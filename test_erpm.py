@@ -2364,7 +2364,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval --set a@shapes", "unknown set"),
     ("eval --set folder:half --model run:r", "no folder half/val"),
     ("eval --set folder:one --model run:r", "two classes or more, found 1"),
-    ("eval --set folder:empty --model run:r", "without images ['dog']"),
+    ("eval --set folder:empty --model run:r", "pictures alone: dog"),
     ("eval --set imagenet-r --model run:r", "looked for data/imagenet-r; get i"),
     ("eval --set folder:in --model run:r data.workers=1 eval.head=own", "remove in/dog/0.png"),
     ("eval --set folder:flat --model run:r", "its classes are not those of folder:flat, and a lin"),
