@@ -1483,13 +1483,11 @@ def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
     linear probes), CIFAR, and MNIST and Fashion-MNIST, padded from 28 to 32 px."""
     sets = torchvision.datasets
     if row.name == "flowers102":
-        splits = ("train", "val") if train else ("test",)
-        parts = [sets.Flowers102(data.root, split) for split in splits]
-        return ([str(p) for part in parts for p in part._image_files],
-                [y for part in parts for y in part._labels], sets.Flowers102.classes)
-    cls = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10,
-           "cifar100": sets.CIFAR100}[row.name]
-    raw = cls(data.root, train=train)
+        parts = [sets.Flowers102(data.root, s) for s in (["train", "val"] if train else ["test"])]
+        return (sum((part._image_files for part in parts), []),
+                sum((part._labels for part in parts), []), sets.Flowers102.classes)
+    raw = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10,
+           "cifar100": sets.CIFAR100}[row.name](data.root, train=train)
     x = torch.as_tensor(raw.data)
     grey = x.ndim == 3
     x = F.pad(x, (2,) * 4)[:, None].expand(-1, 3, -1, -1) if grey else x.permute(0, 3, 1, 2)
