@@ -1276,8 +1276,7 @@ class ImageSet(torch.utils.data.Dataset):
         seed, crop, flip = self.draw
         im = decode(self.paths[i]) if crop else read_picture(self.paths[i])
         with seeded(seed, "crop", epoch, i):
-            im = self.view(im, random=crop)
-            im = v2.RandomHorizontalFlip()(im) if flip else im
+            im = v2.RandomHorizontalFlip(flip / 2)(self.view(im, random=crop))
         return im if crop else v2.functional.pil_to_tensor(im)
 
 
