@@ -1214,22 +1214,20 @@ class ImageSet(torch.utils.data.Dataset):
     """Labelled square images, held in memory or read from files.
 
     base: the set's name; name: what the results call it.  y: labels (n,).
-    images: uint8 (n,3,S,S), or paths: files, which `view` makes square.
+    images: uint8 (n,3,S,S), or the paths of picture files; `view` makes both square.
     outputs: the classes of a network that answers here by itself; ids (C,k): which of its outputs
-    mean class k, None = all in order.  corrupted: a -c set; archive: a published one.
+    mean class k, None = all in order.  corrupted: of a -c set how, "read" or "made" on the fly.
     index: the images in use.  draw: (seed, crop, flip) of training.  beside: a copy of each image
     (samples of [B]), which comes as channels 3 to 5, cut alike."""
     base: str
     y: Sequence[int]
     classes: Sequence[str]
     view: View = View()
-    images: Tensor | None = None
-    paths: Sequence[str] = ()
+    images: Tensor | Sequence[str] = ()
     name: str = ""
     outputs: tuple[str, ...] = ()
     ids: Tensor | None = None
-    corrupted: bool = False
-    archive: bool = False
+    corrupted: str = ""
     index: np.ndarray | None = None
     beside: ImageSet | None = None
     draw: tuple[int, bool, bool] = (0, False, False)
@@ -1259,7 +1257,7 @@ class ImageSet(torch.utils.data.Dataset):
         """Batch (x uint8 (B,3,H,W), y (B,), index (B,)) for keys (epoch, position) of an epoch."""
         epoch, index = keys[0][0], self.index[[p for _, p in keys]]
         seed, crop, flip = self.draw
-        if self.images is None:
+        if not isinstance(self.images, Tensor):
             x = torch.stack([self._read(epoch, int(i)) for i in index])
         else:
             x = self.view(self.images[torch.from_numpy(index)])
@@ -1274,7 +1272,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     def _read(self, epoch: int, i: int) -> Tensor:
         seed, crop, flip = self.draw
-        im = decode(self.paths[i]) if crop else read_picture(self.paths[i])
+        im = decode(self.images[i]) if crop else read_picture(self.images[i])
         with seeded(seed, "crop", epoch, i):
             im = v2.RandomHorizontalFlip(flip / 2)(self.view(im, random=crop))
         return im if crop else v2.functional.pil_to_tensor(im)
@@ -1493,16 +1491,25 @@ def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
     return x, raw.targets, raw.classes
 
 
-def _cifar_c(severity: int, row: SetRow, top: Path, train: bool, data: Data):
-    """The five severities of a corruption stand in one array, the labels beside it."""
-    x, y = np.load(top, mmap_mode="r"), np.load(top.with_name("labels.npy"))
-    part = slice((severity - 1) * len(y) // 5, severity * len(y) // 5)
-    x = torch.tensor(x[part]).permute(0, 3, 1, 2).contiguous()
-    return x, y[part], list(map(str, range(row.n_classes)))
+def _cell(row: SetRow, top: Path, train: bool, data: Data):
+    """A cell of a published archive, TOP = ARCHIVE/corruption/severity: a tree, perhaps in a group
+    of the tars; or of CIFAR's array of the corruption a fifth, the labels beside it."""
+    archive, k, array = top.parents[1], int(top.name), top.parent.with_suffix(".npy")
+    if array.is_file():
+        x, y = np.load(array, mmap_mode="r"), np.load(archive / "labels.npy")
+        part = slice((k - 1) * len(y) // 5, k * len(y) // 5)
+        x = torch.tensor(x[part]).permute(0, 3, 1, 2).contiguous()
+        return x, y[part], list(map(str, range(row.n_classes)))
+    cell = top.relative_to(archive)
+    for path in (top, *archive.glob(f"*/{cell}/")):
+        if path.is_dir():
+            return _tree(row, path, train, data)
+    raise UserError(f"{archive} lacks the cell {cell}: unpack the rest, or move the folder away to "
+                    f"have all made from {row.name}")
 
 
 def _shapes(row: SetRow, top: Path, train: bool, data: Data):
-    n, most = (row.n_train, data.n_train) if train else (row.n_test, data.n_test)
+    n, most = (20000, data.n_train) if train else (2000, data.n_test)
     x, y = make_shapes(min(n, most or n), data.size_px or 32, "train" if train else "test",
                        "r" if row.name == "shapes-r" else "")
     return x, y, SHAPES
@@ -1536,8 +1543,8 @@ class SetRow:
 _TV = "python -c \"import torchvision as t; t.datasets.{}('ROOT', download=True)\""
 _VAL = "image-net.org (ILSVRC2012); torchvision.datasets.ImageNet sorts the archives into folders"
 SETS: dict[str, SetRow] = {row.name: row for row in (
-    SetRow("shapes", 20000, 2000, 10, "made here, no file", read=_shapes),
-    SetRow("shapes-r", 0, 2000, 10, "made here, no file", read=_shapes),
+    SetRow("shapes", None, None, 10, "made here, no file", read=_shapes),
+    SetRow("shapes-r", 0, None, 10, "made here, no file", read=_shapes),
     SetRow("fashion-mnist", 60000, 10000, 10, _TV.format("FashionMNIST"), "FashionMNIST/raw",
            read=_torchvision_set),
     SetRow("mnist", 60000, 10000, 10, _TV.format("MNIST"), "MNIST/raw", read=_torchvision_set),
@@ -1597,27 +1604,13 @@ def set_row(name: str) -> tuple[SetRow, bool]:
     return SETS[name.removesuffix("-c")], name.endswith("-c")
 
 
-def cell_row(row: SetRow, data: Data, corruption: str, severity: int) -> SetRow:
-    """The row of a cell of its published -c archive: CIFAR's arrays, folders, or folders in the
-    tars' groups; files of 224 px are not resized again.  Raises: UserError where it is missing."""
-    top, cell = Path(data.root, row.archive), f"{corruption}/{severity}"
-    for path in (top / f"{corruption}.npy", top / cell, *top.glob(f"*/{cell}")):
-        if path.exists():
-            read = functools.partial(_cifar_c, severity) if path.suffix == ".npy" else _tree
-            return dataclasses.replace(row, test=str(path.relative_to(data.root)), read=read,
-                                       view=row.view or View(224, 1.0))
-    raise UserError(f"{top} lacks the cell {cell}: unpack the rest, or move the folder away to "
-                    f"have all made from {row.name}")
-
-
 def _read_row(row: SetRow, data: Data, train: bool):
     """(paths or images, labels, class names, what is to be said of their number).
 
     Raises: FileNotFoundError; UserError where it is a part of the set, or more, unless allowed."""
     n, place = (row.n_train, row.train or row.test) if train else (row.n_test, row.test)
     top, get = Path("" if n is None else data.root, place), row.get.replace("ROOT", data.root)
-    n = n if place else None                                 # made here: as many as are wanted
-    if n and not top.exists():
+    if n and not top.exists() and row.read is not _cell:
         raise FileNotFoundError(f"{row.name} is not there: looked for {top}; get it: {get}; "
                                 "another place: data.root=FOLDER")
     try:
@@ -1644,24 +1637,25 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     (row, is_c), train = set_row(name), split == "train"
     if train and (is_c or row.n_train == 0):
         raise UserError(f"{name} has no training split: it is there to be scored")
-    archive = bool(is_c and row.archive and Path(data.root, row.archive).is_dir())
-    if archive:
-        row = cell_row(row, data, *cell)
+    made = is_c and not (row.archive and Path(data.root, row.archive).is_dir())
+    if is_c and not made:
+        row = dataclasses.replace(row, test=f"{row.archive}/{cell[0]}/{cell[1]}", read=_cell,
+                                  view=row.view or View(224, 1.0))
     elif is_c and row.part is not None:
         row = dataclasses.replace(row, view=View(border_px=row.border_px))
     found, y, classes, notes = _read_row(row, data, train)
-    if is_c and row.archive and not archive:
+    if made and row.archive:
         notes = ["regenerated", *notes]
     name = corrupted_name(row.name) if is_c else row.name
-    images = ImageSet(
-        row.name, y, classes, name=name + (f" ({', '.join(notes)})" if notes else ""),
-        corrupted=is_c, archive=archive)
+    name += f" ({', '.join(notes)})" if notes else ""
     if isinstance(found, Tensor):
-        images.images, images.view = found, View(data.size_px or found.shape[-1], 1.0)
+        view = View(data.size_px or found.shape[-1], 1.0)
     else:
         squash = data.fit == "squash" if data.fit else view.squash
-        images.paths, images.view = found, row.view or dataclasses.replace(
+        view = row.view or dataclasses.replace(
             view, size_px=data.size_px or view.size_px, squash=squash, border_px=row.border_px)
+    images = ImageSet(row.name, y, classes, view, found, name,
+                      corrupted="made" if made else "read" if is_c else "")
     if row.part is not None:
         images.outputs = synsets()
     if row.part:
@@ -3408,7 +3402,7 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     """The columns of a row that are known before it is computed; "of" is a hash of everything that
     makes it another evaluation, corruption and severity apart."""
     card, ev, transform = model.card, cfg.eval, str(images.view)
-    if images.corrupted and not images.archive:
+    if images.corrupted == "made":
         textures = "original" if frost_folder() else "procedural"
         transform += f", corrupted on the fly, jpeg 85, {textures} frost"
     if card.size_px not in (0, images.view.size_px):
@@ -3456,7 +3450,7 @@ def scoring(cfg: Config) -> dict:
 def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
     """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
     soon as it is known.  Returns the "of" of what was asked.  Raises: KeyboardInterrupt."""
-    ev, made = cfg.eval, images.corrupted and not images.archive
+    ev, made = cfg.eval, images.corrupted == "made"
     images = images.subset(ev.n_cell) if made else images
     rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
     done, jobs = done_cells(cfg.dir), {}
@@ -3466,12 +3460,13 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
     with Progress(len(jobs) * len(images), f"eval: {images.name}") as bar:
         for cell, pending in jobs.items():
             since, some = time.perf_counter(), images
-            if images.archive:
+            if images.corrupted == "read":
                 some = open_set(f"{images.base}-c", cfg.data, cell=cell)
             try:
                 found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
             except UserError:                            # of pictures all are told at once
-                if bad := list(filter(None, map(unreadable, some.paths))):
+                paths = () if isinstance(some.images, Tensor) else some.images
+                if bad := list(filter(None, map(unreadable, paths))):
                     raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
                                     f"remove {', '.join(bad)}") from None
                 raise
@@ -3910,9 +3905,9 @@ def training_images(data: Data, m: Model) -> ImageSet:
     with torch.device("cpu" if m.student.startswith("open_clip:") else "meta"):
         card = card or named(m.student, None, "random", data.size_px).card
     images, (rank, size) = open_set(data.name, data, "train", card.view), world()
-    if data.on_bad_image == "stop" or images.images is not None:
+    if data.on_bad_image == "stop" or isinstance(images.images, Tensor):
         return images
-    paths = [images.paths[i] for i in images.index]
+    paths = [images.images[i] for i in images.index]
     with ThreadPool(max(1, data.workers)) as pool:                   # Pillow lets threads run
         found = gathered(pool.map(unreadable, paths[rank::size]))    # a share a process
     bad = set(itertools.chain(*found)) - {""}
@@ -4039,13 +4034,12 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
         for key, picture in zip(keys, _bytes(255 * made).cpu()):
             v2.functional.to_pil_image(picture).save(content := io.BytesIO(), "png")
             write_atomically(files[key], content.getvalue())
-    beside = dataclasses.replace(images, images=None, paths=paths,
-                                 view=View(images.view.size_px, 1.0))
-    if images.images is not None:                    # in memory, to be cut as the images are
+    beside = dataclasses.replace(images, images=paths, view=View(images.view.size_px, 1.0))
+    if isinstance(images.images, Tensor):            # in memory, to be cut as the images are
         x = beside.__getitems__([(0, k) for k in range(len(beside))])[0]
         held = images.images.new_zeros(len(paths), *x.shape[1:])
         held[images.index] = x
-        beside = dataclasses.replace(beside, images=held, paths=())
+        beside = dataclasses.replace(beside, images=held)
     return dataclasses.replace(images, beside=beside)
 
 
@@ -4472,7 +4466,7 @@ class CorruptCopies(ImageSet):
 
     def __getitem__(self, k: int) -> None:
         x, _, _ = self.__getitems__([(0, k)])
-        file = Path(self.paths[k]).relative_to(self.base)
+        file = Path(self.images[k]).relative_to(self.base)
         kind = Image.registered_extensions()[file.suffix.lower()]
         for name, severity in CELLS:
             path = self.out / name / str(severity) / file
@@ -4494,7 +4488,7 @@ def run_corrupt(cfg: Config, args) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
-    copies = CorruptCopies(str(source), [0] * len(paths), ["-"], view, paths=paths, out=out)
+    copies = CorruptCopies(str(source), [0] * len(paths), ["-"], view, paths, out=out)
     with Progress(len(paths), "corrupt") as bar:
         for _ in loader(copies, cfg.data.workers or os.cpu_count(), batch_size=None):
             bar.update(1)

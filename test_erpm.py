@@ -463,11 +463,11 @@ def test_every_set_of_the_miniature_imagenet_has_the_right_labels(mini, name, n)
 def test_imagenet_c_is_read_from_disk_cell_by_cell(mini):
     data, view = partial_data(mini, size_px=0), erpm.View(288, 0.9, "bicubic")
     s = erpm.open_set("imagenet-c", data, view=view)
-    assert (s.view, s.archive) == (erpm.View(224, 1.0), True)
+    assert (s.view, s.corrupted) == (erpm.View(224, 1.0), "read")
     assert s.name == "imagenet-c (4 of 50,000 images)"
     some = erpm.open_set("imagenet-c", data, view=view, cell=("fog", 3))      # as the tars have it
     assert some.y.tolist() == decoded(batch(some)[0]) == [3, 10, 500, 999]
-    assert all("/fog/3/" in p for p in some.paths)
+    assert all("/fog/3/" in p for p in some.images)
     few = erpm.open_set("imagenet-c", dataclasses.replace(data, n_test=2), cell=("fog", 3))
     assert np.array_equal(few.index, s.subset(2).index)
     for cell in (("fog", 2), ("snow", 3)):
@@ -479,7 +479,7 @@ def test_without_an_archive_cells_are_made_from_the_benchmarks_own_view(mini, tm
     (tmp_path / "imagenet").symlink_to(mini / "imagenet")
     view = erpm.View(336, 1.0, "bicubic", squash=True)
     s = erpm.open_set("imagenet-c", partial_data(tmp_path, fit="squash"), view=view)
-    assert s.view == erpm.View(224, 0.875, "bilinear") and not s.archive
+    assert s.view == erpm.View(224, 0.875, "bilinear") and s.corrupted == "made"
     assert s.name == "imagenet-c (regenerated, 112 of 50,000 images)"
     s = erpm.open_set("objectnet-c", partial_data(mini), view=view)
     assert s.view == erpm.View(border_px=2) and s.corrupted
@@ -517,7 +517,7 @@ def test_tiny_imagenet_is_read_as_published(here, monkeypatch):
     assert erpm.open_set("tiny-imagenet", split="train").y.tolist() == [0, 0, 1, 1]
     put_files(here / "data/Tiny-ImageNet-C/snow/4", {f"{w}/x.JPEG": encoded(9) for w in (b, a)})
     s = erpm.open_set("tiny-imagenet-c", partial_data("data"), cell=("snow", 4))
-    assert s.y.tolist() == [0, 1] and a in s.paths[0] and s.view.size_px == 64
+    assert s.y.tolist() == [0, 1] and a in s.images[0] and s.view.size_px == 64
 
 
 def test_cifar_c_is_read_from_its_arrays_and_its_rows_are_those_of_its_cells(here, monkeypatch):
@@ -537,7 +537,7 @@ def test_cifar_c_is_read_from_its_arrays_and_its_rows_are_those_of_its_cells(her
         assert s.y.tolist() == [3, 8, 8, 0] and rows[name, k] == erpm.evaluate(net, s)["nll"]
         assert np.array_equal(batch(s)[0].permute(0, 2, 3, 1), arrays[name][4 * k - 4:4 * k])
     put_files(folder, {"snow.npy": b"no array"})
-    with refuses("snow.npy: "):
+    with refuses("CIFAR-10-C/snow/1: "):
         erpm.open_set("cifar10-c", cell=("snow", 1))
 
 
@@ -2018,7 +2018,7 @@ def test_training_sees_jpegs_as_pillow_within_a_grey_level_and_no_spoilt_one(tmp
     paths = [tmp_path / f"{mode}.jpg" for mode in ("RGB", "L", "CMYK")]
     for path in paths:
         to_pil(pictures(1, 90, 70)[0]).convert(path.stem).save(path, quality=90)
-    data = erpm.ImageSet("x", [0] * 3, "a", erpm.View(32), paths=paths).training(1, flip=False)
+    data = erpm.ImageSet("x", [0] * 3, "a", erpm.View(32), paths).training(1, flip=False)
     for k, x in enumerate(data.__getitems__([(0, k) for k in range(3)])[0]):
         with erpm.seeded(1, "crop", 0, k):
             want = np.asarray(data.view(erpm.read_picture(paths[k]), random=True), float)
