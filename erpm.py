@@ -1463,15 +1463,13 @@ def _folder(row: SetRow, top: Path, train: bool, data: Data):
     """Any class-per-folder tree: TOP/train and TOP/val (or test), or, to score only, TOP itself."""
     test = next((top / s for s in ("val", "test") if (top / s).is_dir()), None)
     half = top / "train" if train else test or top
-    if not half.is_dir() or half == top and (top / "train").is_dir():
-        raise UserError(f"no folder {top / ('train' if train else 'val')}: training takes {top}/"
-                        f"train/CLASS/IMAGE and {top}/val/CLASS/IMAGE, scoring any CLASS/IMAGE")
     paths, y, names = _tree(row, half, train, data)
     odd = {*names} ^ {folder.name for folder in (test or half).glob("[!.]*/")}
-    if len(names) < 2 or odd:
-        raise UserError(f"{half}: expected {half}/CLASS/IMAGE with two classes or more, found "
-                        f"{len(names)}; without pictures, or with training or test pictures alone: "
-                        f"{', '.join(sorted(odd)[:9]) or 'none'}")
+    if len(names) < 2 or odd or half == top and (top / "train").is_dir():
+        raise UserError(f"{half}: expected two classes or more, found {len(names)}; without "
+                        "pictures, or with training or test pictures alone: "
+                        f"{', '.join(sorted(odd)[:9]) or 'none'}; training takes {top}/train/CLASS/"
+                        f"IMAGE and {top}/val/CLASS/IMAGE, scoring any CLASS/IMAGE")
     return paths, y, names
 
 

@@ -2362,7 +2362,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval --model open_clip:ViT-B-32-quickgelu/opnai", "did you mean 'openai'"),
     ("eval --set imagenet-rr", "unknown set 'imagenet-rr'; did you mean 'imagenet-r'?"),
     ("eval --set a@shapes", "unknown set"),
-    ("eval --set folder:half --model run:r", "no folder half/val"),
+    ("eval --set folder:half --model run:r", "half/val/CLASS/IMAGE"),
     ("eval --set folder:one --model run:r", "two classes or more, found 1"),
     ("eval --set folder:empty --model run:r", "pictures alone: dog"),
     ("eval --set imagenet-r --model run:r", "looked for data/imagenet-r; get i"),
