@@ -1198,17 +1198,6 @@ class View:
         return v2.functional.center_crop(im, self.size_px)
 
 
-def shift_and_flip(x: Tensor, u: np.ndarray, crop: bool = True, flip: bool = True) -> Tensor:
-    """Each image moved by up to 1/8 of its side (edges reflected) and mirrored half of the time.
-
-    Shapes: x uint8 (B,3,S,S), u (B,3) in [0,1)."""
-    s, pad = x.shape[-1], x.shape[-1] // 8 if crop else 0
-    row, col = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64)).T
-    x = v2.functional.pad(x, pad, padding_mode="reflect").unfold(2, s, 1).unfold(3, s, 1)
-    x = x[torch.arange(len(x)), :, row, col]                                          # (B,3,S,S)
-    return torch.where(torch.from_numpy(flip & (u[:, 2] >= 0.5)).view(-1, 1, 1, 1), x.flip(3), x)
-
-
 @dataclass(eq=False)
 class ImageSet(torch.utils.data.Dataset):
     """Labelled square images, held in memory or read from files.
@@ -1261,10 +1250,15 @@ class ImageSet(torch.utils.data.Dataset):
             x = torch.stack([self._read(epoch, int(i)) for i in index])
         else:
             x = self.view(self.images[torch.from_numpy(index)])
-            if crop or flip:
+            if crop or flip:         # moved by up to 1/8 of the side, edges reflected, and mirrored
                 draws = np.random.default_rng(fold(seed, "crop", epoch))
                 u = draws.random((len(self.y), 3), dtype=np.float32)[index]
-                x = shift_and_flip(x, u, crop, flip)
+                s, pad = x.shape[-1], x.shape[-1] // 8 if crop else 0
+                row, col = torch.from_numpy((u[:, :2] * (2 * pad + 1)).astype(np.int64)).T
+                x = v2.functional.pad(x, pad, padding_mode="reflect")
+                x = x.unfold(2, s, 1).unfold(3, s, 1)[torch.arange(len(x)), :, row, col]
+                mirrored = torch.from_numpy(flip & (u[:, 2] >= 0.5))[:, None, None, None]
+                x = torch.where(mirrored, x.flip(3), x)
         if self.beside is not None:
             other = dataclasses.replace(self.beside, index=self.index, draw=self.draw)
             x = torch.cat([x, other.__getitems__(keys)[0]], 1)

@@ -336,11 +336,11 @@ def test_samples_are_functions_of_seed_epoch_and_index_not_of_workers(here, name
 
 
 @pytest.mark.parametrize("crop, flip", [(True, True), (True, False), (False, True), (False, False)])
-def test_shift_and_flip_is_the_slow_obvious_one(crop, flip):
-    x, u = images(4), np.array([[0, 0, 0], [.5, .5, .9], [.99, .2, .1], [.3, .7, .6]], np.float32)
-    got = erpm.shift_and_flip(x, u, crop, flip)
+def test_shifts_and_flips_are_the_slow_obvious_ones(crop, flip):
+    s, u = shown(), np.random.default_rng(erpm.fold(0, "crop", 1)).random((16, 3), np.float32)
+    got = batch(s.training(0, crop, flip), epoch=1)[0]
     for i, (a, b, mirror) in enumerate(u):
-        padded = F.pad(x[i:i + 1].float(), (4,) * 4, mode="reflect")
+        padded = F.pad(s.images[i:i + 1].float(), (4,) * 4, mode="reflect")
         r, c = (int(a * 9), int(b * 9)) if crop else (4, 4)
         want = padded[0, :, r:r + 32, c:c + 32].to(torch.uint8)
         assert torch.equal(got[i], want.flip(-1) if flip and mirror >= 0.5 else want)
