@@ -3129,18 +3129,15 @@ def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
     """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, in the set's order on
     every process.  A batch is one process's and holds the same images for any number of them, so
     the facts agree to the last bit; nothing is padded or counted twice."""
-    (rank, size), device, mine = world(), pick_device(), []
-    lists = [[(0, p) for p in range(s, min(s + batch, len(images)))]
-             for s in range(rank * batch, len(images), batch * size)]
+    (rank, size), device, n, mine = world(), pick_device(), len(images), []
+    lists = [[(0, p) for p in range(n)[s:s + batch]] for s in range(0, n, batch)][rank::size]
     for keys, (x, y, index) in zip(lists, loader(images, workers, batch_sampler=lists)):
         found = f(x.to(device, non_blocking=True), y.to(device, non_blocking=True), index)
         mine.append({k: v.float().cpu().numpy() for k, v in found.items()})
         if bar is not None:
-            bar.update(len(keys) * len(images) // sum(map(len, lists)))      # of all processes
-    ranks = [mine] * size
-    if size > 1:
-        dist.all_gather_object(ranks, mine)
-    parts = [ranks[i % size][i // size] for i in range(math.ceil(len(images) / batch))]
+            bar.update(len(keys) * n // sum(map(len, lists)))                # of all processes
+    ranks = gathered(mine)
+    parts = [ranks[i % size][i // size] for i in range(math.ceil(n / batch))]
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
@@ -3938,7 +3935,7 @@ def missing(what: str, images: ImageSet, cfg: Config, batch: int, files: dict,
     it ends when all are there.  files: of keys (view, position), where a batch is one file of its
     first key alone.  Raises: KeyboardInterrupt."""
     n, (rank, size), device = len(images), world(), pick_device()
-    jobs = [[(v, k) for k in range(at, min(at + batch, n))]
+    jobs = [[(v, k) for k in range(n)[at:at + batch]]
             for v in range(views) for at in range(0, n, batch)][rank::size]
     jobs = [keys for keys in jobs if not all(files[k].is_file() for k in keys if k in files)]
     with Progress(sum(map(len, jobs)), what) as bar:
