@@ -1173,9 +1173,8 @@ def mix_labels(x, y, spec, generator, n_classes):
 
 @dataclass(frozen=True)
 class View:
-    """How a picture becomes a square image to score: border_px cut off each side (ObjectNet's
-    frame), the short side resized to size_px / crop_pct, the centre cut out; squash = both sides
-    resized, whatever the shape."""
+    """How a picture becomes a square image to score: border_px cut off (ObjectNet's frame), the
+    short side resized to size_px / crop_pct, the centre cut out; squash = both sides resized."""
     size_px: int = 224
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
@@ -1224,15 +1223,13 @@ class ImageSet(torch.utils.data.Dataset):
     def __post_init__(self):
         self.y, self.classes = np.asarray(self.y, np.int64), tuple(self.classes)
         self.name, self.outputs = self.name or self.base, self.outputs or self.classes
-        if self.index is None:
-            self.index = np.arange(len(self.y))
+        self.index = np.arange(len(self.y)) if self.index is None else self.index
 
     def __len__(self) -> int:
         return len(self.index)
 
     def subset(self, n: int) -> ImageSet:
-        """The same set with at most n of its images (0 = all), drawn by a fixed seed: of fewer the
-        same ones."""
+        """The same set with at most n images (0 = all), drawn by a fixed seed."""
         if not 0 < n < len(self):
             return self
         order = np.random.default_rng(fold("subset", self.base)).permutation(len(self.y))
@@ -1291,8 +1288,7 @@ def as_images(images) -> ImageSet:
 
 
 def batches(n: int, batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """Training's lists of (epoch, position), without end: this process's share of each batch, in
-    the global order of (seed, epoch)."""
+    """Endless lists of (epoch, position): this process's share of each batch of training."""
     rank, size = world()
     if n < batch:
         raise UserError(f"{n} training images are fewer than a batch of {batch}")
@@ -1304,8 +1300,8 @@ def batches(n: int, batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def _kill_workers() -> None:
-    """Ends workers whose iterator is still held, by a traceback for example: Python would wait for
-    ever, at exit, for the effect of a SIGTERM, which they ignore."""
+    """Ends workers whose iterator is still held, by a traceback for example: at exit Python would
+    wait for ever for the effect of a SIGTERM, which they block."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's handler reports it as a crash
     for process in torch.multiprocessing.active_children():
         if process.daemon:
@@ -1315,8 +1311,7 @@ def _kill_workers() -> None:
 def loader(images: ImageSet, workers: int, **options) -> torch.utils.data.DataLoader:
     """DataLoader whose workers leave Ctrl-C and SIGTERM to this process, which stops when it is
     ready, and end with it, however it ends; the number of workers changes no sample."""
-    if isinstance(images.images, Tensor):
-        workers = 0
+    workers = 0 if isinstance(images.images, Tensor) else workers
     if workers:
         atexit.register(_kill_workers)                   # runs before multiprocessing's own
     return torch.utils.data.DataLoader(
@@ -1427,12 +1422,12 @@ def synsets(part: str = "") -> tuple[str, ...]:
 # ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
 
 def _tree(row: SetRow, top: Path, train: bool, data: Data):
-    """TOP/FOLDER/.../IMAGE; or where TOP is a list, a line a picture, its path below row.pictures
-    first, whose class is its folder (a/abbey/NAME.jpg), or without one the line's second word.
+    """TOP/CLASS/.../IMAGE; or TOP is a list, a line a picture, its path below row.pictures first,
+    whose class is its folder (a/abbey/NAME.jpg), or without one the line's second word.
 
-    Names are the classes, for row.part with ImageNet's outputs that mean them.  The label comes
-    from the folder's name, never from its place in the text order: the class, or the synset or the
-    number of an output that means it.  Other folders are passed over."""
+    For row.part the classes come with ImageNet's outputs that mean them.  A label comes from a
+    name, never from its place in the text order: the class, or the synset or the number of such an
+    output.  Other folders are passed over."""
     if top.is_file():
         lines = [line.lstrip("/").split() for line in read_lines(top)]
         found = [(f"{data.root}/{row.pictures}/{words[0]}",
@@ -1584,11 +1579,8 @@ def corrupted_name(name: str) -> str:
 
 
 def set_row(name: str) -> tuple[SetRow, bool]:
-    """(row, whether it is the -c of it) of a set's name: NAME, NAME-c, or [LABEL@]folder[-c]:PATH.
-
-    Raises: UserError."""
-    folder = re.fullmatch(r"(?:([^@]+)@)?folder(-c)?:(.+)", name)
-    if folder:
+    """(row, whether its -c is meant) of NAME, NAME-c or [LABEL@]folder[-c]:PATH."""
+    if folder := re.fullmatch(r"(?:([^@]+)@)?folder(-c)?:(.+)", name):
         label, c, path = folder.groups()
         row = SetRow(label or f"folder:{path}", None, None, 0, "", path, read=_folder)
         return row, bool(c)
@@ -1619,8 +1611,7 @@ def _read_row(row: SetRow, data: Data, train: bool):
 
 def open_set(name: str, data: Data = Data(), split: str = "test", view: View = View(),
              cell: tuple[str, int] = CELLS[0]) -> ImageSet:
-    """The named set.  view: how a network wants picture files to be cut; data.size_px and data.fit
-    go before it.
+    """The named set.  view: the network's, for picture files; data.size_px and data.fit go before.
 
     A -c set is the published archive (this cell of it) where that is on disk, else the clean set,
     to be corrupted; ImageNet's pictures are then cut as the benchmark's were, whatever the view.
@@ -1636,8 +1627,7 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     elif is_c and row.part is not None:
         row = dataclasses.replace(row, view=View(border_px=row.border_px))
     found, y, classes, notes = _read_row(row, data, train)
-    if made and row.archive:
-        notes = ["regenerated", *notes]
+    notes = ["regenerated", *notes] if made and row.archive else notes
     name = corrupted_name(row.name) if is_c else row.name
     name += f" ({', '.join(notes)})" if notes else ""
     if isinstance(found, Tensor):
