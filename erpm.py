@@ -1430,7 +1430,7 @@ def _tree(row: SetRow, top: Path, train: bool, data: Data):
     output.  Other folders are passed over."""
     if top.is_file():
         lines = [line.lstrip("/").split() for line in read_lines(top)]
-        found = [(f"{data.root}/{row.pictures}/{words[0]}",
+        found = [(os.path.join(data.root, row.pictures, words[0]),
                   words[0].rpartition("/")[0][2:] or words[:2][-1]) for words in lines]
     else:
         found = [(str(p), folder.name) for folder in sorted(top.glob("[!.]*/"))
