@@ -1383,7 +1383,7 @@ def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor,
     return x, y
 
 
-# ---- ImageNet's classes --------------------------------------------------------------------------
+# ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
 
 # ObjectNet's 113 folders that are ImageNet classes too, and these classes' outputs (125).  Source:
 # objectnet_to_imagenet_1k.json of objectnet-1.0/mappings.
@@ -1418,8 +1418,6 @@ def synsets(part: str = "") -> tuple[str, ...]:
     file = f"data/_info/imagenet_{part + '_' if part else ''}synsets.txt"
     return tuple((Path(timm.__file__).parent / file).read_text().split())
 
-
-# ---- sets from disk: a reader gives paths (or images), labels and class names --------------------
 
 def _tree(row: SetRow, top: Path, train: bool, data: Data):
     """TOP/CLASS/.../IMAGE; or TOP is a list, a line a picture, its path below row.pictures first,
@@ -1467,7 +1465,8 @@ def _torchvision_set(row: SetRow, top: Path, train: bool, data: Data):
     linear probes), CIFAR, and MNIST and Fashion-MNIST, padded from 28 to 32 px."""
     sets = torchvision.datasets
     if row.name == "flowers102":
-        parts = [sets.Flowers102(data.root, s) for s in (["train", "val"] if train else ["test"])]
+        splits = ("train", "val") if train else ("test",)
+        parts = [sets.Flowers102(data.root, split) for split in splits]
         return (sum((part._image_files for part in parts), []),
                 sum((part._labels for part in parts), []), sets.Flowers102.classes)
     raw = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10,
