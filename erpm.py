@@ -2541,37 +2541,29 @@ class Student(nn.Module):
         for dropout before the classifiers, without randomness; dropout in the stages is then off.
         ids: the outputs that count, for sets of fewer classes.
         Paper: [A] section 3.3; differs: all images share the T masks."""
-        mode = self.training
         self.eval()
-        if passes:
-            z = project(self._passes(f, passes), ids)
-            p = z.softmax(-1)                                                    # (T,B,3,C)
-            mean, z = p.mean(0), z.mean(0)
-            top = mean.argmax(-1, keepdim=True).expand(passes, -1, -1, -1)
-            sigma = p.gather(-1, top)[..., 0].std(0, correction=0)               # (B,3)
-        else:
-            z, sigma = self._closed_form(f, ids)
-            mean = z.softmax(-1)
-        self.train(mode)
-        return mean, sigma[:, ::2], z
-
-    def _passes(self, f: Tensor, n: int) -> Tensor:
-        """Logits (T,B,3,C) of n dropout passes.  The images are repeated where dropout stands in
-        the stages (in residual branches too), else as late as the classifiers."""
+        if not passes:
+            return self._closed_form(f, ids)
         drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
-        copies = n if self.early else 1
+        copies = passes if self.early else 1              # else as late as the classifiers
         try:
             for d in drops:
-                d.sample = (n, copies)
-            f = f.repeat(copies, *[1] * (f.ndim - 1))
-            return torch.stack([z.float().unflatten(0, (n, -1)) for z in self.tuned(f)], 2)
+                d.sample = passes, copies
+            heads = self.tuned(torch.cat([f] * copies))
         finally:
             for d in drops:
                 d.sample = None
+        z = torch.stack([z.float().unflatten(0, (passes, -1)) for z in heads], 2)
+        z = project(z, ids)                                                      # (T,B,3,C)
+        p = z.softmax(-1)
+        mean = p.mean(0)
+        top = mean.argmax(-1, keepdim=True).expand(passes, -1, -1, -1)
+        sigma = p.gather(-1, top)[..., 0].std(0, correction=0)                   # (B,3)
+        return mean, sigma[:, ::2], z.mean(0)
 
-    def _closed_form(self, f: Tensor, ids: Tensor | None) -> list[Tensor]:
-        """Logits (B,3,C) and sigma (B,3).  Dropout moves a feature h_i by variance
-        h_i^2 p/(1-p), and p_top to first order by d p_top / d h, which autograd knows."""
+    def _closed_form(self, f: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`moments` to first order: dropout moves a feature h_i by variance h_i^2 p/(1-p), and
+        p_top by d p_top / d h, which autograd knows."""
         f, found, q = self.tuned.shared(f), [], self.dropout / (1 - self.dropout)
         for *blocks, last in self.tuned.heads.values():
             h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
@@ -2580,7 +2572,8 @@ class Student(nn.Module):
                 z = project(last.fc(h.view_as(h)).float(), ids)      # a leaf stops FLOP counters
                 [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)       # image by image
             found.append((z.detach(), (q * (g * h.detach()).square().sum(-1)).sqrt()))
-        return [torch.stack(v, 1) for v in zip(*found)]
+        z, sigma = (torch.stack(v, 1) for v in zip(*found))                      # (B,3,C), (B,3)
+        return z.softmax(-1), sigma[:, ::2], z
 
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
         """What the chosen head says.  passes: dropout passes in one batch after one pass of the

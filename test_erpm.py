@@ -1142,13 +1142,17 @@ def test_batched_passes_equal_one_pass_after_another(where):
     s = moved(student(dropout_in=where) if where != "vit" else erpm.Student(
         erpm.build("timm:test_vit", 5), 2, 1, 0.3)).eval()
     f, t = s.features(torch.rand(3, 3, 32, 32)), 4
-    with torch.no_grad():
-        batched = s._passes(f, t)
-        masks = [d.masks for d in dropouts(s)]
-        for i in range(t):
-            for d, m in zip(dropouts(s), masks):
-                d.masks = m[i:i + 1]
-            assert torch.allclose(s._passes(f, 1)[0], batched[i], atol=1e-5)
+    mean, sigma, z = s.moments(f, t)
+    masks, alone = [d.masks for d in dropouts(s)], []
+    for i in range(t):
+        for d, m in zip(dropouts(s), masks):
+            d.masks = m[i:i + 1]
+        alone.append(s.moments(f, 1))
+    each, _, logits = map(torch.stack, zip(*alone))
+    assert torch.allclose(each.mean(0), mean, atol=1e-5)
+    assert torch.allclose(logits.mean(0), z, atol=1e-5)
+    tops = each.gather(3, mean.argmax(-1, True).expand(t, -1, -1, -1))[..., 0]
+    assert torch.allclose(tops.std(0, correction=0)[:, ::2], sigma, atol=1e-5) and sigma.min() > 0
     assert all(d.sample is None for d in dropouts(s))
 
 
