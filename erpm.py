@@ -2523,13 +2523,8 @@ class Student(nn.Module):
         self.tuned.train(mode)
         return self
 
-    @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """Boundary features of the frozen backbone."""
-        return self.backbone(x)
-
     def forward(self, x: Tensor) -> Heads:
-        return self.tuned(self.features(x))
+        return self.tuned(self.backbone(x))
 
     @torch.no_grad()
     def moments(self, f: Tensor, passes: int = 10, ids: Tensor | None = None) \
@@ -2578,7 +2573,7 @@ class Student(nn.Module):
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
         """What the chosen head says.  passes: dropout passes in one batch after one pass of the
         backbone; 0 = closed form.  rule: one of RULES that needs no label."""
-        mean, sigma, logits = self.moments(self.features(x), passes)
+        mean, sigma, logits = self.moments(self.backbone(x), passes)
         head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
 
@@ -3154,7 +3149,7 @@ def figures_of(v: np.ndarray, label: str) -> dict:
 
 def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None, passes: int) -> dict:
     """{rule: facts and the head that answered (B,5)}."""
-    f = student.features(x)
+    f = student.backbone(x)
     drawn = student.moments(f, passes, ids)
     ways = {rule: (rule, drawn) for rule in RULES}
     if passes:
@@ -3321,7 +3316,7 @@ def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
     x = torch.zeros(1, 3, size_px, size_px, device="meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, Student):
-            model.moments(model.features(x), passes)
+            model.moments(model.backbone(x), passes)
         else:
             model(x)
     return round(counter.get_total_flops() / 1e9, 6)
@@ -4335,7 +4330,7 @@ def pictures_of(run: Path, cfg: Config):
         "left": 0.02, "right": 1, "bottom": 0.08, "top": 0.95, "hspace": 0.7, "wspace": 0})
     for axes, check in zip(grid, CHECKS):
         shown = corrupt(x, check[0], 4, index=index.tolist()) if check else x
-        f = student.features(shown.to(pick_device()))
+        f = student.backbone(shown.to(pick_device()))
         mean, sigma, logits = (m.cpu() for m in student.moments(f, cfg.eval.passes))
         head = select(mean, sigma, cfg.eval.rule, logits=logits, y=y)
         axes[0].set_ylabel(f"{check[0]} 4" if check else "clean")

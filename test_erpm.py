@@ -1075,7 +1075,7 @@ def dropouts(module):
 @pytest.mark.parametrize("head", [0, 1, 2])
 def test_before_tuning_every_head_is_the_original_network(head):
     s, x = student(head=head), torch.rand(4, 3, 32, 32)
-    for z in (*s(x), s.original(s.features(x))):
+    for z in (*s(x), s.original(s.backbone(x))):
         assert torch.equal(z, erpm.Net(tiny_net())(x))
     assert torch.equal(s(images(4)).clean, erpm.Net(tiny_net())(images(4)))
 
@@ -1141,7 +1141,7 @@ def test_student_and_teacher_see_the_same_augmented_pixels():
 def test_batched_passes_equal_one_pass_after_another(where):
     s = moved(student(dropout_in=where) if where != "vit" else erpm.Student(
         erpm.build("timm:test_vit", 5), 2, 1, 0.3)).eval()
-    f, t = s.features(torch.rand(3, 3, 32, 32)), 4
+    f, t = s.backbone(torch.rand(3, 3, 32, 32)), 4
     mean, sigma, z = s.moments(f, t)
     masks, alone = [d.masks for d in dropouts(s)], []
     for i in range(t):
@@ -1159,7 +1159,7 @@ def test_batched_passes_equal_one_pass_after_another(where):
 @pytest.mark.parametrize("ids", [None, [[4, 4], [0, 3], [2, 2]]])
 def test_closed_form_is_the_limit_of_many_passes(ids):
     s = moved(student(tune=2, head=2, dropout=0.01, dropout_in="head"))
-    f, ids = s.features(torch.rand(16, 3, 32, 32)), ids and torch.tensor(ids)
+    f, ids = s.backbone(torch.rand(16, 3, 32, 32)), ids and torch.tensor(ids)
     p0, s0, z0 = s.moments(f, 0, ids)
     p1, s1, z1 = s.moments(f, 4000, ids)
     assert torch.allclose(s0, s1, rtol=0.1, atol=1e-4) and torch.allclose(p0, p1, atol=1e-2)
@@ -1307,7 +1307,7 @@ def test_figures_of_a_plain_network_are_those_of_a_slow_loop():
 @pytest.mark.parametrize("passes", [4, 0])
 def test_figures_of_every_rule_are_those_of_a_slow_loop(passes):
     s, data = moved(student()), shown(5, 50)
-    y, f = torch.tensor(data.y), s.features(data.images)
+    y, f = torch.tensor(data.y), s.backbone(data.images)
     got = erpm.evaluate(s, data, batch=16, passes=passes, amp="none")
     assert len(got["rules"]) == len(erpm.RULES) + bool(passes)
     for name, found in got["rules"].items():
@@ -1478,7 +1478,7 @@ def test_the_three_heads_tune_a_projection_each_and_share_the_text():
     assert all(torch.equal(z, erpm.Net(net)(x)) for z in s(x))
     assert all(torch.equal(s.tuned.heads[h][-1].fc.weight, text.weight) for h in erpm.HEADS)
     assert len({id(p) for h in erpm.HEADS for p in s.tuned.heads[h].parameters()}) == 6
-    f, ids = s.features(x), torch.tensor([[2, 2], [0, 3]])       # closed form of a text head
+    f, ids = s.backbone(x), torch.tensor([[2, 2], [0, 3]])       # closed form of a text head
     for some in (None, ids):
         (m, sigma, z), (m0, sigma0, z0) = s.moments(f, 20000, some), s.moments(f, 0, some)
         assert torch.allclose(sigma, sigma0, rtol=0.05) and torch.allclose(m, m0, atol=1e-2)
@@ -1560,7 +1560,7 @@ def test_a_text_demo_scores_zero_shot_and_leaves_the_frozen_towers_as_they_were(
     found = erpm.evaluate(s, erpm.open_set("shapes", erpm.Data(n_test=20)), amp="none", passes=3)
     assert found["rules"] == rows["ERPM", "shapes"]["rules"]
     assert s.card.prompts[0] == tuple(erpm.SHAPES) and equal(s.backbone, erpm.cut(first, 1)[0])
-    assert torch.equal(s.original(s.features(x)), first(x))
+    assert torch.equal(s.original(s.backbone(x)), first(x))
     assert torch.equal(s.original[-1].fc.weight, s.tuned.heads["robust"][-1].fc.weight)
     assert not torch.equal(s(x).clean, first(x))             # and the tuned part has moved
 
@@ -1806,7 +1806,7 @@ def test_local_weights_start_both_networks_and_none_takes_the_teacher_as_it_is(h
     ten, s = erpm.load("ten.safetensors"), erpm.load("runs/shapes")
     assert "has no classifier" not in out
     assert equal(erpm.load("runs/shapes/teacher.safetensors"), ten)
-    assert torch.equal(s.original(s.features(images(3))), ten(images(3)))
+    assert torch.equal(s.original(s.backbone(images(3))), ten(images(3)))
     assert "has no trained classifier for these 10 classes" in fails(
         capsys, "robustify", "run=c", *words, "model.teacher_weights=seven.safetensors")
 
