@@ -2445,19 +2445,21 @@ def divergence(mean: Tensor) -> Tensor:
     return (mean[:, ::2].float() * (log[:, ::2] - log[:, 1:2])).sum(-1).clamp_min(0)
 
 
-# METHOD [A] eq. 6: the head with the least objective answers.  s sigma, d divergence, m mean, z
-# logits, all of the clean and the robust head, (B,2) or (B,2,C).  "product" is [A]'s as we read it
-# (product or sum is not stated); the others are the ablations of Tables 6 and 7, and ours.
+# METHOD [A] eq. 6: the head with the least objective answers.  s sigma, d divergence, m mean, all
+# of the clean and the robust head, (B,2) or (B,2,C); z logits of all three, y labels.  "product" is
+# [A]'s as we read it (product or sum is not stated); the others are the ablations of Tables 6 and
+# 7, and ours; "oracle" is clean unless robust alone is right.
 OBJECTIVES: dict[str, Callable] = {
-    "product": lambda s, d, m, z: (s + TINY) * (d + TINY),
-    "sum": lambda s, d, m, z: s + d,
-    "sigma": lambda s, d, m, z: s,
-    "kl": lambda s, d, m, z: d,
-    "max-logit": lambda s, d, m, z: -z.amax(-1),
-    "entropy": lambda s, d, m, z: -(m * m.clamp_min(TINY).log()).sum(-1),
-    "soft": lambda s, d, m, z: (s + TINY) * (d + TINY),
+    "product": lambda s, d, m, z, y: (s + TINY) * (d + TINY),
+    "sum": lambda s, d, m, z, y: s + d,
+    "sigma": lambda s, d, m, z, y: s,
+    "kl": lambda s, d, m, z, y: d,
+    "max-logit": lambda s, d, m, z, y: -z[:, ::2].amax(-1),
+    "entropy": lambda s, d, m, z, y: -(m * m.clamp_min(TINY).log()).sum(-1),
+    "soft": lambda s, d, m, z, y: (s + TINY) * (d + TINY),
+    "oracle": lambda s, d, m, z, y: (m.argmax(-1) != y[:, None]).int(),
 }
-RULES = (*OBJECTIVES, *HEADS, "oracle")
+RULES = (*HEADS, *OBJECTIVES)
 
 
 def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor | None = None,
@@ -2465,26 +2467,22 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
     """Index into HEADS of the head that answers each image, (B,).
 
     Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
-    logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
+    logits (B,3,C) for "max-logit", labels y (B,) for "oracle".
     Paper: [A] eq. 6.  Raises: UserError on an unknown rule, a missing input."""
     choose(RULES, rule, "rule")
     if rule in HEADS:
         return torch.full((len(mean),), HEADS.index(rule), device=mean.device)
     if rule == "oracle" and y is None or rule == "max-logit" and logits is None:
         raise UserError(f"rule {rule!r} needs the {'labels' if rule == 'oracle' else 'logits'}")
-    if rule == "oracle":
-        right = mean[:, ::2].argmax(-1) == y[:, None]                                    # (B,2)
-        return torch.where(right[:, 1] & ~right[:, 0], 2, 0)
-    z = None if logits is None else logits[:, ::2]
-    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], z).argmin(-1)
+    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], logits, y).argmin(-1)
 
 
 def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
     """Probabilities (B,C) of the answering head; "soft" mixes clean and robust by 1/(sigma KL)."""
     if rule != "soft":
         return mean[torch.arange(len(mean), device=mean.device), head]
-    weight = F.normalize(1 / OBJECTIVES["soft"](sigma, divergence(mean), None, None), p=1, dim=-1)
-    return (mean[:, ::2] * weight[..., None]).sum(1)
+    weight = 1 / ((sigma + TINY) * (divergence(mean) + TINY))
+    return (mean[:, ::2] * F.normalize(weight, p=1, dim=-1)[..., None]).sum(1)
 
 
 def project(z: Tensor, ids: Tensor | None) -> Tensor:
