@@ -1736,12 +1736,6 @@ class TextHead(nn.Module):
 
 # ---- weights on disk -----------------------------------------------------------------------------
 
-def card_of(meta: dict) -> Card:
-    """The Card of its JSON."""
-    return Card(**meta | {"view": View(**meta["view"]), "classes": tuple(meta["classes"]),
-                          "prompts": tuple(map(tuple, meta["prompts"]))})
-
-
 def read_weights(path: Path | str) -> tuple[dict[str, Tensor], Card | None]:
     """(tensors by name, the Card that `save` wrote beside them or None) of a .safetensors or a
     state dict of torch.save, also in "state_dict" or "model"; nothing is unpickled.  Raises:
@@ -1764,11 +1758,12 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], Card | None]:
         raise UserError(f"{path} holds no state dict but {', '.join(map(str, state))[:200]}")
     if "erpm" not in meta:
         return state, None
-    whole = meta.get("sha") == sha(meta["erpm"], state)
-    if not whole or json.loads(meta["erpm"]).keys() != dataclasses.asdict(Card()).keys():
+    card = json.loads(meta["erpm"]) if meta.get("sha") == sha(meta["erpm"], state) else {}
+    if card.keys() != vars(Card()).keys():
         raise UserError(f"{path} is damaged, or of another version of erpm.py: it does not hold "
                         "what was saved; delete it to make it again")
-    return state, card_of(json.loads(meta["erpm"]))
+    return state, Card(**card | {"view": View(**card["view"]), "classes": tuple(card["classes"]),
+                                 "prompts": tuple(map(tuple, card["prompts"]))})
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
@@ -2598,7 +2593,8 @@ class Team(nn.Module):
 
     def __init__(self, net: nn.Module, teacher: Net, tune: int | None = None):
         super().__init__()
-        made = {"tune": tune, "teacher": dataclasses.asdict(teacher.card)}
+        t = teacher.card
+        made = {"tune": tune, "teacher": [t.name, t.n_classes, "random", t.size_px]}
         self.card = dataclasses.replace(net.card, made=net.card.made | {"team": made})
         self.net, self.teacher, self.tails = net, teacher, nn.ModuleList()
         if tune is not None:
@@ -2702,24 +2698,12 @@ def save(path: Path | str, module: nn.Module, **more) -> None:
     write_tensors(Path(path), module.state_dict(), module.card)
 
 
-def bare(card: Card) -> Net:
-    """The network of a card before its tensors are loaded."""
-    net = named(card.name, card.n_classes, "random", card.size_px)
-    if card.prompts:
-        net.net.fc = TextHead(net.net.fc.weight.detach())
-    net.card = card
-    return net
-
-
 def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
     """The Student or Net that a run or `save` made, in eval mode, ready for `predict`.
 
     run: a run's folder (its model.safetensors) or a weights file.  net: your own module, where it
     was made from one.  Nothing is downloaded.  Raises: UserError."""
     path = Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise UserError(f"no trained model {path}: run `python erpm.py distill` first, or name a "
-                        "run's folder that holds model.safetensors")
     state, card = read_weights(path)
     if card is None or not card.name and net is None:
         raise UserError(f"{path} was not made by erpm.py from a network of its names: "
@@ -2731,17 +2715,22 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         net = zero_shot(named(card.name, None, str(path), card.size_px), card.prompts)
         net.card = dataclasses.replace(card, clip=str(path))
         return freeze(net)
-    if net is None:
-        net = VQGAN(made["vqgan"]) if "vqgan" in made else bare(card)
+    if "vqgan" in made:
+        net = VQGAN(made["vqgan"])
+    elif net is None:
+        net = named(card.name, card.n_classes, "random", card.size_px)
+        if card.prompts:
+            net.net.fc = TextHead(net.net.fc.weight.detach())
     net = net if hasattr(net, "card") else Net(net)
     if "prompted" in made:
-        prompted(net, **made["prompted"])
-    module = Student(net, **made["student"]) if "student" in made else net
+        net = prompted(net, **made["prompted"])
+    if "student" in made:
+        net = Student(net, **made["student"])
     if "team" in made:
-        module = Team(module, bare(card_of(made["team"]["teacher"])), made["team"]["tune"])
-    load_strictly(module, state, f"{path} does not fit {card.name or 'the module'}")
-    module.card = card
-    return freeze(module)
+        net = Team(net, named(*made["team"]["teacher"]), made["team"]["tune"])
+    load_strictly(net, state, f"{path} does not fit {card.name or 'the module'}")
+    net.card = card
+    return freeze(net)
 
 
 def build(name: str | nn.Module, classes: int | Sequence[str] | None = None,

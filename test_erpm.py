@@ -2359,7 +2359,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval --model resnet50", "expected FAMILY:NAME"),
     ("eval --model timmm:resnet50", "did you mean 'timm'?"),
     ("eval --model cifar:resnet21", "expected cifar:resnetD"),
-    ("eval --model run:nowhere", "no trained model nowhere"),
+    ("eval --model run:nowhere", "no weights file nowhere"),
     ("eval --model torchvision:resnet5", "unknown network of torchvision 'resnet5'; did you mean"),
     ("eval --model torchvision:resnet50/V1", "unknown weights of torchvision:resnet50 'V1'"),
     ("eval --model open_clip:ViT-B-33", "of open_clip 'ViT-B-33'; did you mean 'ViT-B-32'"),
