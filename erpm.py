@@ -2861,20 +2861,6 @@ def feed(images: ImageSet, cfg: Train, seed: int, at: int, workers: int) -> Iter
                     rng("step", *key), [(seed, epoch, k) for k in index.tolist()])
 
 
-def add_gradients(model: nn.Module, step: Callable, data: Iterator[Batch], accum: int, scaler,
-                  amp: str) -> list[dict[str, Tensor]]:
-    """Losses of the micro-batches of a step, whose gradients are added up."""
-    losses = []
-    for k, batch in enumerate(itertools.islice(data, accum)):
-        one_by_one = world()[1] > 1 and k < accum - 1        # processes average their sums once
-        with model.no_sync() if one_by_one else contextlib.nullcontext():
-            with autocast(amp, batch.y.device):
-                loss, parts = step(model, batch)
-            scaler.scale(loss / accum).backward()
-        losses.append({name: v.detach() for name, v in {"loss": loss, **parts}.items()})
-    return losses
-
-
 def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime: Runtime, *,
         name: str, seed: int, checkpoint: Path | None = None, key: dict | None = None,
         workers: int = 0) -> dict[str, float]:
@@ -2893,6 +2879,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         parts["average"] = swa.AveragedModel(
             model, multi_avg_fn=swa.get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
     at, seconds = resume(checkpoint, parts, key) if checkpoint else (0, 0.0)
+    since, counter = time.perf_counter() - seconds, FlopCounterMode(display=False)
     data, per_epoch = feed(images, cfg, seed, at, workers), max(1, len(images) // cfg.batch)
     total = max(1, round(cfg.epochs * per_epoch))
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
@@ -2900,14 +2887,19 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, "
         f"{sum(p.numel() for p in trained):,} trained parameters"
         + (f"; goes on at step {at:,}" if at else ""))
-    losses, since, counter = [], time.perf_counter(), FlopCounterMode(display=False)
+    losses = []
     with Progress(total * cfg.batch, name, at * cfg.batch) as bar:
         while at < total:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
-                losses += add_gradients(wrapped, step, data, cfg.accum, scaler, runtime.amp)
+                for k, batch in enumerate(itertools.islice(data, cfg.accum), 1):
+                    wrapped.require_backward_grad_sync = k == cfg.accum    # DDP: averaged once
+                    with autocast(runtime.amp, device):
+                        loss, found = step(wrapped, batch)
+                    scaler.scale(loss / cfg.accum).backward()
+                    losses.append({k: v.detach() for k, v in [("loss", loss), *found.items()]})
             scaler.unscale_(opt)
             if cfg.clip:
                 nn.utils.clip_grad_norm_(trained, cfg.clip)
@@ -2918,19 +2910,18 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
                 parts["average"].update_parameters(model)
             at, saves = at + 1, (at + 1) % runtime.save_every == 0
             if saves or at % runtime.log_every == 0 or at == total or size == 1 and bar.hit:
-                seconds, since = seconds + time.perf_counter() - since, time.perf_counter()
                 row = {"stage": name, "step": at, "epoch": round(at / per_epoch, 3), "lr": lr}
                 bar.set_postfix_str(log_row(checkpoint, row, losses), refresh=False)
                 losses, stops = [], any(gathered(bar.hit)) and at < total
                 if checkpoint and at < total and (stops or saves):
-                    keep(checkpoint, parts, at, seconds, key)
+                    keep(checkpoint, parts, at, time.perf_counter() - since, key)
                 if stops:
                     raise KeyboardInterrupt(f"{name}, step {at} of {total}")
             bar.update(cfg.batch)
     if cfg.ema:
         model.load_state_dict(parts["average"].module.state_dict())
     model.eval()
-    return {"images": total * cfg.batch, "seconds": round(seconds, 2),
+    return {"images": total * cfg.batch, "seconds": round(time.perf_counter() - since, 2),
             "gflops": counter.get_total_flops() * size * total / 1e9}
 
 
@@ -3771,7 +3762,9 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
         held = see(batch)
 
     def once(model: nn.Module, opt: torch.optim.Optimizer, step: Callable) -> None:
-        add_gradients(model, step, iter([batch]), 1, torch.amp.GradScaler(enabled=False), "auto")
+        with autocast("auto", x.device):
+            loss, _ = step(model, batch)
+        loss.backward()
         opt.step()
         opt.zero_grad()
 
