@@ -2809,9 +2809,8 @@ def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -
 
 def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
     """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
-    go back into the parts; (0, 0) without one.  Raises: UserError if it is another job's."""
-    files = [p for p in (path, path.with_suffix(".ckpt1")) if p.is_file()]
-    for file in files:
+    go back into the parts; (0, 0) without a whole one.  Raises: UserError if it is another job's."""
+    for file in filter(Path.is_file, (path, path.with_suffix(".ckpt1"))):
         content = file.read_bytes()
         if sha(content[:-16]).encode() != content[-16:]:
             say(f"{file} is damaged: it is left out")
@@ -2827,9 +2826,6 @@ def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
             say(f"{file}: made by {saved['processes']} processes, goes on with {world()[1]}: the "
                 "same images a step, other draws of augmentation and dropout")
         return saved["step"], saved["seconds"]
-    if files:
-        raise UserError(f"{path} is damaged: delete {' and '.join(p.name for p in files)} to start "
-                        "this stage again")
     return 0, 0.0
 
 
