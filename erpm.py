@@ -2877,13 +2877,12 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     at, seconds = resume(checkpoint, parts, key) if checkpoint else (0, 0.0)
     since, counter = time.perf_counter() - seconds, FlopCounterMode(display=False)
     data, per_epoch = feed(images, cfg, seed, at, workers), max(1, len(images) // cfg.batch)
-    total = max(1, round(cfg.epochs * per_epoch))
+    total, losses = max(1, round(cfg.epochs * per_epoch)), []
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
     trained = [p for group in opt.param_groups for p in group["params"]]
     say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, "
         f"{sum(p.numel() for p in trained):,} trained parameters"
         + (f"; goes on at step {at:,}" if at else ""))
-    losses = []
     with Progress(total * cfg.batch, name, at * cfg.batch) as bar:
         while at < total:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
