@@ -2383,17 +2383,16 @@ def tunable(stage: nn.Module, key: int, p: float, where: str) -> nn.Module:
     with where = "tail" else behind its own dropout layers (which stay off), or the ends of its
     residual branches where it is a block of open_clip, or itself where it has neither."""
     stage = copy.deepcopy(stage).requires_grad_(True)
+    if isinstance(stage, Classifier):
+        stage.drop = Dropout(p, key)
+    if isinstance(stage, Classifier) or where == "head":
+        return stage
     spots = [(m, k, c) for m in stage.modules() for k, c in m.named_children()
              if k in ("ls_1", "ls_2")
              or isinstance(c, nn.Dropout) and k != "attn_drop"]   # a fused kernel reads attn_drop.p
-    if isinstance(stage, Classifier):
-        stage.drop = Dropout(p, key)
-    elif where == "tail" and not spots:
-        stage = nn.Sequential(stage, Dropout(p, fold(key)))
-    elif where == "tail":
-        for i, (module, name, child) in enumerate(spots):
-            setattr(module, name, nn.Sequential(child, Dropout(p, fold(key, i))))
-    return stage
+    for i, (module, name, child) in enumerate(spots):
+        setattr(module, name, nn.Sequential(child, Dropout(p, fold(key, i))))
+    return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
 
 
 class Tuned(nn.Sequential):
@@ -2421,10 +2420,9 @@ class ThreeHeads(Tuned):
     def forward(self, f: Tensor, n_clean: int | None = None) -> Heads:
         """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
         f[n_clean:] alone and the combined head everything, as [A] trains them."""
-        f = self.shared(f)
-        a, b = (slice(None),) * 2 if n_clean is None else (slice(n_clean), slice(n_clean, None))
-        return Heads(self.heads["clean"](f[a]), self.heads["combined"](f),
-                     self.heads["robust"](f[b]))
+        f, head = self.shared(f), self.heads
+        clean, robust = (f, f) if n_clean is None else f.tensor_split([n_clean])
+        return Heads(head["clean"](clean), head["combined"](f), head["robust"](robust))
 
 
 TINY = 1e-12      # a head that agrees with the combined one to the last bit has KL 0, and so would
@@ -2610,7 +2608,7 @@ class Team(nn.Module):
         return team(clean, robust).clamp_min(TINY).log()
 
 
-# ---- losses --------------------------------------------------------------------------------------
+# ---- losses, and the samples of [B] --------------------------------------------------------------
 
 def kd(z: Tensor, teacher: Tensor, t: float) -> Tensor:
     """t^2 KL(softmax(teacher/t) || softmax(z/t)) of logits (B,C), in float32, the batch's mean."""
@@ -2635,8 +2633,6 @@ def erpm_loss(z: Heads, z0: Tensor, zt: Tensor, y: Tensor, *, alpha: float, t: f
     return {"clean": loss(z.clean, z0), "combined_clean": loss(z.combined[:b], z0),
             "robust": loss(z.robust, zt), "combined_robust": loss(z.combined[b:], zt)}
 
-
-# ---- [B]: discrete adversarial samples -----------------------------------------------------------
 
 @torch.no_grad()
 def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generator, *,
@@ -2752,8 +2748,6 @@ def build(name: str | nn.Module, classes: int | Sequence[str] | None = None,
         return load(name[4:])
     if classes is None or isinstance(classes, int):
         return named(name, classes, weights, size_px)
-    if not name.startswith("open_clip:"):
-        raise UserError(f"{name} has no text tower: names of classes want an open_clip:NAME")
     return zero_shot(named(name, None, weights, size_px), (tuple(classes), tuple(templates)))
 
 
@@ -3027,8 +3021,7 @@ def vqgan_step(model, batch):
 def check_outputs(images: ImageSet, *nets: nn.Module) -> None:
     """Raises: UserError unless all networks have as many outputs, and one for every label."""
     x = images.__getitems__([(0, 0)])[0].to(pick_device())
-    answers = [net.to(x.device).eval()(x) for net in nets]
-    found = {(z if isinstance(z, Tensor) else z[0]).shape[-1] for z in answers}
+    found = {net.to(x.device).eval()(x)[0].shape[-1] for net in nets}
     least, most = images.y.min(), images.y.max()
     if len(found) > 1 or not 0 <= least <= most < max(found):
         raise UserError(f"images: labels {least} to {most} for networks of "
