@@ -2361,11 +2361,11 @@ class Dropout(nn.Module):
 
     METHOD [A] section 3.3: T stochastic passes.  The T masks are functions of the key alone and the
     same for every image: T sub-networks, so that no answer depends on the rest of its batch."""
+    sample = None              # of all: off, or (passes T, how often x holds the images: T or 1)
 
     def __init__(self, p: float, key: int):
         super().__init__()
         self.p, self.key = p, key
-        self.sample = None               # off, or (passes T, how often x holds the images: T or 1)
         self.masks = torch.empty(0)                          # the last masks drawn, (T, *features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -2530,15 +2530,12 @@ class Student(nn.Module):
         self.eval()
         if not passes:
             return self._closed_form(f, ids)
-        drops = [m for m in self.tuned.modules() if isinstance(m, Dropout)]
         copies = passes if self.early else 1              # else as late as the classifiers
+        Dropout.sample = passes, copies
         try:
-            for d in drops:
-                d.sample = passes, copies
             heads = self.tuned(torch.cat([f] * copies))
         finally:
-            for d in drops:
-                d.sample = None
+            Dropout.sample = None
         z = torch.stack([z.float().unflatten(0, (passes, -1)) for z in heads], 2)
         z = project(z, ids)                                                      # (T,B,3,C)
         p = z.softmax(-1)
