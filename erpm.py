@@ -2396,7 +2396,7 @@ def tunable(stage: nn.Module, key: int, p: float, where: str) -> nn.Module:
 
 
 class Tuned(nn.Sequential):
-    """A trained part on a frozen network: in training mode only dropout is switched on, so
+    """Stages of a pretrained network: in training mode only our dropout is switched on, so
     BatchNorm keeps the pretrained statistics, unless norms = "own"."""
     norms = "frozen"
 
@@ -2501,18 +2501,13 @@ class Student(nn.Module):
             raise UserError(f"head = {head}: expected 0 to tune = {tune}")
         if not 0 < dropout < 1:
             raise UserError(f"dropout = {dropout}: expected less than 1 and, for sigma, above 0")
-        self.backbone, tail = cut(net, tune)
+        backbone, tail = map(freeze, cut(net, tune))
+        self.backbone, self.original = Tuned(*backbone), Tuned(*tail)
         self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
-        self.original = freeze(tail)
         self.dropout, self.early = dropout, dropout_in == "tail" and tune > 0
         made = dict(tune=tune, head=head, dropout=dropout, dropout_in=dropout_in)
         self.card = dataclasses.replace(net.card, n_classes=tail[-1].fc.out_features,
                                         made=net.card.made | {"student": made})
-
-    def train(self, mode: bool = True):
-        self.training = mode
-        self.tuned.train(mode)
-        return self
 
     def forward(self, x: Tensor) -> Heads:
         return self.tuned(self.backbone(x))
