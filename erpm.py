@@ -2425,8 +2425,7 @@ class ThreeHeads(Tuned):
         return Heads(head["clean"](clean), head["combined"](f), head["robust"](robust))
 
 
-TINY = 1e-12      # a head that agrees with the combined one to the last bit has KL 0, and so would
-#                   win or lose every product; and log 0 of an underflown probability is not finite
+TINY = 1e-12      # a KL of 0, to the last bit, would decide every product; and log 0 is not finite
 
 
 def divergence(mean: Tensor) -> Tensor:
@@ -2656,8 +2655,7 @@ def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generato
 
 def dad_loss(z: Tensor, zt: Tensor, y: Tensor, t: float = 4.0, smoothing: float = 0.0) \
         -> dict[str, Tensor]:
-    """{part: loss} of a student on b images x and, where they follow, as many samples x'; their
-    sum is minimised.
+    """{part: loss}, to be summed, of a student on b images x and, where they follow, b samples x'.
 
     Shapes: z of the student, zt of its teacher, (b or 2b,C); y (b,), or soft (b,C).
     Paper: [B]'s objective; x' has no cross-entropy."""
@@ -2679,8 +2677,7 @@ def write_tensors(path: Path, state: dict[str, Tensor], card: Card) -> None:
 
 
 def save(path: Path | str, module: nn.Module, **more) -> None:
-    """Writes a Net's or a Student's state as .safetensors, with its Card, from which `load` builds
-    it.  more: fields of the Card to set."""
+    """Writes a network as .safetensors, for `load`, with its Card; more: fields of that to set."""
     module = module if hasattr(module, "card") else Net(module)
     module.card = dataclasses.replace(module.card, **more)
     write_tensors(Path(path), module.state_dict(), module.card)
@@ -2781,8 +2778,7 @@ def differences(old: dict, new: dict) -> str:
 
 
 def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -> None:
-    """Writes a checkpoint, on the first process, beside the one before it; returns when it is there
-    on all."""
+    """Writes a checkpoint, beside the one before it, on the first process; the others wait."""
     if world()[0] == 0:
         state = {"step": step, "seconds": seconds, "key": json.dumps(key), "processes": world()[1]}
         state |= {name: part.state_dict() for name, part in parts.items()}
@@ -2802,8 +2798,7 @@ def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
             say(f"{file} is damaged: it is left out")
             continue
         saved = torch.load(io.BytesIO(content[:-16]), map_location="cpu", weights_only=True)
-        changed = differences(json.loads(saved["key"]), key)
-        if changed:
+        if changed := differences(json.loads(saved["key"]), key):
             raise UserError(f"{file} is a half-done job with other settings ({changed}): finish it "
                             "with those, delete it, or take another run=NAME")
         for name, part in parts.items():
@@ -2829,9 +2824,8 @@ def log_row(checkpoint: Path | None, row: dict, losses: list[dict[str, Tensor]])
 
 
 def feed(images: ImageSet, cfg: Train, seed: int, at: int, workers: int) -> Iterator[Batch]:
-    """The micro-batches from step `at` on, on this process's device.  All that is random is a
-    function of the seed, the micro-batch and the rank; the global generator, which dropout takes,
-    is set likewise."""
+    """The micro-batches from step `at` on, on this process's device.  All that is random, dropout
+    by the global generator too, is a function of the seed, the micro-batch and the rank."""
     device, n, size, start = pick_device(), len(images), cfg.batch // cfg.accum, at * cfg.accum
     order = itertools.islice(batches(n, size, seed), start, None)
     loaded = loader(images, workers, batch_sampler=order)
@@ -2928,8 +2922,7 @@ def frozen_views(backbone: nn.Module, aug: Robustify | None = None, clean: bool 
 
 
 def plain_step(cfg: Train, see: Callable = frozen_views(nn.Identity())) -> Callable:
-    """Cross-entropy of a network on images, or of a tail on frozen features: all that `see` gives
-    of a batch, x and x~ alike."""
+    """Cross-entropy on all that `see` gives of a batch, x and x~ alike: images, or features."""
     def step(model, batch):
         views = see(batch)
         z, y = model(torch.cat(views)).float(), torch.cat([batch.y] * len(views))
@@ -2986,8 +2979,7 @@ def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes:
 
 
 def vqgan_step(model, batch):
-    """Reconstruction (relative to the images' variance), codebook and commitment loss of a VQGAN
-    (van den Oord et al. 2017).
+    """Reconstruction, codebook and commitment loss of a VQGAN (van den Oord et al. 2017).
 
     Half of the places skip the quantiser, so that the decoder asks for what no code tells yet (on
     shapes: colour); a code that nothing is nearest to moves to where the codes fit worst."""
@@ -3024,9 +3016,8 @@ def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip:
               **options) -> nn.Module:
     """The network, trained in place to be robust: cross-entropy on images and augmented images.
 
-    images: an ImageSet, (x uint8 (n,3,S,S), y), or any sized data set of (uint8 image, label).
-    net takes images as a Net does.  options: fields of Robustify (augment, severity, jsd, epochs,
-    batch, lr, ...).  Raises: UserError."""
+    images: what as_images takes.  net: of images in [0, 1].  options: fields of Robustify (augment,
+    severity, jsd, epochs, batch, lr, ...).  Raises: UserError."""
     net, images = net if isinstance(net, Net) else Net(net), as_images(images)
     cfg = changed(Config(), {"robustify": options}, "erpm.robustify()").robustify
     check_outputs(images, net)
