@@ -2437,10 +2437,9 @@ def divergence(mean: Tensor) -> Tensor:
     return (mean[:, ::2].float() * (log[:, ::2] - log[:, 1:2])).sum(-1).clamp_min(0)
 
 
-# METHOD [A] eq. 6: the head with the least objective answers.  s sigma, d divergence, m mean, all
-# of the clean and the robust head, (B,2) or (B,2,C); z logits of all three, y labels.  "product" is
-# [A]'s as we read it (product or sum is not stated); the others are the ablations of Tables 6 and
-# 7, and ours; "oracle" is clean unless robust alone is right.
+# METHOD [A] eq. 6: the head with the least objective answers.  s sigma, d divergence, m mean of
+# clean and robust, (B,2) or (B,2,C); z logits, y labels.  "product" is [A]'s as we read it (product
+# or sum is not stated); the others are the ablations of Tables 6 and 7, and ours.
 OBJECTIVES: dict[str, Callable] = {
     "product": lambda s, d, m, z, y: (s + TINY) * (d + TINY),
     "sum": lambda s, d, m, z, y: s + d,
@@ -2459,7 +2458,7 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
     """Index into HEADS of the head that answers each image, (B,).
 
     Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
-    logits (B,3,C) for "max-logit", labels y (B,) for "oracle".
+    logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
     Paper: [A] eq. 6.  Raises: UserError on an unknown rule, a missing input."""
     choose(RULES, rule, "rule")
     if rule in HEADS:
