@@ -2517,9 +2517,8 @@ class Student(nn.Module):
 
         sigma: standard deviation over the dropout passes of the probability of the class that the
         head predicts, of the clean and robust head.  passes = 0: closed form, exact to first order
-        for dropout before the classifiers, without randomness; dropout in the stages is then off.
-        ids: the outputs that count, for sets of fewer classes.
-        Paper: [A] section 3.3; differs: all images share the T masks."""
+        for dropout before the classifiers, the only one then.  ids: the outputs that count, for
+        sets of fewer classes.  Paper: [A] section 3.3; differs: all images share the T masks."""
         self.eval()
         if not passes:
             return self._closed_form(f, ids)
@@ -2722,14 +2721,13 @@ def build(name: str | nn.Module, classes: int | Sequence[str] | None = None,
           templates: Sequence[str] = ("a photo of a {}.",)) -> nn.Module:
     """The network of that name, in eval mode.
 
-    name: "timm:resnet50.tv_in1k", "torchvision:resnet50/IMAGENET1K_V1",
-    "open_clip:ViT-B-32-quickgelu/openai" (a tag loads its pretrained weights), "cifar:resnet20-w2",
-    "run:runs/x" (what that run made), or your own module, which is returned as it is.
-    classes: number of outputs; None = the network's own.  A tag or file of other classes comes with
-    a new classifier.  Names of classes make a zero-shot network of an open_clip name.
-    weights: a local file instead of the tag's, loaded strictly; for open_clip one of the whole
-    CLIP; "random" = none.  size_px: side of the images that it is to see; 0 = its own.
-    Raises: UserError on an unknown name and on weights that do not fit."""
+    name: "timm:resnet50.tv_in1k", "torchvision:resnet50/IMAGENET1K_V1" (a tag loads its weights),
+    "open_clip:ViT-B-32-quickgelu/openai", "cifar:resnet20-w2", "run:runs/x" (what that run made),
+    or your own module, which is returned as it is.
+    classes: number of outputs, which gets a new classifier where the weights have none; None = its
+    own; or names, for a zero-shot network of open_clip.  size_px: side of the images that it is to
+    see; 0 = its own.  weights: a local file instead of the tag's, of open_clip one of the whole
+    CLIP; "random" = none.  Raises: UserError on an unknown name and weights that do not fit."""
     if isinstance(name, nn.Module):
         return name
     if name.startswith("run:"):
@@ -2875,8 +2873,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
                     scaler.scale(loss / cfg.accum).backward()
                     losses.append({k: v.detach() for k, v in [("loss", loss), *found.items()]})
             scaler.unscale_(opt)
-            if cfg.clip:
-                nn.utils.clip_grad_norm_(trained, cfg.clip)
+            nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad()
