@@ -2525,7 +2525,7 @@ class Student(nn.Module):
         copies = passes if self.early else 1              # else as late as the classifiers
         Dropout.sample = passes, copies
         try:
-            heads = self.tuned(torch.cat([f] * copies))
+            heads = self.tuned(f.repeat(copies, *[1] * (f.ndim - 1)))
         finally:
             Dropout.sample = None
         z = torch.stack([z.float().unflatten(0, (passes, -1)) for z in heads], 2)
