@@ -3352,12 +3352,6 @@ def done_cells(run: Path) -> set[tuple]:
     return gathered(done)[0]
 
 
-def scoring(cfg: Config) -> dict:
-    """The options of `evaluate`."""
-    return {"passes": cfg.eval.passes, "batch": cfg.eval.batch, "amp": cfg.runtime.amp,
-            "workers": cfg.data.workers}
-
-
 def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
     """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
     soon as it is known.  Returns the "of" of what was asked.  Raises: KeyboardInterrupt."""
@@ -3374,7 +3368,9 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
             if images.corrupted == "read":
                 some = open_set(f"{images.base}-c", cfg.data, cell=cell)
             try:
-                found = evaluate_all(pending, some, cell if made else None, bar=bar, **scoring(cfg))
+                found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
+                                     amp=cfg.runtime.amp, batch=ev.batch,
+                                     workers=cfg.data.workers, bar=bar)
             except UserError:                            # of pictures all are told at once
                 paths = () if isinstance(some.images, Tensor) else some.images
                 if bad := list(filter(None, map(unreadable, paths))):
@@ -3829,23 +3825,6 @@ def training_images(data: Data, m: Model) -> ImageSet:
     return dataclasses.replace(images, index=images.index[[p not in bad for p in paths]])
 
 
-CHECKS = [None, *((c, 3) for c in ("gaussian_noise", "defocus_blur", "fog", "contrast",
-                                   "jpeg_compression"))]
-
-
-def validate(cfg: Config, net: nn.Module) -> None:
-    """Tells the accuracy on clean test images (up to 500), and under five corruptions."""
-    try:
-        images = open_set(cfg.data.name, cfg.data, view=net.card.view).subset(500)
-    except (UserError, OSError) as e:
-        return say(f"{net.card.label}: no validation ({e})")
-    rows = [evaluate(net, images, cell, **scoring(cfg)) for cell in CHECKS]
-    clean, *others = (100 * row.get("rules", {cfg.eval.rule: row})[cfg.eval.rule]["correct"]
-                      / row["n"] for row in rows)
-    say(f"{net.card.label}: {clean:.1f} % of {len(images)} test images right, "
-        f"{np.mean(others):.1f} % under corruption")
-
-
 # ---- what is computed once: frozen views, samples of [B] -----------------------------------------
 
 DRAWN = ("seed", "data.name", "data.size_px", "data.fit", "data.crop", "data.flip",
@@ -4170,10 +4149,7 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, label=""
         raise KeyboardInterrupt(f"{section} is done")
     say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
         f"{path}: as it comes")
-    net = load(path).to(pick_device())
-    if file in ("student", "teacher", "model"):          # the rows of compare are scored anyway
-        validate(cfg, net)
-    return net
+    return load(path).to(pick_device())
 
 
 # ---- eval ----------------------------------------------------------------------------------------
@@ -4261,6 +4237,9 @@ def run_eval(cfg: Config, args) -> None:
 
 # ---- the other commands --------------------------------------------------------------------------
 
+SHOWN = ("", "gaussian_noise", "defocus_blur", "fog", "contrast", "jpeg_compression")
+
+
 @torch.no_grad()
 def pictures_of(run: Path, cfg: Config):
     """A matplotlib figure of 8 test images, clean and corrupted: the true class, and what each head
@@ -4272,15 +4251,15 @@ def pictures_of(run: Path, cfg: Config):
     images = open_set(cfg.data.name, cfg.data, view=student.card.view)
     picks = np.linspace(0, len(images) - 1, 8).astype(int)
     x, y, index = images.__getitems__([(0, int(p)) for p in picks])
-    fig = Figure((8 * (1.4 + 0.08 * max(map(len, images.classes))), 2.3 * len(CHECKS)), dpi=80)
-    grid = fig.subplots(len(CHECKS), 8, gridspec_kw={
+    fig = Figure((8 * (1.4 + 0.08 * max(map(len, images.classes))), 2.3 * len(SHOWN)), dpi=80)
+    grid = fig.subplots(len(SHOWN), 8, gridspec_kw={
         "left": 0.02, "right": 1, "bottom": 0.08, "top": 0.95, "hspace": 0.7, "wspace": 0})
-    for axes, check in zip(grid, CHECKS):
-        shown = corrupt(x, check[0], 4, index=index.tolist()) if check else x
+    for axes, name in zip(grid, SHOWN):
+        shown = corrupt(x, name, 4, index=index.tolist()) if name else x
         f = student.backbone(shown.to(pick_device()))
         mean, sigma, logits = (m.cpu() for m in student.moments(f, cfg.eval.passes))
         head = select(mean, sigma, cfg.eval.rule, logits=logits, y=y)
-        axes[0].set_ylabel(f"{check[0]} 4" if check else "clean")
+        axes[0].set_ylabel(f"{name} 4" if name else "clean")
         for i, ax in enumerate(axes):
             ax.imshow(shown[i].permute(1, 2, 0).numpy())
             ax.set(title=images.classes[y[i]], xticks=[], yticks=[])
