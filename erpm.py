@@ -3832,20 +3832,17 @@ DRAWN = ("seed", "data.name", "data.size_px", "data.fit", "data.crop", "data.fli
 HARDENED = ("robustify.augment", "robustify.severity", "robustify.pictures")       # and its x~
 
 
-def missing(what: str, images: ImageSet, cfg: Config, batch: int, files: dict,
-            views: int = 1) -> Iterator[tuple]:
+def missing(what: str, images: ImageSet, cfg: Config, batch: int, files: dict) -> Iterator[tuple]:
     """(keys, x, y, index) of the batches of which a file is missing, this process's share of them;
-    it ends when all are there.  files: of keys (view, position), where a batch is one file of its
-    first key alone.  Raises: KeyboardInterrupt."""
-    n, (rank, size), device = len(images), world(), pick_device()
-    jobs = [[(v, k) for k in range(n)[at:at + batch]]
-            for v in range(views) for at in range(0, n, batch)][rank::size]
-    jobs = [keys for keys in jobs if not all(files[k].is_file() for k in keys if k in files)]
+    it ends when all are there.  files: {(epoch, position): path}.  Raises: KeyboardInterrupt."""
+    keys, (rank, size), device = list(files), world(), pick_device()
+    jobs = [keys[at:at + batch] for at in range(0, len(keys), batch)][rank::size]
+    jobs = [job for job in jobs if not all(files[k].is_file() for k in job)]
     with Progress(sum(map(len, jobs)), what) as bar:
         loaded = loader(images, cfg.data.workers, batch_sampler=jobs)
-        for keys, (x, y, index) in zip(jobs, loaded):
-            yield keys, x.to(device), y.to(device), index
-            bar.update(len(keys))
+        for job, (x, y, index) in zip(jobs, loaded):
+            yield job, x.to(device), y.to(device), index
+            bar.update(len(job))
             if bar.hit:
                 raise KeyboardInterrupt(what)
     gathered()
@@ -3853,19 +3850,15 @@ def missing(what: str, images: ImageSet, cfg: Config, batch: int, files: dict,
 
 @dataclass(eq=False)
 class Rows(ImageSet):
-    """Features of d.views views in the place of images; epoch e shows view e mod d.views.
-    chunks: {(view, k): tensors of d.batch images from k on}; cost: their {"seconds", "gflops"}."""
-    d: Distill = Distill()
-    chunks: dict[tuple[int, int], list[Tensor]] = dataclasses.field(default_factory=dict)
+    """Frozen features in the place of images.  kept: those of all images, a view after the other,
+    which the epochs show in turn; cost: {"seconds", "gflops"} of making them."""
+    kept: Sequence[tuple[Tensor, ...]] = ()
     cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]):
-        rows, index = [], self.index[[k for _, k in keys]]
-        for epoch, k in keys:
-            at = k % self.d.batch
-            chunk = self.chunks[epoch % self.d.views, k - at]
-            rows.append([v[at].float() for v in chunk])
-        x = [channels_last(torch.stack(v)) for v in zip(*rows)]
+        rows = [self.kept[(epoch * len(self) + k) % len(self.kept)] for epoch, k in keys]
+        x = [channels_last(torch.stack(v).float()) for v in zip(*rows)]
+        index = self.index[[k for _, k in keys]]
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
 
@@ -3873,38 +3866,39 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
            *teachers: nn.Module) -> tuple[ImageSet, Callable]:
     """(images, see), the frozen_views of a step; with distill.views files of what it gives for so
     many views of every image, made once by all processes, and what reads them."""
-    d, device, since = cfg.distill, pick_device(), time.perf_counter()
+    d, device, n, since = cfg.distill, pick_device(), len(images), time.perf_counter()
     see = frozen_views(backbone, cfg.robustify, clean, *teachers)
     if not d.views:
         return images, see
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
-    key = [d.method, d.tune, d.batch, len(images), str(amp_type(cfg.runtime.amp, device)),
+    key = [d.method, d.tune, d.batch, n, str(amp_type(cfg.runtime.amp, device)),
            operator.attrgetter(*DRAWN, *HARDENED)(cfg),
            *(sha(net.state_dict()) for net in (backbone, *teachers))]
-    top, chunks, cost = cfg.dir / f"views-{fold(key):016x}", {}, {"seconds": 0, "gflops": 0}
-    files = {(v, k): top / f"{v}-{k}.safetensors"
-             for v in range(d.views) for k in range(0, len(images), d.batch)}
+    top = cfg.dir / f"views-{fold(key):016x}"
+    top.mkdir(parents=True, exist_ok=True)
     with autocast(cfg.runtime.amp, device), FlopCounterMode(display=False) as counter:
         one = see(Batch(images.__getitems__([(0, 0)])[0].to(device), None, rng(0)))
-    need, flops = sum(v.nbytes for v in one) * d.batch, counter.get_total_flops() / 1e9
-    say(f"views: up to {need * len(files) / 2 ** 30:.2f} GiB in {top}")
-    top.mkdir(parents=True, exist_ok=True)
-    lacks = sum(not file.is_file() for file in files.values())
-    if any(gathered(need * lacks > shutil.disk_usage(top).free)):
+    whole = d.views * n * sum(v.nbytes for v in one)
+    say(f"views: {whole / 2 ** 30:.2f} GiB in {top}")
+    lacks = whole - sum(file.stat().st_size for file in top.iterdir())
+    if any(gathered(lacks > shutil.disk_usage(top).free)):
         raise UserError(f"distill.views: no room for them in {cfg.dir}: take fewer views, or "
                         "another out=FOLDER")
-    for keys, x, y, _ in missing("views", images, cfg, d.batch, files, d.views):
-        with autocast(cfg.runtime.amp, device):
-            found = see(Batch(x, y, rng("view", cfg.seed, keys)))
-        seconds, since = time.perf_counter() - since, time.perf_counter()
-        took = {"seconds": seconds / world()[1], "gflops": flops * len(y)}
-        state = {str(i): v for i, v in enumerate(found)}
-        write_tensors(files[keys[0]], state, Card(train=took))
-    for at, file in files.items():
-        state, card = read_weights(file)
-        chunks[at] = [v for _, v in sorted(state.items())]
-        cost = {k: v + card.train[k] for k, v in cost.items()}
-    return Rows(**vars(images), d=d, chunks=chunks, cost=cost), operator.attrgetter("x")
+    kept, cost = [], {"seconds": 0, "gflops": d.views * n * counter.get_total_flops() / 1e9}
+    for v in range(d.views):
+        files = {(v, k): top / f"{v}-{k - k % d.batch}.safetensors" for k in range(n)}
+        for keys, x, y, _ in missing(f"view {v + 1}", images, cfg, d.batch, files):
+            with autocast(cfg.runtime.amp, device):
+                found = see(Batch(x, y, rng("view", cfg.seed, keys)))
+            took, since = time.perf_counter() - since, time.perf_counter()
+            write_tensors(files[keys[0]], {str(i): t for i, t in enumerate(found)},
+                          Card(train={"seconds": took / world()[1]}))
+        for file in dict.fromkeys(files.values()):
+            state, card = read_weights(file)
+            kept.append(torch.utils.data.TensorDataset(*(state[k] for k in sorted(state))))
+            cost["seconds"] += card.train["seconds"]
+    kept = torch.utils.data.ConcatDataset(kept)
+    return Rows(**vars(images), kept=kept, cost=cost), operator.attrgetter("x")
 
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
@@ -3919,7 +3913,7 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
         write_atomically(top / "settings.yaml", yaml.safe_dump(key))
     paths = [top / slug(images.classes[k]) / f"{i:08d}.png" for i, k in enumerate(images.y)]
     files = {(0, k): paths[i] for k, i in enumerate(images.index)}
-    for keys, x, y, index in missing("samples", images, cfg, max(1, r.batch // world()[1]), files):
+    for keys, x, y, index in missing("samples", images, cfg, r.batch // world()[1], files):
         draws = [rng("dad", cfg.seed, i) for i in index.tolist()]
         with autocast(cfg.runtime.amp, x.device):
             made = dad_samples(x, y, teacher, vqgan, draws, **attack(r))
