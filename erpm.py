@@ -2788,7 +2788,7 @@ def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -
 
 def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
     """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
-    go back into the parts; (0, 0) without a whole one.  Raises: UserError if it is another job's."""
+    go back into the parts; else (0, 0).  Raises: UserError if it is another job's."""
     for file in filter(Path.is_file, (path, path.with_suffix(".ckpt1"))):
         content = file.read_bytes()
         if sha(content[:-16]).encode() != content[-16:]:
@@ -4345,42 +4345,38 @@ def run_bench(cfg: Config, args) -> None:
         say(markdown(list(rows[0]), [list(r.values()) for r in rows]))
 
 
-@dataclass(eq=False)
-class CorruptCopies(ImageSet):
-    """Item k writes the missing copies of image k: OUT/corruption/severity/class/name."""
-    out: Path = Path()
-
-    def __getitem__(self, k: int) -> None:
-        x, _, _ = self.__getitems__([(0, k)])
-        file = Path(self.images[k]).relative_to(self.base)
-        kind = Image.registered_extensions()[file.suffix.lower()]
-        for name, severity in CELLS:
-            path = self.out / name / str(severity) / file
-            if not path.is_file():
-                y = corrupt(x, name, severity, index=[k])[0]
-                picture = v2.functional.to_pil_image(y)
-                picture.save(content := io.BytesIO(), kind, quality=85)
-                write_atomically(path, content.getvalue())
-
-
 def run_corrupt(cfg: Config, args) -> None:
     """corrupt IN OUT: OUT/corruption/severity/class/name of a folder; what is there is kept."""
     if len(args.paths) != 2:
         raise UserError("corrupt takes two folders: corrupt IN OUT")
     source, out = map(Path, args.paths)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     paths = pictures_below(source)
     if not paths:
         raise UserError(f"corrupt: no image below {source}")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
-    copies = CorruptCopies(str(source), [0] * len(paths), ["-"], view, paths, out=out)
-    with Progress(len(paths), "corrupt") as bar:
-        for _ in loader(copies, cfg.data.workers or os.cpu_count(), batch_size=None):
+    images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths)
+    torch.set_num_threads(1)                             # a thread a picture
+
+    def copies(k: int) -> None:
+        x, _, index = images.__getitems__([(0, k)])
+        file = paths[k].relative_to(source)
+        for name, severity in CELLS:
+            path = out / name / str(severity) / file
+            if not path.is_file():
+                y = v2.functional.to_pil_image(corrupt(x, name, severity, index=index)[0])
+                kind = Image.registered_extensions()[file.suffix.lower()]
+                y.save(content := io.BytesIO(), kind, quality=85)
+                write_atomically(path, content.getvalue())
+
+    with Progress(len(images), "corrupt") as bar, \
+            ThreadPool(cfg.data.workers or os.cpu_count()) as pool:
+        for _ in pool.imap(copies, range(len(images))):
             bar.update(1)
             if bar.hit:
                 raise KeyboardInterrupt("corrupt")
-    say(f"{out}: {len(paths):,} images x {len(CELLS)} cells")
+    say(f"{out}: {len(images):,} images x {len(CELLS)} cells")
 
 
 COMMANDS: dict[str, Callable] = {

@@ -2371,7 +2371,7 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("eval eval.rule=products", "unknown rule 'products'; did you mean"),
     ("eval --set shapes", "no trained network in runs/shapes"),
     ("report", "no results in runs/shapes"), ("bench speed", "unknown bench 'speed'"),
-    ("corrupt in", "takes two folders"), ("corrupt none out", "no image below none"),
+    ("corrupt in", "takes two folders"), ("corrupt none out", "no folder none/val"),
     ("corrupt in in/out", "lies in")])
 def test_a_mistake_on_the_command_line_is_one_line_and_code_2(words, says, here, capsys):
     put_files(here, {"in/dog/0.png": b"no picture"} | {f"{folder}/0.png": encoded(1) for folder in (
