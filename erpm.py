@@ -1247,7 +1247,7 @@ class ImageSet(torch.utils.data.Dataset):
             x = torch.stack([self._read(epoch, int(i)) for i in index])
         else:
             x = self.view(self.images[torch.from_numpy(index)])
-            if crop or flip:         # moved by up to 1/8 of the side, edges reflected, and mirrored
+            if crop or flip:  # moved by up to 1/8 of the side, edges reflected; mirrored
                 draws = np.random.default_rng(fold(seed, "crop", epoch))
                 u = draws.random((len(self.y), 3), dtype=np.float32)[index]
                 s, pad = x.shape[-1], x.shape[-1] // 8 if crop else 0
@@ -1359,8 +1359,8 @@ def _render_shapes(u: Tensor, field: Callable, size: int, style: str) -> Tensor:
     dx, dy = gx - 0.5 * (u[:, 2] - 0.5), gy - 0.5 * (u[:, 3] - 0.5)
     x, y = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
     d = scale * field(x / scale, y / scale / (0.85 + 0.3 * u[:, 4]))
-    cover = lambda d: (0.5 - d * size / 2).clamp(0, 1)              # the share of a pixel inside
-    hues = u[:, 5:7, None] + torch.arange(3)[:, None, None] / 3                    # (B,2,3,1,1)
+    cover = lambda d: (0.5 - d * size / 2).clamp(0, 1)   # the share of a pixel inside
+    hues = u[:, 5:7, None] + torch.arange(3)[:, None, None] / 3   # (B,2,3,1,1)
     colour, ground = (0.5 + 0.5 * torch.cos(2 * math.pi * hues)).unbind(1)
     colour, ground = 0.3 + 0.7 * colour, (0.5 + 0.5 * ground) * u[:, 9:10]
     if style == "r":
@@ -1378,7 +1378,7 @@ def make_shapes(n: int, size: int, split: str, style: str = "") -> tuple[Tensor,
     u = np.random.default_rng(fold("shapes", split, style)).random((n, 11, 1, 1), np.float32)
     x, y = torch.empty(n, 3, size, size, dtype=torch.uint8), np.arange(n) % len(SHAPES)
     for k, field in enumerate(SHAPES.values()):
-        for at in torch.arange(n)[k::len(SHAPES)].split(64):               # fits the CPU's cache
+        for at in torch.arange(n)[k::len(SHAPES)].split(64):   # fits the CPU's cache
             x[at] = _render_shapes(torch.from_numpy(u)[at], field, size, style)
     return x, y
 
@@ -1587,27 +1587,6 @@ def set_row(name: str) -> tuple[SetRow, bool]:
     return SETS[name.removesuffix("-c")], name.endswith("-c")
 
 
-def _read_row(row: SetRow, data: Data, train: bool):
-    """(paths or images, labels, class names, what is to be said of their number).
-
-    Raises: FileNotFoundError; UserError where it is a part of the set, or more, unless allowed."""
-    n, place = (row.n_train, row.train or row.test) if train else (row.n_test, row.test)
-    top, get = Path("" if n is None else data.root, place), row.get.replace("ROOT", data.root)
-    if n and not top.exists() and row.read is not _cell:
-        raise FileNotFoundError(f"{row.name} is not there: looked for {top}; get it: {get}; "
-                                "another place: data.root=FOLDER")
-    try:
-        found, y, names = row.read(row, top, train, data)
-    except (RuntimeError, ImportError, OSError, ValueError, EOFError) as e:  # of many libraries
-        raise UserError(f"{row.name} in {top}: {e}; get it: {get}") from None
-    odd, partial = row.n_classes not in (0, len(names)), n and len(y) != n
-    if odd or partial and not (len(y) and data.allow_partial):
-        raise UserError(f"{row.name}: {len(y):,} images of {len(names):,} classes in {top}, "
-                        f"expected {n:,} of {row.n_classes:,}: unpack it again, or "
-                        "data.allow_partial=true scores a part of the images of all classes")
-    return found, y, names, [f"{len(y):,} of {n:,} images"] if partial else []
-
-
 def open_set(name: str, data: Data = Data(), split: str = "test", view: View = View(),
              cell: tuple[str, int] = CELLS[0]) -> ImageSet:
     """The named set.  view: the network's, for picture files; data.size_px and data.fit go before.
@@ -1619,14 +1598,29 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
     (row, is_c), train = set_row(name), split == "train"
     if train and (is_c or row.n_train == 0):
         raise UserError(f"{name} has no training split: it is there to be scored")
-    made = is_c and not (row.archive and Path(data.root, row.archive).is_dir())
-    if is_c and not made:
+    there = row.archive and Path(data.root, row.archive).is_dir()
+    how = ("read" if there else "made") if is_c else ""
+    if how == "read":
         row = dataclasses.replace(row, test=f"{row.archive}/{cell[0]}/{cell[1]}", read=_cell,
                                   view=row.view or View(224, 1.0))
-    elif is_c and row.part is not None:
+    elif how and row.part is not None:
         row = dataclasses.replace(row, view=View(border_px=row.border_px))
-    found, y, classes, notes = _read_row(row, data, train)
-    notes = ["regenerated", *notes] if made and row.archive else notes
+    n, place = (row.n_train, row.train or row.test) if train else (row.n_test, row.test)
+    top, get = Path("" if n is None else data.root, place), row.get.replace("ROOT", data.root)
+    if n and how != "read" and not top.exists():
+        raise FileNotFoundError(f"{row.name} is not there: looked for {top}; get it: {get}; "
+                                "another place: data.root=FOLDER")
+    try:
+        found, y, classes = row.read(row, top, train, data)
+    except (RuntimeError, ImportError, OSError, ValueError, EOFError) as e:  # of many libraries
+        raise UserError(f"{row.name} in {top}: {e}; get it: {get}") from None
+    odd, partial = row.n_classes not in (0, len(classes)), n and len(y) != n
+    if odd or partial and not (len(y) and data.allow_partial):
+        raise UserError(f"{row.name}: {len(y):,} images of {len(classes):,} classes in {top}, "
+                        f"expected {n:,} of {row.n_classes:,}: unpack it again, or "
+                        "data.allow_partial=true scores a part of the images of all classes")
+    notes = ["regenerated"] if how == "made" and row.archive else []
+    notes += [f"{len(y):,} of {n:,} images"] if partial else []
     name = corrupted_name(row.name) if is_c else row.name
     name += f" ({', '.join(notes)})" if notes else ""
     if isinstance(found, Tensor):
@@ -1635,12 +1629,9 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
         squash = data.fit == "squash" if data.fit else view.squash
         view = row.view or dataclasses.replace(
             view, size_px=data.size_px or view.size_px, squash=squash, border_px=row.border_px)
-    images = ImageSet(row.name, y, classes, view, found, name,
-                      corrupted="made" if made else "read" if is_c else "")
-    if row.part is not None:
-        images.outputs = synsets()
-    if row.part:
-        images.ids = torch.tensor([(ids * 3)[:3] for ids in classes.values()])    # up to three
+    outputs = synsets() if row.part is not None else ()
+    ids = torch.tensor([(k * 3)[:3] for k in classes.values()]) if row.part else None   # up to 3
+    images = ImageSet(row.name, y, classes, view, found, name, outputs, ids, how)
     return images.subset(data.n_train if train else data.n_test)
 
 
