@@ -3772,14 +3772,11 @@ def alone(cfg: Config):
     """Lock, to be closed, of the one command that works in the run's folder; it dies with its
     process.  Raises: UserError while another has it; or where processes differ in settings."""
     import fcntl
-    hashes = gathered(sha(repr(cfg), versions()["erpm"]))
-    if len(set(hashes)) > 1:
-        raise UserError("the processes were started with different settings, or copies of erpm.py "
-                        f"({', '.join(hashes)}): start them alike")
+    if len(set(gathered(sha(repr(cfg), versions()["erpm"])))) > 1:
+        raise UserError("the processes were started with different settings, or copies of erpm.py: "
+                        "start them alike")
     cfg.dir.mkdir(parents=True, exist_ok=True)
-    if world()[0]:
-        return contextlib.nullcontext()
-    file = open(cfg.dir / ".lock", "a+")
+    file = open(cfg.dir / f".lock{world()[0] or ''}", "a+")          # a file a process
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -3789,13 +3786,6 @@ def alone(cfg: Config):
     file.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
     return file
-
-
-def write_config(cfg: Config) -> None:
-    """runs/NAME/config.yaml: the resolved config, with the hash that `read_yaml` checks."""
-    if world()[0] == 0:
-        text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
-        write_atomically(cfg.dir / "config.yaml", f"# sha256 {sha(text)}\n{text}")
 
 
 def training_images(data: Data, m: Model) -> ImageSet:
@@ -3841,8 +3831,7 @@ def missing(what: str, images: ImageSet, cfg: Config, batch: int, files: dict) -
 
 @dataclass(eq=False)
 class Rows(ImageSet):
-    """Frozen features in the place of images.  kept: those of all images, a view after the other,
-    which the epochs show in turn; cost: {"seconds", "gflops"} of making them."""
+    """Features kept in the place of images, a view an epoch, in turn; cost: of making them."""
     kept: Sequence[tuple[Tensor, ...]] = ()
     cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -3893,8 +3882,7 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
 
 
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
-    """The images with their samples of [B] beside them, files CLASS/INDEX.png and their settings;
-    what is missing is made by all processes."""
+    """The images with samples of [B] beside them, files CLASS/INDEX.png that all processes make."""
     r = cfg.robustify
     key = attack(r) | {"data": images.base, "view": str(images.view), "seed": cfg.seed,
                        "n": len(images.y), "teacher": weights_sha(teacher),
@@ -3920,15 +3908,14 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     return dataclasses.replace(images, beside=beside)
 
 
-# ---- the networks of a run: make(cfg, images, train, *nets) -> (network, what it cost) -----------
+# ---- the networks of a run: make(cfg, images, *nets) -> (network, what is trained: see `fit`) ----
 
 def untrained(net: Net, images: ImageSet) -> bool:
-    """Whether the classifier is not one for the classes of the set.  Equal numbers mean nothing:
-    cifar10's classes are not fashion-mnist's."""
+    """Whether the classifier is not one for the classes of the set, whose number means nothing."""
     return net.card.fresh or bool(net.card.classes) and set(net.card.classes) != set(images.outputs)
 
 
-def train_clip(cfg, images, train, prompts):
+def train_clip(cfg, images, prompts):
     """Both towers of an open_clip network, by cross-entropy over the prompts of all classes."""
     import open_clip
     name, size, (names, templates) = cfg.model.student, cfg.data.size_px, prompts
@@ -3944,81 +3931,77 @@ def train_clip(cfg, images, train, prompts):
 
     clip.card = dataclasses.replace(net.card, clip="both towers", n_classes=len(names),
                                     prompts=prompts)
-    return clip, train(clip, step, images)
+    return clip, clip, step, images
 
 
-def make_student(cfg, images, train):
-    """The large network: as it comes where it has text or a classifier for the classes, else
-    trained on clean data."""
+def make_student(cfg, images):
+    """The large network: as it comes with text or a classifier for the classes, else trained."""
     m, t, text = cfg.model, cfg.pretrain, cfg.model.head == "text"
     if text and not m.student.startswith("open_clip:"):
         raise UserError(f"model.head=text: {m.student} has no text tower; take open_clip:NAME")
     prompts = prompts_of(images, m.templates, cfg.data.names) if text else ()
-    torch.manual_seed(fold(cfg.seed, "init student"))
     if text and not m.student_weights and "/" not in m.student:
-        return train_clip(cfg, images, train, prompts)
-    net = named(m.student, None if text else len(images.classes), m.student_weights or None,
+        return train_clip(cfg, images, prompts)
+    net = named(m.student, None if text else len(images.classes), m.student_weights,
                 cfg.data.size_px).to(pick_device())
     if text:
-        return zero_shot(net, prompts), {}
+        return [zero_shot(net, prompts)]
     if not untrained(net, images):
-        return net, {}
+        return [net]
     say(f"{m.student_weights or m.student} has no classifier for these {len(images.classes)} "
         "classes: it is trained first")
     if t.tune < 0:
-        return net, train(net, plain_step(t), images)
-    since, fc = time.perf_counter(), fit_probe(frozen_features(net), images, cfg)
-    stages(net)[-1].fc.load_state_dict(fc.state_dict())
-    return net, {"images": len(images), "seconds": round(time.perf_counter() - since, 2)}
+        return net, net, plain_step(t), images
+    stages(net)[-1].fc.load_state_dict(fit_probe(frozen_features(net), images, cfg).state_dict())
+    return [net]
 
 
-def make_guide(cfg, images, train):
+def make_guide(cfg, images):
     """[B]'s teacher of the small network, made as a student is."""
     r = cfg.robustify
     head = "text" if r.teacher.startswith("open_clip:") else "linear"
     own = {"student": r.teacher, "student_weights": r.teacher_weights, "head": head}
-    return make_student(changed(cfg, {f"model.{k}": v for k, v in own.items()}), images, train)
+    torch.manual_seed(fold(cfg.seed, "init student"))
+    return make_student(changed(cfg, {"model": own}), images)
 
 
-def make_vqgan(cfg, images, train):
+def make_vqgan(cfg, images):
     """The VQGAN of [B]: a file's, else trained on the images."""
-    torch.manual_seed(fold(cfg.seed, "init vqgan"))
-    net = vqgan(cfg.vqgan.name, cfg.vqgan.weights or None)
-    return net, {} if cfg.vqgan.weights else train(net, vqgan_step, images)
+    net = vqgan(cfg.vqgan.name, cfg.vqgan.weights)
+    return [net] if cfg.vqgan.weights else (net, net, vqgan_step, images)
 
 
-def make_teacher(cfg, images, train, guide=None, codes=None):
+def make_teacher(cfg, images, guide=None, codes=None):
     """The small robust network; robustify.method=none: as it comes."""
     m, r, n = cfg.model, cfg.robustify, len(images.classes)
-    torch.manual_seed(fold(cfg.seed, "init teacher"))
-    net = named(m.teacher, n, m.teacher_weights or None, cfg.data.size_px)
+    net = named(m.teacher, n, m.teacher_weights, cfg.data.size_px)
     if r.method == "none" and untrained(net, images):
         raise UserError(f"robustify.method=none: {m.teacher_weights or m.teacher} has no trained "
                         f"classifier for these {n} classes")
     if r.method == "none":
-        return net, {}
+        return [net]
     if codes and r.samples:
         images = stored_samples(cfg, images, guide, codes)
-    return net, train(net, dad_step(r, guide, codes, n) if guide else robust_step(r, n), images)
+    return net, net, dad_step(r, guide, codes, n) if guide else robust_step(r, n), images
 
 
-def tune_erpm(cfg, images, train, net, teacher):
+def tune_erpm(cfg, images, net, teacher):
     """[A]: three heads, distilled from the original network and the robust teacher."""
     d = cfg.distill
     student = Student(net, d.tune, min(d.head, d.tune), d.dropout, dropout_in=d.dropout_in)
     student.tuned.norms = d.norms
     images, see = cached(cfg, images, student.backbone, True, student.original, teacher)
-    return student, train(student.tuned, erpm_step(d, see), images)
+    return student, student.tuned, erpm_step(d, see), images
 
 
-def tune_team(cfg, images, train, net, teacher):
+def tune_team(cfg, images, net, teacher):
     """Ours: a second tail, its BatchNorm with own statistics, learns x~ alone; the rest stays."""
     both = Team(net, teacher, cfg.distill.tune)
     images, see = cached(cfg, images, both.net, False)
-    return both, train(both.tails[1], plain_step(cfg.distill, see), images)
+    return both, both.tails[1], plain_step(cfg.distill, see), images
 
 
-def tune_apt(cfg, images, train, net, tune=None):
+def tune_apt(cfg, images, net, tune=None):
     """The same part, one head, no teacher, on clean and augmented images; tune = 0: LP."""
     d, tune = cfg.distill, cfg.distill.tune if tune is None else tune
     backbone, tail = cut(net, tune)
@@ -4026,38 +4009,30 @@ def tune_apt(cfg, images, train, net, tune=None):
     part = Tuned(*tail.requires_grad_(True))
     part.norms = d.norms
     tail[-1].features.requires_grad_(tune > 0)
-    return net, train(part, plain_step(d, see), images)
+    return net, part, plain_step(d, see), images
 
 
-def tune_ft(cfg, images, train, net):
-    """The whole network, end to end, on clean and augmented images."""
+def tune_ft(cfg, images, net, part=None):
+    """The whole network, or a part of it, end to end, on clean and augmented images."""
     see = frozen_views(nn.Identity(), cfg.robustify)
-    return net, train(net.requires_grad_(True), plain_step(cfg.distill, see), images)
+    return net, part or net.requires_grad_(True), plain_step(cfg.distill, see), images
 
 
-def tune_lp_ft(cfg, images, train, lp):
-    """FT that starts from LP; the costs of both count."""
-    first, (net, then) = lp.card.train, tune_ft(cfg, images, train, lp)
-    return net, {k: first[k] + then[k] for k in then}
-
-
-def tune_wise(cfg, images, train, tuned, original):
+def tune_wise(cfg, images, tuned, original):
     """(1 - wise) original + wise fine-tuned weights, at 0 and 1 exactly one of them: WiSE-FT
     (Wortsman et al. 2022); nothing is trained again."""
     end = copy.deepcopy(tuned.state_dict())
     load_strictly(tuned, original.state_dict(), "the original has other tensors")
     for k, v in tuned.state_dict().items():
         v.copy_(torch.lerp(v.double(), end[k].double(), cfg.distill.wise))  # BatchNorm counts too
-    return tuned, tuned.card.train
+    return [tuned]
 
 
-def tune_vpt(cfg, images, train, net):
+def tune_vpt(cfg, images, net):
     """Prompt tokens of a ViT and the classifier."""
-    torch.manual_seed(fold(cfg.seed, "init prompts"))
     prompted(net, cfg.distill.prompts, cfg.distill.deep)         # on a frozen network
     stages(net)[-1].fc.requires_grad_(True)
-    see = frozen_views(nn.Identity(), cfg.robustify)
-    return net, train(Tuned(net), plain_step(cfg.distill, see), images)
+    return tune_ft(cfg, images, net, Tuned(net))
 
 
 # name: (label, section of its settings, how it is made, what it is made from, and beside DRAWN the
@@ -4075,16 +4050,17 @@ METHODS = {
     "apt": ("APT", "distill", tune_apt, "student", f"{TUNED} tune norms views"),
     "lp": ("LP", "distill", functools.partial(tune_apt, tune=0), "student", f"{TUNED} views"),
     "ft": ("FT", "distill", tune_ft, "student", TUNED),
-    "lp-ft": ("LP-FT", "distill", tune_lp_ft, "lp", TUNED),
+    "lp-ft": ("LP-FT", "distill", tune_ft, "lp", TUNED),
     "wise": ("WiSE", "distill", tune_wise, "ft student", f"{TUNED} wise"),
     "vpt": ("VPT", "distill", tune_vpt, "student", f"{TUNED} prompts deep"),
 }
 
 
-def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, label="") -> nn.Module:
-    """The network of a row of METHODS, in runs/NAME: kept if it is there, else made, after what it
-    is made from.  words: of a row of compare; the file's name has those that count, the run's own
-    is model.safetensors.  Raises: UserError when the file was made with other settings."""
+def network(own: Config, images: ImageSet, role: str, words: dict = {}, label="") -> nn.Module:
+    """The network of a row of METHODS, in own.dir: kept if it is there, else made, after what it is
+    made from.  words: those of a row of compare, of which the file's name has what counts; without
+    any it is the run's own, model.safetensors.  Raises: UserError where other settings made it."""
+    cfg = changed(own, words, label)
     known, section, make, takes, uses = choose(METHODS, role, "distill.method")
     if role == "teacher":
         guide = "guide" if cfg.robustify.teacher else "student"
@@ -4093,81 +4069,76 @@ def network(cfg: Config, images: ImageSet, role: str, words: dict = {}, label=""
     for r in takes.split():
         if r == "teacher":                # what cannot be tuned says so before one is made
             cut(nets["student"], cfg.distill.tune)
-        net = nets[r] = network(cfg, images, r, words)
+        net = nets[r] = network(own, images, r, words)
         key = net.card.key | key | {r: weights_sha(net)}
     counts = (*DRAWN, *(u if "." in u else f"{section}.{u}" for u in uses.split()))
     for k in [path for path in FIELDS if path.startswith(counts)]:
         v = operator.attrgetter(k)(cfg)
         key[k] = sha(Path(v).read_bytes()) if isinstance(v, str) and os.path.isfile(v) else v
-    own, given = [f"{k.partition('.')[2]}={v}" for k, v in words.items() if k in key], label
-    file, label = slug("-".join([role, *own])), label or slug("-".join([known, *own]))
-    if role == cfg.distill.method and not words:
-        file = "model"
-    path, checkpoint = cfg.dir / f"{file}.safetensors", cfg.dir / f"{file}.ckpt"
+    counted = "".join(f"-{k.partition('.')[2]}={v}" for k, v in words.items() if k in key)
+    file = "model" if role == cfg.distill.method and not words else slug(role + counted)
+    path = cfg.dir / f"{file}.safetensors"
     if any(gathered(path.is_file())):                # all look before one writes
         net = load(path).to(pick_device())
-        other = differences(net.card.key, key)
-        if other:
+        if other := differences(net.card.key, key):
             raise UserError(f"{path} was made with other settings ({other}): take another "
                             "run=NAME, or delete it to make it again")
         say(f"{section}: {path} is there, kept")
-        if given and given != net.card.label:
-            say(f"warning: it is {net.card.label}: {given} has no setting of its own that counts")
+        if label and label != net.card.label:
+            say(f"warning: it is {net.card.label}: {label} has no setting of its own that counts")
         return net
-    write_config(cfg)
-
-    def train(module: nn.Module, step: Callable, some: ImageSet) -> dict:
+    if world()[0] == 0:
+        text = yaml.safe_dump(dataclasses.asdict(own), sort_keys=False)
+        write_atomically(cfg.dir / "config.yaml", f"# sha256 {sha(text)}\n{text}")
+    stage = getattr(cfg, section)
+    torch.manual_seed(fold(cfg.seed, f"init {role}"))
+    net, *job = make(cfg, images.subset(stage.n_images), *nets.values())
+    costs = [nets[r].card.train for r in nets if METHODS[r][1] == section]   # LP of LP-FT counts
+    if job:
+        part, step, some = job
         some = some.training(fold(cfg.seed, section), cfg.data.crop, cfg.data.flip)
-        stats = fit(module, step, some, getattr(cfg, section), cfg.runtime, name=section,
-                    seed=cfg.seed, checkpoint=checkpoint, key=key, workers=cfg.data.workers)
-        return stats | {k: stats[k] + v for k, v in getattr(some, "cost", {}).items()}
-
-    some = images.subset(getattr(cfg, section).n_images)
-    net, stats = make(cfg, some, train, *nets.values())
+        costs += [getattr(some, "cost", {}), fit(
+            part, step, some, stage, cfg.runtime, name=section, seed=cfg.seed, key=key,
+            checkpoint=path.with_suffix(".ckpt"), workers=cfg.data.workers)]
+    cost = {k: sum(c.get(k, 0) for c in costs) for k in (costs or [{}])[-1]}
     if world()[0] == 0:
         save(path, net, size_px=net.card.size_px or images.view.size_px, view=images.view,
-             classes=images.outputs, home=images.base, label=label, key=key, train=stats,
-             fresh=False)
+             classes=images.outputs, home=images.base, label=label or slug(known + counted),
+             key=key, train=cost, fresh=False)
         for old in cfg.dir.glob(f"{file}.ckpt*"):
             old.unlink()
     if any(gathered(Progress.hit)):                  # all wait for the file
         raise KeyboardInterrupt(f"{section} is done")
-    say(f"{path}: {stats['images']:,} images in {stats['seconds']:.0f} s" if stats else
-        f"{path}: as it comes")
+    say(f"{path}: {cost.get('images', 0):,} images in {cost.get('seconds', 0):.0f} s")
     return load(path).to(pick_device())
 
 
 # ---- eval ----------------------------------------------------------------------------------------
 
 def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
-    """{label: network} for those that want the same pixels: those of eval.models one by one, else a
-    run's original, teacher, what was tuned, and each in a team with the teacher.  Raises:
-    UserError."""
-    tokens = dict.fromkeys(filter(None, map(str.strip, cfg.eval.models.split(","))))
-    for token in tokens:                                 # [LABEL@]NAME[=WEIGHTS_FILE]
-        front, _, path = token.partition("=")
-        label, name = re.fullmatch(r"(?:([^:@]+)@)?(.*)", front).groups()
-        net = build(name, weights=path or None)
+    """{label: network} for those that want the same pixels: of eval.models, else of a run, its
+    original, teacher, what was tuned, and each in a team with the teacher."""
+    found = {}
+    for token in filter(None, map(str.strip, cfg.eval.models.split(","))):
+        label, name, file = re.fullmatch(r"(?:([^:@=]+)@)?([^=]*)=?(.*)", token).groups()
+        net = found[label or token] = freeze(build(name, weights=file))
         if net.card.fresh and not name.startswith("run:"):
-            raise UserError(f"--model {name} has no weights: add a pretrained tag "
-                            "(timm:resnet50.tv_in1k) or a file (NAME=WEIGHTS_FILE), or name what "
-                            "a run made (run:runs/x)")
-        yield {label or token: freeze(net).to(pick_device())}
-    if tokens:
-        return
-    order = {"student": 0, "teacher": 1, "model": 3}
-    files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
-    if not files:
-        raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first, or "
-                        "name another run")
-    nets = {p.stem: load(p).to(pick_device()) for p in files if p.stem != "vqgan"}
-    found, teacher = {net.card.label: net for net in nets.values()}, nets.get("teacher")
-    for stem, net in nets.items():
-        if teacher and not stem.startswith(("teacher", "guide")) and not isinstance(net, Team) \
-                and net.card.classes == teacher.card.classes:
-            found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
+            raise UserError(f"--model {name} has no weights: add a tag (timm:resnet50.tv_in1k) or "
+                            "a file (NAME=FILE), or name what a run made (run:runs/x)")
+    if not found:
+        order = {"student": 0, "teacher": 1, "model": 3}
+        files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
+        nets = {p.stem: load(p) for p in files if p.stem != "vqgan"}
+        found, teacher = {net.card.label: net for net in nets.values()}, nets.get("teacher")
+        for stem, net in nets.items():
+            if teacher and not stem.startswith(("teacher", "guide")) \
+                    and not isinstance(net, Team) and net.card.classes == teacher.card.classes:
+                found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
+    if not found:
+        raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first")
     for view in dict.fromkeys(net.card.view for net in found.values()):
-        yield {label: net for label, net in found.items() if net.card.view == view}
+        yield {label: net.to(pick_device()) for label, net in found.items()
+               if net.card.view == view}
 
 
 def set_names(cfg: Config) -> list[str]:
@@ -4179,79 +4150,57 @@ def set_names(cfg: Config) -> list[str]:
     return asked or [name, corrupted_name(name), *([f"{name}-r"] if f"{name}-r" in SETS else [])]
 
 
-def score_all(nets: dict[str, nn.Module], cfg: Config) -> set[str]:
-    """Scores networks that want the same pixels on all sets.  Returns the "of" of what was asked.
-    Raises: UserError; under `all` what cannot be had is passed over."""
-    everything, card = cfg.eval.sets.strip() == "all", next(iter(nets.values())).card
-    asked, opened, probes = set(), {}, {}
-    for name in set_names(cfg):                     # what is not there says so before any scoring
-        try:
-            opened[name] = aligned(open_set(name, cfg.data, view=card.view), card)
-        except FileNotFoundError as e:
-            if not everything:
-                raise
-            say(f"left out: {str(e).partition(':')[0]}")
-    for name, images in opened.items():
-        able = []
-        for label, net in nets.items():
-            if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
-                continue                            # it answers on the classes of home alone
-            try:
-                able.append(headed(label, net, name, images, cfg, probes))
-            except UserError as e:
-                if len(nets) == 1 and not everything:
-                    raise
-                say(f"left out: {e}")
-        asked |= score(dict(able), images, cfg)
-    return asked
-
-
 def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
-    if cfg.eval.models and not (cfg.dir / "config.yaml").is_file():
-        write_config(cfg)                                # `report --run` looks for it
-    asked = set()
+    everything, asked = cfg.eval.sets.strip() == "all", set()
     for nets in networks(cfg):
-        asked |= score_all(nets, cfg)
-        nets.clear()                                     # before the next, for they may be large
-    if world()[0] == 0:
-        rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
-        say(summary(rows) if rows else "nothing to score")
-        say(f"results: {cfg.dir / 'results.jsonl'}; for tables and figures: report --run {cfg.dir}")
+        card, opened, probes = next(iter(nets.values())).card, {}, {}
+        for name in set_names(cfg):                 # what is not there says so before any scoring
+            try:
+                opened[name] = aligned(open_set(name, cfg.data, view=card.view), card)
+            except FileNotFoundError as e:
+                if not everything:
+                    raise
+                say(f"left out: {str(e).partition(':')[0]}")
+        for name, images in opened.items():
+            able = []
+            for label, net in nets.items():
+                if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
+                    continue                        # it answers on the classes of home alone
+                try:
+                    able.append(headed(label, net, name, images, cfg, probes))
+                except UserError as e:
+                    if len(nets) == 1 and not everything:
+                        raise
+                    say(f"left out: {e}")
+            asked |= score(dict(able), images, cfg)
+    rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
+    say(summary(rows) if rows else "nothing to score")
+    say(f"results: {cfg.dir / 'results.jsonl'}; for tables and figures: report --run {cfg.dir}")
 
 
 # ---- the other commands --------------------------------------------------------------------------
 
-SHOWN = ("", "gaussian_noise", "defocus_blur", "fog", "contrast", "jpeg_compression")
-
-
-@torch.no_grad()
 def pictures_of(run: Path, cfg: Config):
-    """A matplotlib figure of 8 test images, clean and corrupted: the true class, and what each head
-    of the run's Student said, green where it is right; > = the head that answered."""
+    """A matplotlib figure of 8 test images, clean and corrupted: the true class, and below it what
+    the run's Student said, by which head, green where it is right."""
     from matplotlib.figure import Figure
     student = load(run).to(pick_device())
     if not isinstance(student, Student):
         raise UserError(f"{run}: one head, nothing to show")
-    images = open_set(cfg.data.name, cfg.data, view=student.card.view)
-    picks = np.linspace(0, len(images) - 1, 8).astype(int)
-    x, y, index = images.__getitems__([(0, int(p)) for p in picks])
-    fig = Figure((8 * (1.4 + 0.08 * max(map(len, images.classes))), 2.3 * len(SHOWN)), dpi=80)
-    grid = fig.subplots(len(SHOWN), 8, gridspec_kw={
-        "left": 0.02, "right": 1, "bottom": 0.08, "top": 0.95, "hspace": 0.7, "wspace": 0})
-    for axes, name in zip(grid, SHOWN):
-        shown = corrupt(x, name, 4, index=index.tolist()) if name else x
-        f = student.backbone(shown.to(pick_device()))
-        mean, sigma, logits = (m.cpu() for m in student.moments(f, cfg.eval.passes))
-        head = select(mean, sigma, cfg.eval.rule, logits=logits, y=y)
+    images = open_set(cfg.data.name, cfg.data, view=student.card.view).subset(8)
+    x, y, index = images.__getitems__([(0, k) for k in range(len(images))])
+    longest, names = max(map(len, images.classes)), ["", *CORRUPTIONS[::3]]
+    fig = Figure((len(x) * (1.2 + 0.1 * longest), 2 * len(names)), dpi=80, layout="constrained")
+    for axes, name in zip(fig.subplots(len(names), len(x), squeeze=False), names):
+        shown = corrupt(x, name, 4, index=index) if name else x
+        said = student.predict(shown.to(pick_device()), cfg.eval.passes, cfg.eval.rule)
         axes[0].set_ylabel(f"{name} 4" if name else "clean")
-        for i, ax in enumerate(axes):
-            ax.imshow(shown[i].permute(1, 2, 0).numpy())
+        for i, (ax, h, p, k) in enumerate(zip(axes, said.head, *said.probs.cpu().max(1))):
+            ax.imshow(shown[i].permute(1, 2, 0))
             ax.set(title=images.classes[y[i]], xticks=[], yticks=[])
-            for h, (p, k) in enumerate(zip(*mean[i].max(-1))):
-                said = f"{'>' if h == head[i] else '  '} {HEADS[h]} {images.classes[k]} {p:.2f}"
-                ax.text(0, -0.14 * h - 0.04, said, va="top", transform=ax.transAxes, fontsize=8,
-                        color="darkgreen" if k == y[i] else "firebrick")
+            ax.set_xlabel(f"{images.classes[k]} {p:.2f}\n{HEADS[h]}",
+                          color="darkgreen" if k == y[i] else "firebrick")
     return fig
 
 
@@ -4289,13 +4238,12 @@ def run_compare(cfg: Config, args) -> None:
     """The recipe's own run and those of compare.rows, for every seed; eval and report."""
     folders, images = [], functools.cache(training_images)       # which most rows share
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
-        run = cfg.run + (f"-s{seed}" if seed != cfg.seed else "")
-        own = changed(cfg, {"seed": seed, "run": run})
+        more = f"-s{seed}" if seed != cfg.seed else ""
+        own = changed(cfg, {"seed": seed, "run": cfg.run + more})
         for label, words in cfg.compare.plan[1].items():
             row = changed(own, words, label)
             role = "teacher" if row.distill.method == "none" else row.distill.method
-            network(row, images(row.data, row.model), role, words, label)
-        write_config(own)                                # not that of its last row
+            network(own, images(row.data, row.model), role, words, label)
         run_eval(own, args)
         folders.append(str(own.dir))
     args.run = ",".join(folders)
@@ -4308,17 +4256,13 @@ def run_sets(cfg: Config, args) -> None:
     data = dataclasses.replace(cfg.data, allow_partial=True, n_train=0, n_test=0)
     archives, body = [corrupted_name(n) for n, row in SETS.items() if row.archive], []
     for name in dict.fromkeys([*set_names(cfg), *SETS, *archives]):
-        (row, is_c), found = set_row(name), "-"
-        n = f"{row.n_test:,}" if row.n_test else "any"
-        get = row.get.replace("ROOT", data.root).split("; -c: ")[-1 if is_c else 0]
+        row, is_c = set_row(name)
         try:
-            found = f"{len(open_set(name, data)):,}"
-        except FileNotFoundError:
-            pass
-        except UserError as e:
-            found, get = "spoilt", str(e)
-        where = row.archive if is_c else row.test
-        body.append([name, found, n, row.n_classes or "any", where, get])
+            found, get = len(open_set(name, data)), ""
+        except (UserError, OSError) as e:
+            found, get = "-" if isinstance(e, FileNotFoundError) else "spoilt", e
+        body.append([name, found, row.n_test or "any", row.n_classes or "any",
+                     row.archive if is_c else row.test, get])
     say(markdown(["set", "found", "expected", "classes", f"where (below {data.root})",
                   "how to get it"], body))
     say("NAME-c is made on the fly where there is no archive, of which one cell is counted")
@@ -4361,8 +4305,8 @@ def run_corrupt(cfg: Config, args) -> None:
                 y.save(content := io.BytesIO(), kind, quality=85)
                 write_atomically(path, content.getvalue())
 
-    with Progress(len(images), "corrupt") as bar, \
-            ThreadPool(cfg.data.workers or os.cpu_count()) as pool:
+    with ThreadPool(cfg.data.workers or os.cpu_count()) as pool, \
+            Progress(len(images), "corrupt") as bar:
         for _ in pool.imap(copies, range(len(images))):
             bar.update(1)
             if bar.hit:
@@ -4391,7 +4335,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="erpm.py", formatter_class=argparse.RawDescriptionHelpFormatter, argument_default="",
         description=f"{__doc__.split('Sections:')[0]}\ncommands:\n{lines}",
         epilog="\n".join(keys))
-    p.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
+    p.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     p.add_argument("words", nargs="*", metavar="key=value",
                    help="settings, see below; bench and corrupt take names and paths too")
     p.add_argument("--recipe", help="recipe of config.yaml; demo has its own")
@@ -4416,7 +4360,7 @@ def configure(args: argparse.Namespace) -> Config:
     cfg, scores = resolve(words, recipe, args.config), args.command in ("eval", "report")
     if scores and (cfg.dir / "config.yaml").is_file():
         return resolve(words, file=cfg.dir / "config.yaml")
-    if scores and args.run:
+    if args.command == "eval" and args.run:
         raise UserError(f"no run {run}: it has no config.yaml")
     return cfg
 
@@ -4438,11 +4382,9 @@ def preflight(cfg: Config, command: str) -> None:
         for name in {m.student, m.teacher, r.teacher} - {""}:
             if not name.startswith("open_clip:"):
                 named(name, None, "random", cfg.data.size_px)
-        if r.method == "dad":
-            vqgan(cfg.vqgan.name)
+        vqgan(cfg.vqgan.name)
     if command == "distill" and m.head == "text" and method in ("lp", "lp-ft"):
-        raise UserError(f"distill.method={method}: with model.head=text the classes are prompts, "
-                        "there is no linear layer to train")
+        raise UserError(f"distill.method={method}: model.head=text has no linear layer to train")
     for label, words in cfg.compare.plan[1].items() if command in ("demo", "compare") else ():
         preflight(changed(cfg, words, f"compare.rows: {label}"), "distill")
 
@@ -4450,7 +4392,7 @@ def preflight(cfg: Config, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    Progress.hit, text, told = 0, "", False
+    Progress.hit, code, text, told = 0, 2, "", False
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
@@ -4475,13 +4417,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 128 + (Progress.hit or signal.SIGINT)
         text = f"stopped ({str(e) or 'at once'}); the same command goes on from here"
     except (MemoryError, RuntimeError) as e:
-        advice = "the same command goes on from the last checkpoint"
-        lack = any(word in str(e) for word in ("memory", "create a primitive", "new thread"))
-        if isinstance(e, MemoryError) or lack:
-            advice = "lower the stage's batch (or raise its accum), eval.batch or data.workers"
-        elif "CUDA" not in str(e):
+        if not re.search("[Mm]emory|create a primitive|new thread|CUDA", repr(e)):
             raise
-        code, text = 2, f"out of memory, or the GPU failed: {advice} ({str(e)[:160]})"
+        text = ("out of memory, or the GPU failed: lower the stage's batch (or raise its accum), "
+                f"eval.batch or data.workers; what is saved stays ({str(e)[:160]})")
     finally:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):                  # the store may be gone
