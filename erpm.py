@@ -2411,9 +2411,8 @@ class ThreeHeads(Tuned):
     def forward(self, f: Tensor, n_clean: int | None = None) -> Heads:
         """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
         f[n_clean:] alone and the combined head everything, as [A] trains them."""
-        f, head = self.shared(f), self.heads
-        clean, robust = (f, f) if n_clean is None else f.tensor_split([n_clean])
-        return Heads(head["clean"](clean), head["combined"](f), head["robust"](robust))
+        f, head = self.shared(f), self.heads                 # up to None, and from it: all
+        return Heads(head["clean"](f[:n_clean]), head["combined"](f), head["robust"](f[n_clean:]))
 
 
 TINY = 1e-12      # a KL of 0, to the last bit, would decide every product; and log 0 is not finite
@@ -2779,7 +2778,7 @@ def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -
 
 def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
     """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
-    go back into the parts; else (0, 0).  Raises: UserError if it is another job's."""
+    go back into the parts; (0, 0) without a good one.  Raises: UserError if it is another job's."""
     for file in filter(Path.is_file, (path, path.with_suffix(".ckpt1"))):
         content = file.read_bytes()
         if sha(content[:-16]).encode() != content[-16:]:
