@@ -2971,8 +2971,7 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
 def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
          bar: Progress | None = None) -> dict:
     """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, in the set's order on
-    every process.  A batch is one process's and holds the same images for any number of them, so
-    the facts agree to the last bit; nothing is padded or counted twice."""
+    every process; a batch is one process's and holds the same images for any number of them."""
     (rank, size), device, n, mine = world(), pick_device(), len(images), []
     lists = [[(0, p) for p in range(n)[s:s + batch]] for s in range(0, n, batch)][rank::size]
     for keys, (x, y, index) in zip(lists, loader(images, workers, batch_sampler=lists)):
@@ -2980,26 +2979,22 @@ def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
         mine.append({k: v.float().cpu().numpy() for k, v in found.items()})
         if bar is not None:
             bar.update(len(keys) * n // sum(map(len, lists)))                # of all processes
-    ranks = gathered(mine)
-    parts = [ranks[i % size][i // size] for i in range(math.ceil(n / batch))]
+    parts = [v for turn in itertools.zip_longest(*gathered(mine)) for v in turn if v]
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
-def facts(v: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
-    """(B,4) float32 of each image: right, label among the first five, NLL in nats, confidence.
-
-    Shapes: scores v (B,C), their log probabilities, labels y (B,).  Of equal scores the first class
-    is before, as in argmax; topk would break ties differently on GPUs."""
-    own, later = v.gather(-1, y[:, None]), torch.arange(v.shape[-1], device=v.device) > y[:, None]
-    rank = v.shape[-1] - 1 - ((own > v) | (own == v) & later).sum(-1)         # NaN: before all
-    nll = -log_p.gather(-1, y[:, None])[:, 0]
-    return torch.stack([rank == 0, rank < 5, nll, log_p.amax(-1).exp()], 1)
+def facts(log_p: Tensor, y: Tensor) -> Tensor:
+    """(B,4) of log probabilities (B,C): right, label among the first five, NLL in nats, confidence.
+    Of equal ones the first class is before, as in argmax; topk breaks ties differently on GPUs."""
+    own = log_p.gather(-1, y[:, None])
+    before = torch.arange(log_p.shape[-1], device=y.device) < y[:, None]
+    rank = ((log_p > own) | (log_p == own) & before).sum(-1)
+    return torch.stack([rank == 0, rank < 5, -own[:, 0], log_p.amax(-1).exp()], 1)
 
 
 def figures_of(v: np.ndarray, label: str) -> dict:
-    """{"correct", "correct5", "nll", "ece"} of facts (n,4), in float64, in one order, and "heads"
-    where they tell the head that answered, (n,5).  ECE: 15 bins of confidence, (lo, hi], Guo et al.
-    2017.  Raises: UserError on outputs of NaN or inf."""
+    """{"correct", "correct5", "nll", "ece"} of facts (n,4), and of (n,5) "heads".  ECE: 15 bins of
+    confidence, (lo, hi], Guo et al. 2017.  Raises: UserError on outputs of NaN or inf."""
     bad = int((~np.isfinite(v)).any(1).sum())
     if bad:
         raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
@@ -3014,19 +3009,22 @@ def figures_of(v: np.ndarray, label: str) -> dict:
     return found
 
 
-def student_facts(student: Student, x: Tensor, y: Tensor, ids: Tensor | None, passes: int) -> dict:
-    """{rule: facts and the head that answered (B,5)}."""
-    f = student.backbone(x)
-    drawn = student.moments(f, passes, ids)
+def facts_of(model: Callable, x: Tensor, y: Tensor, ids: Tensor | None, passes: int,
+             ask: Callable) -> dict[str, Tensor]:
+    """{rule: facts and the head that answered (B,5)} of a Student, {"": facts} of others."""
+    if not isinstance(model, Student):
+        z = model(x, ask) if isinstance(model, Team) else ask(model, x)
+        return {"": facts(project(z, ids).float().log_softmax(-1), y)}
+    f, out = model.backbone(x), {}
+    drawn = model.moments(f, passes, ids)
     ways = {rule: (rule, drawn) for rule in RULES}
     if passes:
-        ways["product (closed form)"] = "product", student.moments(f, 0, ids)
-    out = {}
+        ways["product (closed form)"] = "product", model.moments(f, 0, ids)
     for name, (rule, (mean, sigma, logits)) in ways.items():
         head = select(mean, sigma, rule, logits=logits, y=y)
         p = answer(mean, sigma, head, rule).float()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
-        out[name] = torch.cat([facts(p, log_p, y), head[:, None]], 1)
+        out[name] = torch.cat([facts(log_p, y), head[:, None]], 1)
     return out
 
 
@@ -3036,24 +3034,17 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
     def f(x, y, index):
         if cell:
             x = corrupt(x, *cell, index=index.tolist(), jpeg=True)
-        out, ask = {}, functools.cache(operator.call)         # a member of teams runs once a batch
-        with autocast(amp, pick_device()):
+        out, ask = {}, functools.cache(operator.call)    # a member of teams runs once a batch
+        with autocast(amp, x.device):
             for label, m in models.items():
-                if isinstance(m, Student):
-                    found = student_facts(m, x, y, images.ids, passes)
-                else:
-                    z = m(x, ask) if isinstance(m, Team) else ask(m, x)
-                    z = project(z, images.ids).float()
-                    found = {"": facts(z, z.log_softmax(-1), y)}
+                found = facts_of(m, x, y, images.ids, passes, ask)
                 out |= {(label, rule): v for rule, v in found.items()}
         return out
 
     rows = {label: {"n": len(images)} for label in models}
     for (label, rule), v in over(images, f, **options).items():
-        if rule:
-            rows[label].setdefault("rules", {})[rule] = figures_of(v, label)
-        else:
-            rows[label] |= figures_of(v, label)
+        place = rows[label].setdefault("rules", {}).setdefault(rule, {}) if rule else rows[label]
+        place |= figures_of(v, label)
     return rows
 
 
@@ -3067,15 +3058,15 @@ def aligned(images: ImageSet, card: Card) -> ImageSet:
 
 
 def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **options) -> dict:
-    """Figures of a network on a set, exact for any number of processes: {"n", "correct",
-    "correct5" (counts), "nll" (mean, nats), "ece" (15 bins)}, of the classes that the set scores.
+    """Figures of a network on a set, the same on any number of processes: {"n", "correct",
+    "correct5" (counts), "nll" (mean, nats), "ece" (15 bins)}; of a Student {"n", "rules": {rule:
+    these and "heads", the images that clean, combined and robust answered}}.
 
-    predict: any function from images uint8 (B,3,H,W) to logits; or a Student, then {"n", "rules":
-    {rule: the same and "heads", the images that clean, combined and robust answered}}.  A module is
-    put in eval mode, on the accelerator where there is one.  images: what as_images takes (files in
-    the set's view), or the name of a set in ./data (in the network's).  cell: (corruption,
-    severity), made on the fly, with the JPEG round trip of the published files.  options: batch,
-    passes, amp, workers.  Raises: UserError, on outputs that are not finite too."""
+    predict: any function from images uint8 (B,3,H,W) to logits; a module is put in eval mode, on
+    the accelerator.  images: what as_images takes (files in the set's view), or the name of a set
+    in ./data (in the network's).  cell: (corruption, severity), made on the fly, with the JPEG
+    round trip of the published files.  options: batch, passes, amp, workers.
+    Raises: UserError, on outputs that are not finite too."""
     card = getattr(predict, "card", Card())
     images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
     if isinstance(predict, nn.Module):
@@ -3113,10 +3104,9 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, seed: int = 0) \
         -> tuple[nn.Linear, float]:
     """(layer, chosen l2): a multinomial logistic regression on frozen features.
 
-    It minimises mean cross-entropy + l2/2 |W|^2 on standardised features (the standardisation is
-    then folded into the layer) by L-BFGS, full batch, in float64 on a CPU and float32 on a GPU.
-    l2: the one of PROBE_L2 with the least loss on a tenth that is held out; refitted on all.
-    Shapes: features (n,D) float32, labels y (n,)."""
+    The least mean cross-entropy + l2/2 |W|^2 on standardised features (folded into the layer), in
+    float64 on a CPU and float32 on a GPU.  l2: the one of PROBE_L2 with the least loss on a tenth
+    that is held out; refitted on all.  Shapes: features (n,D) float32, labels y (n,)."""
     device = pick_device()
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     var, mean = torch.var_mean(features, 0, correction=0)
@@ -3127,13 +3117,13 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, seed: int = 0) \
     fc.weight.zero_()
     fc.bias.zero_()
     n, best = len(y) - len(y) // 10, (math.inf, PROBE_L2[0])
-    for l2 in PROBE_L2:                                        # from strong to weak, warm starts
+    for l2 in PROBE_L2:                  # from strong to weak, warm starts
         _fit_softmax(fc, x[:n], y[:n], l2)
         best = min(best, (float(F.cross_entropy(fc(x[n:]), y[n:])), l2))
     _fit_softmax(fc, x, y, best[1])
     fc.weight /= std.to(fc.weight)
     fc.bias -= fc.weight @ mean.to(fc.weight)
-    return fc.float(), best[1]
+    return fc.float().cpu(), best[1]
 
 
 def frozen_features(model: nn.Module) -> nn.Module:
@@ -3148,20 +3138,20 @@ def frozen_features(model: nn.Module) -> nn.Module:
     return freeze(nn.Sequential(*body, last.features))
 
 
-def fit_probe(features: nn.Module, images: ImageSet, cfg: Config) -> nn.Linear:
-    """The linear layer for the set's classes on what `features` makes of its images."""
-    def f(x, y, index):
-        with autocast(cfg.runtime.amp, pick_device()):
-            return {"f": features(x)}
-
-    x = over(images, f, batch=cfg.eval.batch, workers=cfg.data.workers,
-             bar=Progress(len(images), "linear probe: features"))["f"]       # signals act at once
+def fit_probe(model: nn.Module, images: ImageSet, cfg: Config) -> nn.Sequential:
+    """The network's frozen features and a new linear layer, fitted to the images of the set."""
+    features = frozen_features(model)
+    bar = Progress(len(images), "linear probe: features")    # outside its context: stops at once
+    with autocast(cfg.runtime.amp, pick_device()):
+        x = over(images, lambda x, y, index: {"f": features(x)}, batch=cfg.eval.batch,
+                 workers=cfg.data.workers, bar=bar)["f"]
     fc, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
                           len(images.classes), seed=cfg.seed)
     say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
-    for p in fc.parameters() if world()[1] > 1 else ():     # equal to the last bit on all processes
-        dist.broadcast(p.data, 0)
-    return fc
+    fc.load_state_dict(gathered(fc.state_dict())[0])     # equal to the last bit on all processes
+    probe = nn.Sequential(features, Classifier(nn.Identity(), fc))
+    probe.card = model.card
+    return freeze(probe.to(pick_device()))
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -3178,8 +3168,7 @@ def weights_sha(net: nn.Module) -> str:
 def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
     """GFLOPs of an answer to an image, by torch's counter (2 a multiply-add; matrix products and
     convolutions alone).  passes: as in Student.predict."""
-    bare = {id(t): t.to("meta") for t in (*model.parameters(), *model.buffers())}
-    model = freeze(copy.deepcopy(model, bare))           # no weights are copied: shapes alone count
+    model = copy.deepcopy(model).to("meta")              # shapes alone count
     x = torch.zeros(1, 3, size_px, size_px, device="meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, Student):
@@ -3199,36 +3188,30 @@ def kind_of(card: Card, images: ImageSet) -> str:
     return "shift" if at_home or images.outputs == (card.classes or synsets()) else "transfer"
 
 
-def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Config,
-           probes: dict) -> tuple[str, nn.Module]:
-    """(label, network) that answers on a set: with its own head where its outputs are the set's
-    classes (their number means nothing), by prompts where it has a text tower, else by a linear
-    probe, one of those fitted so far or a new one.  Raises: UserError."""
+def headed(label: str, model: nn.Module, name: str, images: ImageSet, cfg: Config) \
+        -> tuple[str, nn.Module]:
+    """(label, network) that answers on a set: by its own head where its outputs are these classes,
+    by prompts where it has a text tower, else by a linear probe.  Raises: UserError."""
     card, how, row = model.card, cfg.eval.head, SETS.get(images.base)
-    own = images.base == card.home or bool(card.classes) and card.classes == images.outputs
+    own, n = card.classes == images.outputs, len(images.outputs)
     a_clip = card.prompts or card.name.startswith("open_clip:") and not card.n_classes
     if how == "auto" and a_clip:
         prompts = prompts_of(images, cfg.model.templates, cfg.data.names)
         return label if own else f"{label}, zero-shot", zero_shot(model, prompts)
     if how == "own" or how == "auto" and own:
-        n, odd = len(images.outputs), {*card.classes} ^ {*images.outputs} if card.classes else ()
-        if card.n_classes != n or how == "auto" and odd:
-            raise UserError(f"{label} has {card.n_classes} classes and {name} needs {n}; in one "
-                            f"alone: {', '.join(sorted(odd)[:9]) or 'unknown'}")
+        if card.n_classes != n:
+            raise UserError(f"{label} has {card.n_classes} classes and {name} needs {n}")
         return label, model
     home = images.base.removesuffix("-r") if row else name.replace("folder-c:", "folder:")
-    try:
-        train = open_set("imagenet" if row and row.part is not None else home, cfg.data, "train",
-                         card.view)
-        features = frozen_features(model)
-    except (UserError, OSError) as e:
-        raise UserError(f"{label}: its classes are not those of {name}, and a linear probe cannot "
-                        f"be had: {e}") from None
-    if (label, train.base) not in probes:
-        probe = nn.Sequential(features, Classifier(nn.Identity(), fit_probe(features, train, cfg)))
-        probe.card = card
-        probes[label, train.base] = freeze(probe)
-    return f"{label}, linear probe", probes[label, train.base]
+    home = "imagenet" if row and row.part is not None else home
+    probes = model.__dict__.setdefault("probes", {})     # one serves many sets
+    if home not in probes:
+        try:
+            probes[home] = fit_probe(model, open_set(home, cfg.data, "train", card.view), cfg)
+        except (UserError, OSError) as e:
+            raise UserError(f"{label}: its classes are not those of {name}, and a linear probe "
+                            f"cannot be had: {e}") from None
+    return f"{label}, linear probe", probes[home]
 
 
 def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dict:
@@ -3240,47 +3223,34 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
         transform += f", corrupted on the fly, jpeg 85, {textures} frost"
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
-    passes = ev.passes if isinstance(model, Student) else None
-    amp = str(amp_type(cfg.runtime.amp, pick_device()))
-    of = fold(label, weights_sha(model), images.name, transform, len(images), cfg.seed, passes, amp,
-              versions()["erpm"])
-    return {"of": f"{of:016x}", "label": label, "seed": cfg.seed, "set": images.name,
-            "kind": kind_of(card, images), "n": len(images), "transform": transform,
-            "passes": passes, "amp": amp, "train": card.train,
-            "gflops": gflops(model, images.view.size_px, ev.passes)}
+    row = {"label": label, "seed": cfg.seed, "set": images.name, "n": len(images),
+           "transform": transform, "amp": str(amp_type(cfg.runtime.amp, pick_device())),
+           "passes": ev.passes if isinstance(model, Student) else None}
+    return {"of": sha(repr(row), weights_sha(model), versions()["erpm"])} | row | {
+        "kind": kind_of(card, images), "train": card.train,
+        "gflops": gflops(model, images.view.size_px, ev.passes)}
 
 
-def read_rows(run: Path, rule: str = "product") -> list[dict]:
-    """The rows of a run's results.jsonl; rule: that of a Student's headline figures."""
+def read_rows(run: Path) -> list[dict]:
+    """The rows of a run's results.jsonl whose hash is right."""
     path, rows = run / "results.jsonl", []
     for n, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
-        text, mark, end = line.rpartition(b', "sum": "')
-        if not mark or end.decode("latin-1") != sha(text) + '"}':
+        text, _, end = line.rpartition(b', "sum": "')
+        if end == sha(text).encode() + b'"}':
+            rows.append(json.loads(text + b"}"))
+        else:
             say(f"{path}: row {n} is damaged: eval makes it again")
-            continue
-        rows.append(json.loads(text + b"}") | {"run": str(run), "rule": rule})
     return rows
 
 
-def done_cells(run: Path) -> set[tuple]:
-    """(of, corruption, severity) of the rows that are there, as the first process sees them.  A
-    last line that a crash left without its end is cut off: the next row would continue it."""
-    done, file = set(), run / "results.jsonl"
-    if world()[0] == 0 and file.is_file():
-        whole, end, rest = file.read_bytes().rpartition(b"\n")
-        if rest:
-            write_atomically(file, whole + end)
-        done = {(r["of"], r["corruption"], r["severity"]) for r in read_rows(run)}
-    return gathered(done)[0]
-
-
 def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[str]:
-    """Appends to the run's results.jsonl what is missing of the set, a row a network and cell, as
-    soon as it is known.  Returns the "of" of what was asked.  Raises: KeyboardInterrupt."""
+    """Adds to the run's results.jsonl what is missing of the set, a row a network and cell, as soon
+    as it is known.  Returns the "of" of what was asked.  Raises: KeyboardInterrupt."""
     ev, made = cfg.eval, images.corrupted == "made"
     images = images.subset(ev.n_cell) if made else images
     rows = {label: identity(label, m, images, cfg) for label, m in models.items()}
-    done, jobs = done_cells(cfg.dir), {}
+    kept, jobs = read_rows(cfg.dir), {}
+    done = gathered({(r["of"], r["corruption"], r["severity"]) for r in kept})[0]
     for cell in CELLS if images.corrupted else [("", 0)]:
         jobs[cell] = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
     jobs = {cell: pending for cell, pending in jobs.items() if pending}
@@ -3299,14 +3269,14 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                     raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
                                     f"remove {', '.join(bad)}") from None
                 raise
-            seconds = time.perf_counter() - since
-            where = {"corruption": cell[0], "severity": cell[1], "seconds": round(seconds, 3),
-                     "images_per_s": round(len(some) / seconds, 1), "processes": world()[1],
+            where = {"corruption": cell[0], "severity": cell[1], "processes": world()[1],
+                     "seconds": round(time.perf_counter() - since, 3),
                      "device": pick_device().type, "packages": versions()}
-            for label, figures in found.items() if world()[0] == 0 else ():
-                text = json.dumps(rows[label] | where | figures)[:-1]
-                with open(cfg.dir / "results.jsonl", "a") as f:
-                    f.write(f'{text}, "sum": "{sha(text)}"}}\n')
+            kept += [rows[label] | where | figures for label, figures in found.items()]
+            if world()[0] == 0:
+                texts = [json.dumps(row)[:-1] for row in kept]
+                write_atomically(cfg.dir / "results.jsonl", "".join(
+                    f'{text}, "sum": "{sha(text)}"}}\n' for text in texts))
             if any(gathered(bar.hit)):
                 raise KeyboardInterrupt(f"eval, after {images.name} {cell[0]} {cell[1]}")
     return {row["of"] for row in rows.values()}
@@ -3337,24 +3307,22 @@ MEASURES: dict[str, tuple[Callable[[dict], float], str]] = {
     # all severities weigh alike, so the mean over the cells is the mCE
     "mCE": (lambda r: 100 * (1 - r["correct"] / r["n"]) / ALEXNET[r["corruption"]], ".2f"),
     "F": (lambda r: 100 * r["heads"][2 * (r["kind"] == "shift")] / r["n"], ".2f"),
+    "images/s": (lambda r: r["n"] / r["seconds"], ".0f"),
     "training, s": (lambda r: r["train"]["seconds"], ".0f"),
-    "images/s": (lambda r: r["images_per_s"], ".0f"),
-    "images a cell": (lambda r: r["n"], ",.0f"),
-    "ms / training image": (lambda r: 1000 * r["train"]["seconds"] / r["train"]["images"], ".2f"),
+    "ms / training image": (
+        lambda r: 1000 * r["train"]["seconds"] / r["train"]["images"], ".2f"),
     # r["FT"], r["original"]: their rows of the same seed, by `latest`
     "time / FT": (lambda r: r["train"]["seconds"] / r["FT"]["train"]["seconds"], ".2f"),
     "training FLOPs / FT": (
         lambda r: r["train"]["gflops"] / r["FT"]["train"]["gflops"], ".2f"),
     "GFLOPs / original": (lambda r: r["gflops"] / r["original"]["gflops"], ".2f")}
 COSTS = tuple(MEASURES)[-4:]
-SEVERITIES = {f"severity {k}": {"severity": k} for k in range(1, 6)}        # lines of a pivot
 
 
 def latest(rows: list[dict]) -> list[dict]:
     """One row a cell: of each (label, seed, set) those of the evaluation with the most images, of
-    equal ones the newest.  Two never mix, not even where the newer one is not whole.  Each has the
-    figures of a Student's rule, and beside it rows of FT and of the original, of the same seed.
-    Raises: UserError where two runs hold the same label and seed."""
+    equal ones the newest; two never mix.  Each has the figures of its rule, and FT's and the
+    original's rows of its seed.  Raises: UserError where two runs hold the same label and seed."""
     place, runs = operator.itemgetter("label", "seed", "set"), {}
     for r in rows:
         other = runs.setdefault((r["label"], r["seed"]), r["run"])
@@ -3380,21 +3348,16 @@ def by_kind(rows: list[dict]) -> list[list[str]]:
     return [[s for s in kinds if kinds[s] == kind] for kind in ("home", "shift", "transfer")]
 
 
-def corrupted(rows: Iterable[dict]) -> list[str]:
-    """The -c sets."""
-    return list(dict.fromkeys(r["set"] for r in rows if r["corruption"]))
-
-
 def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str = "",
-               measure: str = "top-1", **where) -> list[float]:
+               measure: str = "top-1", **where) -> np.ndarray:
     """A measure of a model, a number a seed: the mean over sets of the mean over a set's cells.
-    [] when a cell is missing for a seed, NaN where a row lacks what the measure looks for.
-
-    rule: of a Student, by default the row's own.  where: the rows that count: severity=3."""
+    Empty when a cell is missing for a seed, NaN where a row lacks what the measure looks for.
+    rule: of a Student, by default the row's own.  where: columns of the rows that count."""
     own = [r for r in rows if r["label"] == label]
-    seeds, wide = dict.fromkeys(r["seed"] for r in own), corrupted(own)
-    cells = (1 if "corruption" in where else len(CORRUPTIONS)) * (1 if "severity" in where else 5)
-    found = {(seed, s): [] for seed in seeds for s in sets}
+    wide = {r["set"] for r in own if r["corruption"]}
+    cells = 1 if "corruption" in where else len(CORRUPTIONS)
+    cells *= 1 if "severity" in where else 5
+    found = {(r["seed"], s): [] for r in own for s in sets}
     for r in own:
         if r["set"] in sets and all(r[k] == v for k, v in where.items()):
             value = NAN
@@ -3403,19 +3366,8 @@ def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str =
                 value = r[measure] if measure in r else MEASURES[measure][0](r)
             found[r["seed"], r["set"]].append(value)
     if any(len(v) < (cells if s in wide else 1) for (_, s), v in found.items()):
-        return []
-    return [float(np.mean([np.mean(found[seed, s]) for s in sets])) for seed in seeds]
-
-
-def cell(rows: list[dict], *, measure: str = "top-1", **what) -> str:
-    """What stands in a table: "mean ± standard deviation" over the seeds, "missing", or "-"."""
-    values, form = np.array(seed_means(rows, measure=measure, **what)), MEASURES[measure][1]
-    if not len(values):
-        return "missing"
-    if np.isnan(values).any():
-        return "-"
-    spread = f" ± {values.std(ddof=1):{form}}" if len(values) > 1 else ""
-    return f"{values.mean():{form}}{spread}"
+        return np.empty(0)
+    return np.reshape([np.mean(v) for v in found.values()], (-1, len(sets))).mean(1)
 
 
 def markdown(head: Sequence, body: Sequence[Sequence]) -> str:
@@ -3429,158 +3381,143 @@ def markdown(head: Sequence, body: Sequence[Sequence]) -> str:
 
 def pivot(rows: list[dict], title: str, lines: dict[str, dict], columns: dict[str, dict],
           note: str = "") -> str:
-    """A titled Markdown table of `cell`s, each with the keywords of its column and of its line (a
-    line wins); "" without lines or columns."""
+    """A titled Markdown table, "" without lines or columns: mean ± standard deviation of seed_means
+    by the keywords of column and line (which wins), "missing", or "-" where they are NaN."""
     if not lines or not columns:
         return ""
-    body = [[heading, *(cell(rows, **column | line) for column in columns.values())]
-            for heading, line in lines.items()]
-    return "\n\n".join(filter(None, (f"## {title}", note, markdown(["", *columns], body))))
+    body = []
+    for heading, line in lines.items():
+        body.append([heading])
+        for column in columns.values():
+            what = {"measure": "top-1"} | column | line
+            values, form = seed_means(rows, **what), MEASURES[what["measure"]][1]
+            text = f"{values.mean():{form}}" if len(values) else "missing"
+            spread = f" ± {values.std(ddof=1):{form}}" if len(values) > 1 else ""
+            body[-1].append("-" if np.isnan(values).any() else text + spread)
+    parts = [f"## {title}", note, markdown(["", *columns], body)]
+    return "\n\n".join(filter(None, parts))
 
 
-def models(rows: list[dict], scored: Sequence[str], **more) -> dict[str, dict]:
+def models(rows: list[dict], scored: Sequence[str]) -> dict[str, dict]:
     """Lines or columns of a pivot: the models that were scored on some of the sets."""
-    return {r["label"]: {"label": r["label"], **more} for r in rows if r["set"] in scored}
+    return {r["label"]: {"label": r["label"]} for r in rows if r["set"] in scored}
 
 
-def on(sets: Iterable[str]) -> dict[str, dict]:
-    """Lines or columns of a pivot: the sets."""
-    return {s: {"sets": (s,)} for s in sets}
-
-
-def mean_on(sets: Sequence[str]) -> dict[str, dict]:
-    """The column of a pivot for the mean over shifts, where there are several."""
-    return {f"mean of {len(sets)} shifts": {"sets": sets}} if len(sets) > 1 else on(sets)
+def places(rows: list[dict]) -> dict[str, dict]:
+    """Columns of a pivot: the sets of home, the mean over several shifts, and the shifts."""
+    home, shifts, _ = by_kind(rows)
+    mean = {f"mean of {len(shifts)} shifts": {"sets": shifts}} if len(shifts) > 1 else {}
+    return {s: {"sets": [s]} for s in home} | mean | {s: {"sets": [s]} for s in shifts}
 
 
 def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
-    """[A] Tables 1 to 4: the models at home, under shift, what they cost, and on other classes;
-    plan: the tables of compare.rows, {"title; note": models}."""
+    """[A] Tables 1 to 4, and those of compare.rows: plan {"title; note": models}."""
     home, shifts, transfer = by_kind(rows)
-    columns = on(home) | mean_on(shifts) | on(shifts)
-    scored = {plain(s): s for s in home + shifts}
-    columns |= {s.replace("imagenet-c", "mCE"): {"sets": (s,), "measure": "mCE"}
+    columns = places(rows)
+    columns |= {s.replace("imagenet-c", "mCE"): {"sets": [s], "measure": "mCE"}
                 for s in shifts if s.startswith("imagenet-c")}
-    columns |= {m: {"sets": (home + shifts)[:1], "measure": m} for m in COSTS}
-    known = rows + [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
-                     "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent}
-                    for label, values in KNOWN.items()
-                    for s, percent in zip(KNOWN_ON, values) if s in scored]
-    absent = ", ".join(s for s in KNOWN_ON if s not in scored)
-    note = f"(published) = of whole sets from disk; no result for {absent or 'none'}"
-    note = note if len(known) > len(rows) else ""
+    columns |= {m: {"sets": (home + shifts + transfer)[:1], "measure": m} for m in COSTS}
+    scored = {plain(s): s for s in home + shifts}
+    known = [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
+              "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent}
+             for label, values in KNOWN.items()
+             for s, percent in zip(KNOWN_ON, values) if s in scored]
+    note = "(published) = of whole sets from disk" if known else ""
+    known = rows + known
     tables = [pivot(known, "Models", models(known, home + shifts), columns, note)]
     for title, labels in plan.items():
         title, _, note = title.partition(";")
-        tables.append(pivot(rows, title, {x: {"label": x} for x in labels}, columns, note.strip()))
-    return [*tables, pivot(rows, "Transfer", models(rows, transfer), on(transfer))]
-
-
-def rules_table(rows: list[dict], label: str) -> str:
-    """[A] Tables 6 and 7: which rule picks the head of a Student."""
-    own = [r for r in rows if r["label"] == label]
-    rules = {rule: {"label": label, "rule": rule} for rule in own[0]["rules"]}
-    home, shifts, _ = by_kind(own)
-    places = on(home) | mean_on(shifts)
-    routed = {f"F {heading}": column | {"measure": "F"} for heading, column in places.items()}
-    return pivot(own, f"{label}: which rule picks the head", rules, places | on(shifts) | routed,
-                 "F = share of images sent to the right head: clean at home, robust under shift; "
-                 "clean, combined, robust = always that head; oracle = either head right.")
+        lines = {x: {"label": x} for x in labels}
+        tables.append(pivot(rows, title, lines, columns, note.strip()))
+    others = {s: {"sets": [s]} for s in transfer}
+    return [*tables, pivot(rows, "Transfer", models(rows, transfer), others)]
 
 
 def summary(rows: list[dict]) -> str:
-    """The figures of every network on every set."""
-    rows = latest(rows)
-    lines = {f"{r['label']} on {r['set']}": {"label": r["label"], "sets": (r["set"],)}
+    """The figures of every network on every set, of rows of `latest`."""
+    lines = {f"{r['label']} on {r['set']}": {"label": r["label"], "sets": [r["set"]]}
              for r in rows}
-    columns = ("top-1", "top-5", "NLL", "ECE", "images/s", "images a cell")
-    return pivot(rows, "Every model on every set", lines, {m: {"measure": m} for m in columns},
+    columns = {m: {"measure": m} for m in ("top-1", "top-5", "NLL", "ECE", "images/s")}
+    return pivot(rows, "Every model on every set", lines, columns,
                  "NLL in nats; ECE in percent, 15 bins; means over the cells of a -c set.")
 
 
 def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
     """The whole report in Markdown, a pure function of the rows and the tables of compare.rows."""
     rows = latest(rows)
-    seeds, title = len({r["seed"] for r in rows}), by_kind(rows)[0] or ["Results"]
+    seeds = len({r["seed"] for r in rows})
     spread = f"± = standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    parts = [f"# {', '.join(title)}",
+    parts = [f"# {', '.join(by_kind(rows)[0]) or 'Results'}",
              f"Top-1 accuracy in percent; mean over the cells of a -c set; {spread}.",
              *main_tables(rows, plan)]
-    for label in dict.fromkeys(r["label"] for r in rows if "rules" in r):
-        parts.append(rules_table(rows, label))
-    for name in corrupted(rows):
-        columns = models(rows, [name], sets=(name,))
-        lines = {c: {"corruption": c} for c in CORRUPTIONS} | SEVERITIES
-        parts.append(pivot(rows, f"{name} by corruption and by severity", lines, columns))
+    columns = places(rows)               # [A] Tables 6 and 7
+    columns |= {f"F {place}": column | {"measure": "F"} for place, column in columns.items()}
+    for label, rules in {r["label"]: r["rules"] for r in rows if "rules" in r}.items():
+        parts.append(pivot(
+            rows, f"{label}: which rule picks the head",
+            {rule: {"label": label, "rule": rule} for rule in rules}, columns,
+            "F = share of images sent to the right head: clean at home, robust under shift; "
+            "oracle = either head right."))
+    for name in dict.fromkeys(r["set"] for r in rows if r["corruption"]):
+        lines = {c: {"corruption": c, "sets": [name]} for c in CORRUPTIONS}
+        lines |= {f"severity {k}": {"severity": k, "sets": [name]} for k in range(1, 6)}
+        title = f"{name} by corruption and by severity"
+        parts.append(pivot(rows, title, lines, models(rows, [name])))
     ways = dict.fromkeys(f"- {r['set']}: {'75 cells of ' if r['corruption'] else ''}{r['n']:,} "
                          f"images, {r['transform']}" for r in rows)
     parts += [summary(rows), "\n".join(["## Sets\n", *ways])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def panels(n: int, labels: Iterable[str]):
-    """(figure, n axes side by side, {label: how it is drawn}), with room for a legend on the right;
-    a model with the teacher beside it is hollow."""
+def drawing(panels: dict[str, dict[str, list]], xlabel: str, ylabel: str):
+    """A matplotlib figure of panels side by side, {title: {model: [(x, values of the seeds)]}};
+    bars = spread over the seeds, hollow = with the teacher beside it."""
     from matplotlib.figure import Figure
-    looks = {x: {"color": f"C{k}", "marker": "os^Dv<>PX*ph"[k % 12],
-                 "fillstyle": "none" if x.endswith("+ teacher") else "full"}
-             for k, x in enumerate(labels)}                   # of 10 colours and 12 markers in turn
-    size = 5 + 4.4 * n, max(4.2, 0.22 * len(looks) + 0.3)
-    fig = Figure(size, dpi=150, layout="constrained")
-    axes = fig.subplots(1, n, squeeze=False, sharey=True)[0]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
+    labels = list(dict.fromkeys(x for panel in panels.values() for x in panel))
+    size = 5 + 4.4 * len(panels), max(4.2, 0.22 * len(labels) + 0.3)
+    fig, legend = Figure(size, dpi=150, layout="constrained"), {}
+    axes = fig.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for ax, (title, panel) in zip(axes, panels.items()):
         ax.grid(axis="y", color="#E5E5E5")
-    return fig, axes, looks
-
-
-def severity_figure(rows: list[dict], names: Sequence[str]):
-    """[A] Fig. 3: accuracy against severity, a panel a -c set; bars = spread over the seeds."""
-    fig, axes, looks = panels(len(names), models(rows, names))
-    legend = {}
-    for ax, name in zip(axes, names):
-        clean = [r["set"] for r in rows if corrupted_name(plain(r["set"])) == plain(name)]
-        clean = clean[:1] or [""]
-        for x in models(rows, [name]):
-            found = [np.array(seed_means(rows, label=x, **at) or [NAN]) for at in
-                     ({"sets": clean}, *({"sets": (name,)} | at for at in SEVERITIES.values()))]
-            legend[x] = ax.errorbar(range(6), [v.mean() for v in found],
-                                    [v.std(ddof=len(v) > 1) for v in found], **looks[x])
-        ax.set(title=name, xlabel="severity (0 = clean)", xticks=range(6))
-    axes[0].set_ylabel("top-1 accuracy, %")
+        ax.set(title=title, xlabel=xlabel)
+        for label, points in panel.items():
+            k, (x, y) = labels.index(label), zip(*points)
+            y = [v if len(v) else np.array([NAN]) for v in y]
+            spread = [v.std(ddof=len(v) > 1) for v in y]
+            legend[label] = ax.errorbar(
+                x, [v.mean() for v in y], spread, color=f"C{k}", marker="os^Dv<>PX*ph"[k % 12],
+                fillstyle="none" if label.endswith("+ teacher") else "full")
+    axes[0].set_ylabel(ylabel)
     fig.legend(legend.values(), legend, loc="outside right center", frameon=False)
     return fig
 
 
-def pareto_figure(rows: list[dict], shifts: Sequence[str]):
-    """[A] Fig. 1: mean accuracy over the shifts against training time, with the Pareto front; a
-    model that was not trained here costs 0."""
-    fig, (ax,), looks = panels(1, models(rows, shifts))
-    points = []
-    for x in looks:
-        gain = np.array(seed_means(rows, label=x, sets=shifts))
-        cost = np.nan_to_num(seed_means(rows, label=x, sets=shifts, measure="training, s")) / 60
-        if len(gain):
-            points.append((cost.mean(), gain.mean()))
-            ax.errorbar(*points[-1], gain.std(ddof=len(gain) > 1), label=x, linestyle="",
-                        **looks[x])
-    front = sorted(p for p in set(points) if not any(
-        q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))              # nothing beats it
-    ax.step(*np.reshape(front, (-1, 2)).T, where="post", color="#999999", zorder=1,
-            label="Pareto front")
-    ax.set(xlabel="training time of the model's own stage, minutes",
-           ylabel=f"top-1 accuracy, %, {next(iter(mean_on(shifts)))}")
-    fig.legend(loc="outside right center", frameon=False)
-    return fig
-
-
 def figures(rows: list[dict]) -> dict:
-    """{file name: matplotlib figure}.  Raises: ImportError without matplotlib."""
-    rows = latest(rows)
-    names, shifts = corrupted(rows), by_kind(rows)[1]
-    drawn = {"severity.png": severity_figure(rows, names)} if names else {}
+    """{file name: matplotlib figure}: [A] Fig. 3, a panel a -c set, and Fig. 1 with the Pareto
+    front, where a model not trained here costs 0.  Raises: ImportError without matplotlib."""
+    rows, panels, points, drawn = latest(rows), {}, {}, {}
+    shifts = by_kind(rows)[1]
+    for name in dict.fromkeys(r["set"] for r in rows if r["corruption"]):
+        clean = [r["set"] for r in rows if corrupted_name(plain(r["set"])) == plain(name)]
+        at = [{"sets": clean[:1] or [""]}]
+        at += [{"sets": [name], "severity": k} for k in range(1, 6)]
+        panels[name] = panel = {}
+        for x in models(rows, [name]):
+            panel[x] = [(k, seed_means(rows, label=x, **what)) for k, what in enumerate(at)]
+    if panels:
+        drawn["severity.png"] = drawing(panels, "severity (0 = clean)", "top-1 accuracy, %")
     if any(r["set"] in shifts and r["train"] for r in rows):
-        drawn["pareto.png"] = pareto_figure(rows, shifts)
+        for x in models(rows, shifts):
+            gain = seed_means(rows, label=x, sets=shifts)
+            cost = seed_means(rows, label=x, sets=shifts, measure="training, s")
+            if len(gain):
+                points[x] = [(np.nan_to_num(cost).mean() / 60, gain)]
+        fig = drawn["pareto.png"] = drawing(
+            {"dotted: Pareto front": points}, "training of the model's own stage, minutes",
+            "top-1 accuracy, %, mean over the shifts")
+        found = sorted((cost, -gain.mean()) for [(cost, gain)] in points.values())
+        cost, loss = np.reshape(found, (-1, 2)).T
+        fig.axes[0].step(cost, -np.minimum.accumulate(loss), "k:", where="post", zorder=1)
     return drawn
 
 
@@ -3600,7 +3537,7 @@ def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, round
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         rates[i, j] = sides[j][1] / (time.perf_counter() - start)
-    rates = rates[1:]                                                 # the first round warms up
+    rates = rates[1:]                    # the first round warms up
     row = dict(zip(("ours", "theirs"), np.median(rates, 0).round(1).tolist()))
     if theirs:
         ratios = np.sort(rates[:, 0] / rates[:, 1]).round(2)
@@ -3609,8 +3546,7 @@ def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, round
 
 
 def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> Iterator[dict]:
-    """Every corruption against the PyPI package imagecorruptions, where that runs, and all of them
-    as one: images/s of a sample that gets each once."""
+    """Every corruption, and all on a sample, against PyPI's imagecorruptions, where that runs."""
     x = make_shapes(n, size, "test")[0]
     pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).numpy()]
     parts = {name: [name] for name in CORRUPTIONS} | {
@@ -3622,7 +3558,7 @@ def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> Iterat
         try:
             from imagecorruptions import corrupt as other
             theirs()
-        except Exception:                      # it is old, and breaks with newer NumPy and skimage
+        except Exception:                # it is old, and breaks with newer NumPy and skimage
             theirs = None
         row = paired(lambda: [corrupt(x, c, severity) for c in names], theirs, n, len(few), 3)
         yield {"part": part, "against": "imagecorruptions", **row}
@@ -3636,8 +3572,8 @@ def bench_augment(size: int = 224, n: int = 64) -> Iterator[dict]:
 
 
 def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]:
-    """{method: a step of training} on images (n,3,224,224), the augmentation left out: FT, ERPM
-    with the last stage tuned in each head, and that from the cache.  Networks by timm's names."""
+    """{method: a step of training} of timm's networks on images (n,3,224,224), not augmented: FT,
+    ERPM with the last stage tuned in each head, and that from the cache."""
     net, other = (freeze(named(f"timm:{name}", 1000, "random", 224)) for name in (student, teacher))
     tuned, other = Student(net, 1, 1).to(x.device), other.to(x.device)
     whole, aug = copy.deepcopy(net).to(x.device).requires_grad_(True), Robustify(augment="none")
@@ -3661,8 +3597,7 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
 
 
 def bench_training(n: int = 8) -> Iterator[dict]:
-    """ERPM, live and from the cache, against FT: time of a step of ViT-S/16 with a ResNet-18
-    teacher, and GFLOPs an image of one of ViT-L/14 with a ViT-B/16 teacher, at 224 px."""
+    """ERPM, live and from the cache, against FT: the time of a step, and GFLOPs an image."""
     x, counts = make_shapes(n, 224, "test")[0].to(pick_device()), {}
     ft, *steps = training_steps("vit_small_patch16_224", "resnet18", x).items()
     for part, step in steps:
@@ -3678,8 +3613,7 @@ def bench_training(n: int = 8) -> Iterator[dict]:
 
 
 def bench_answers(n: int = 32) -> Iterator[dict]:
-    """The choice of the head against the plain forward: ViT-S/16 at 224 px, last stage in each
-    head; closed form, and 10 dropout passes in the heads or in the tail."""
+    """The choice of the head, closed form or by dropout passes, against the plain forward."""
     x = make_shapes(n, 224, "test")[0].to(pick_device())
     net = freeze(named("timm:vit_small_patch16_224", 1000, "random", 224)).to(x.device)
     for part, where, passes in (("closed form", "head", 0), ("10 passes in the heads", "head", 10),
@@ -3884,7 +3818,7 @@ def make_student(cfg, images):
         "classes: it is trained first")
     if t.tune < 0:
         return net, net, plain_step(t), images
-    stages(net)[-1].fc.load_state_dict(fit_probe(frozen_features(net), images, cfg).state_dict())
+    stages(net)[-1].fc.load_state_dict(fit_probe(net, images, cfg)[-1].fc.state_dict())
     return [net]
 
 
@@ -4086,7 +4020,7 @@ def run_eval(cfg: Config, args) -> None:
     """Scores a run's networks, or those of --model, on sets -> results.jsonl."""
     everything, asked = cfg.eval.sets.strip() == "all", set()
     for nets in networks(cfg):
-        card, opened, probes = next(iter(nets.values())).card, {}, {}
+        card, opened = next(iter(nets.values())).card, {}
         for name in set_names(cfg):                 # what is not there says so before any scoring
             try:
                 opened[name] = aligned(open_set(name, cfg.data, view=card.view), card)
@@ -4100,14 +4034,15 @@ def run_eval(cfg: Config, args) -> None:
                 if isinstance(net, Team) and kind_of(net.card, images) == "transfer":
                     continue                        # it answers on the classes of home alone
                 try:
-                    able.append(headed(label, net, name, images, cfg, probes))
+                    able.append(headed(label, net, name, images, cfg))
                 except UserError as e:
                     if len(nets) == 1 and not everything:
                         raise
                     say(f"left out: {e}")
             asked |= score(dict(able), images, cfg)
-    rows = [r for r in read_rows(cfg.dir, cfg.eval.rule) if r["of"] in asked]
-    say(summary(rows) if rows else "nothing to score")
+    rows = [r | {"run": str(cfg.dir), "rule": cfg.eval.rule}
+            for r in read_rows(cfg.dir) if r["of"] in asked]
+    say(summary(latest(rows)) if rows else "nothing to score")
     say(f"results: {cfg.dir / 'results.jsonl'}; for tables and figures: report --run {cfg.dir}")
 
 
@@ -4140,10 +4075,10 @@ def run_report(cfg: Config, args) -> None:
     """results.jsonl of one or more runs -> report.md and figures in the first one."""
     runs, rows, drawn = [Path(r) for r in (args.run or str(cfg.dir)).split(",")], [], {}
     for run in runs:
-        found = read_rows(run, cfg.eval.rule)
+        found = read_rows(run)
         if not found:
             raise UserError(f"no results in {run}: run `python erpm.py eval` first")
-        rows += found
+        rows += [r | {"run": str(run), "rule": cfg.eval.rule} for r in found]
     text = report_text(rows, cfg.compare.plan[0])
     say(text)
     try:
