@@ -4064,7 +4064,7 @@ def pictures_of(run: Path, cfg: Config):
         said = student.predict(shown.to(pick_device()), cfg.eval.passes, cfg.eval.rule)
         axes[0].set_ylabel(f"{name} 4" if name else "clean")
         for i, (ax, h, p, k) in enumerate(zip(axes, said.head, *said.probs.cpu().max(1))):
-            ax.imshow(shown[i].permute(1, 2, 0))
+            ax.imshow(shown[i].permute(1, 2, 0).numpy())
             ax.set(title=images.classes[y[i]], xticks=[], yticks=[])
             ax.set_xlabel(f"{images.classes[k]} {p:.2f}\n{HEADS[h]}",
                           color="darkgreen" if k == y[i] else "firebrick")
