@@ -2985,7 +2985,7 @@ def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
 
 def facts(log_p: Tensor, y: Tensor) -> Tensor:
     """(B,4) of log probabilities (B,C): right, label among the first five, NLL in nats, confidence.
-    Of equal ones the first class is before, as in argmax; topk breaks ties differently on GPUs."""
+    Of equal ones the first class is before, as in argmax; topk breaks ties otherwise."""
     own = log_p.gather(-1, y[:, None])
     before = torch.arange(log_p.shape[-1], device=y.device) < y[:, None]
     rank = ((log_p > own) | (log_p == own) & before).sum(-1)
@@ -3022,9 +3022,8 @@ def facts_of(model: Callable, x: Tensor, y: Tensor, ids: Tensor | None, passes: 
         ways["product (closed form)"] = "product", model.moments(f, 0, ids)
     for name, (rule, (mean, sigma, logits)) in ways.items():
         head = select(mean, sigma, rule, logits=logits, y=y)
-        p = answer(mean, sigma, head, rule).float()
-        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
-        out[name] = torch.cat([facts(log_p, y), head[:, None]], 1)
+        p = answer(mean, sigma, head, rule).clamp_min(torch.finfo(torch.float32).tiny)
+        out[name] = torch.cat([facts(p.log(), y), head[:, None]], 1)
     return out
 
 
@@ -3080,8 +3079,7 @@ PROBE_L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
 def _fit_softmax(fc: nn.Linear, x: Tensor, y: Tensor, l2: float) -> None:
-    """Moves fc to the least mean cross-entropy + l2/2 |W|^2, by L-BFGS; chunk by chunk, so that no
-    (n,C) stands in memory."""
+    """Moves fc to the least mean cross-entropy + l2/2 |W|^2; in chunks, no (n,C) is held."""
     rows = max(1, 2 ** 24 // fc.out_features)
     opt = torch.optim.LBFGS(fc.parameters(), max_iter=500, tolerance_grad=1e-7,
                             tolerance_change=1e-10, line_search_fn="strong_wolfe")
@@ -3127,8 +3125,7 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, seed: int = 0) \
 
 
 def frozen_features(model: nn.Module) -> nn.Module:
-    """What stands before the last linear layer (of a Student: its clean head's), images -> (B,D),
-    the model's own modules, which are frozen.  Raises: UserError on what cannot be cut."""
+    """What stands before the last linear layer, the clean head's of a Student: images -> (B,D)."""
     if isinstance(model, Net) and not model.card.n_classes:        # an encoder
         return freeze(model)
     if isinstance(model, Student):
@@ -3381,8 +3378,8 @@ def markdown(head: Sequence, body: Sequence[Sequence]) -> str:
 
 def pivot(rows: list[dict], title: str, lines: dict[str, dict], columns: dict[str, dict],
           note: str = "") -> str:
-    """A titled Markdown table, "" without lines or columns: mean ± standard deviation of seed_means
-    by the keywords of column and line (which wins), "missing", or "-" where they are NaN."""
+    """A titled Markdown table, "" without lines or columns: mean ± deviation of the seed_means by
+    the keywords of column and line (which wins), "missing", or "-" where they are NaN."""
     if not lines or not columns:
         return ""
     body = []
@@ -3411,7 +3408,7 @@ def places(rows: list[dict]) -> dict[str, dict]:
 
 
 def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
-    """[A] Tables 1 to 4, and those of compare.rows: plan {"title; note": models}."""
+    """[A] Tables 1 to 4, and those of the plan, {"title; note": models}."""
     home, shifts, transfer = by_kind(rows)
     columns = places(rows)
     columns |= {s.replace("imagenet-c", "mCE"): {"sets": [s], "measure": "mCE"}
@@ -3443,7 +3440,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
-    """The whole report in Markdown, a pure function of the rows and the tables of compare.rows."""
+    """The whole report in Markdown; plan: the tables of compare.rows."""
     rows = latest(rows)
     seeds = len({r["seed"] for r in rows})
     spread = f"± = standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
@@ -3479,7 +3476,7 @@ def drawing(panels: dict[str, dict[str, list]], xlabel: str, ylabel: str):
     axes = fig.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for ax, (title, panel) in zip(axes, panels.items()):
         ax.grid(axis="y", color="#E5E5E5")
-        ax.set(title=title, xlabel=xlabel)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         for label, points in panel.items():
             k, (x, y) = labels.index(label), zip(*points)
             y = [v if len(v) else np.array([NAN]) for v in y]
@@ -3487,7 +3484,6 @@ def drawing(panels: dict[str, dict[str, list]], xlabel: str, ylabel: str):
             legend[label] = ax.errorbar(
                 x, [v.mean() for v in y], spread, color=f"C{k}", marker="os^Dv<>PX*ph"[k % 12],
                 fillstyle="none" if label.endswith("+ teacher") else "full")
-    axes[0].set_ylabel(ylabel)
     fig.legend(legend.values(), legend, loc="outside right center", frameon=False)
     return fig
 
@@ -3497,9 +3493,9 @@ def figures(rows: list[dict]) -> dict:
     front, where a model not trained here costs 0.  Raises: ImportError without matplotlib."""
     rows, panels, points, drawn = latest(rows), {}, {}, {}
     shifts = by_kind(rows)[1]
+    clean = {corrupted_name(plain(r["set"])): r["set"] for r in rows}
     for name in dict.fromkeys(r["set"] for r in rows if r["corruption"]):
-        clean = [r["set"] for r in rows if corrupted_name(plain(r["set"])) == plain(name)]
-        at = [{"sets": clean[:1] or [""]}]
+        at = [{"sets": [clean.get(plain(name), "")]}]
         at += [{"sets": [name], "severity": k} for k in range(1, 6)]
         panels[name] = panel = {}
         for x in models(rows, [name]):

@@ -1265,7 +1265,7 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(tmp_path):
     assert a == b and len(a) == 8 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_checkpoint_of_other_settings_is_refused_a_damaged_one_told(tmp_path, capsys):
+def test_a_checkpoint_of_other_settings_is_refused_and_a_damaged_one_left_out(tmp_path, capsys):
     stop = spied(lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         quick_fit(tmp_path, step=stop, key={"a.lr": 1})
