@@ -2763,8 +2763,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
 
     step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, the module
     or its DDP wrapper.  checkpoint: where it goes on, of the job that key tells, log.jsonl beside
-    it; None = nothing is written.  Raises: UserError on a loss that is not finite;
-    KeyboardInterrupt by a signal, once the state is saved."""
+    it; None = no file.  Raises: UserError on a loss of NaN or inf; KeyboardInterrupt, all saved."""
     device, size, seed = pick_device(), world()[1], fold(seed, name)
     opt = make_optimizer(model.to(device).train(), cfg)
     scaler = torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)
@@ -2789,8 +2788,9 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
                 group["lr"] = lr
             with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
                 for k, batch in enumerate(itertools.islice(data, cfg.accum), 1):
-                    wrapped.require_backward_grad_sync = k == cfg.accum    # DDP: averaged once
-                    with autocast(runtime.amp, device):
+                    alone = size == 1 or k == cfg.accum      # processes average their sums once
+                    with autocast(runtime.amp, device), \
+                            contextlib.nullcontext() if alone else wrapped.no_sync():
                         loss, found = step(wrapped, batch)
                     scaler.scale(loss / cfg.accum).backward()
                     losses.append({k: v.detach() for k, v in [("loss", loss), *found.items()]})
