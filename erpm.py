@@ -2284,12 +2284,12 @@ class Dropout(nn.Module):
 
     METHOD [A] section 3.3: T stochastic passes.  The T masks are functions of the key alone and the
     same for every image: T sub-networks, so that no answer depends on the rest of its batch."""
-    sample = None              # of all: off, or (passes T, how often x holds the images: T or 1)
+    sample = None  # of all: off, or (passes T, how often x holds the images: T or 1)
 
     def __init__(self, p: float, key: int):
         super().__init__()
         self.p, self.key = p, key
-        self.masks = torch.empty(0)                          # the last masks drawn, (T, *features)
+        self.masks = torch.empty(0)  # the last masks drawn, (T, *features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sample is None:
@@ -2312,7 +2312,7 @@ def tunable(stage: nn.Module, key: int, p: float, where: str) -> nn.Module:
         return stage
     spots = [(m, k, c) for m in stage.modules() for k, c in m.named_children()
              if k in ("ls_1", "ls_2")
-             or isinstance(c, nn.Dropout) and k != "attn_drop"]   # a fused kernel reads attn_drop.p
+             or isinstance(c, nn.Dropout) and k != "attn_drop"]  # a fused kernel reads attn_drop.p
     for i, (module, name, child) in enumerate(spots):
         setattr(module, name, nn.Sequential(child, Dropout(p, fold(key, i))))
     return stage if spots else nn.Sequential(stage, Dropout(p, fold(key)))
@@ -2343,11 +2343,11 @@ class ThreeHeads(Tuned):
     def forward(self, f: Tensor, n_clean: int | None = None) -> Heads:
         """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
         f[n_clean:] alone and the combined head everything, as [A] trains them."""
-        f, head = self.shared(f), self.heads                 # up to None, and from it: all
+        f, head = self.shared(f), self.heads  # without n_clean both slices are f
         return Heads(head["clean"](f[:n_clean]), head["combined"](f), head["robust"](f[n_clean:]))
 
 
-TINY = 1e-12      # a KL of 0, to the last bit, would decide every product; and log 0 is not finite
+TINY = 1e-12  # a KL of 0, to the last bit, would decide every product; and log 0 is not finite
 
 
 def divergence(mean: Tensor) -> Tensor:
@@ -2399,8 +2399,7 @@ def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
 
 
 def project(z: Tensor, ids: Tensor | None) -> Tensor:
-    """Logits (..., N) -> (..., C): for each class the largest of the outputs that mean it, the ids
-    (C,k) of an ImageSet; None = the outputs are the classes."""
+    """Logits (..., N) -> (..., C): the largest of each class's outputs, ids (C,k); None = as is."""
     return z if ids is None else z[..., ids.to(z.device)].amax(-1)
 
 
@@ -2444,7 +2443,7 @@ class Student(nn.Module):
         self.eval()
         if not passes:
             return self._closed_form(f, ids)
-        copies = passes if self.early else 1              # else as late as the classifiers
+        copies = passes if self.early else 1  # else as late as the classifiers
         Dropout.sample = passes, copies
         try:
             heads = self.tuned(f.repeat(copies, *[1] * (f.ndim - 1)))
@@ -2466,15 +2465,15 @@ class Student(nn.Module):
             h = last.features(nn.Sequential(*blocks)(f)).float()                 # (B,D)
             with torch.enable_grad(), autocast("none", f.device):
                 h = h.detach().requires_grad_()
-                z = project(last.fc(h.view_as(h)).float(), ids)      # a leaf stops FLOP counters
-                [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)       # image by image
+                z = project(last.fc(h.view_as(h)).float(), ids)  # a leaf stops FLOP counters
+                [g] = torch.autograd.grad(z.softmax(-1).amax(-1).sum(), h)  # image by image
             found.append((z.detach(), (q * (g * h.detach()).square().sum(-1)).sqrt()))
         z, sigma = (torch.stack(v, 1) for v in zip(*found))                      # (B,3,C), (B,3)
         return z.softmax(-1), sigma[:, ::2], z
 
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
-        """What the chosen head says.  passes: dropout passes in one batch after one pass of the
-        backbone; 0 = closed form.  rule: one of RULES that needs no label."""
+        """What the chosen head says, in eval mode.  passes: dropout passes in one batch after one
+        pass of the backbone; 0 = closed form.  rule: one of RULES that needs no label."""
         mean, sigma, logits = self.moments(self.backbone(x), passes)
         head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
@@ -2565,7 +2564,7 @@ def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generato
     for _ in range(steps):
         with torch.enable_grad():
             v.requires_grad_()
-            z = teacher(vqgan(v) if through else v.view_as(v))      # a leaf stops FLOP counters
+            z = teacher(vqgan(v) if through else v.view_as(v))  # a leaf stops FLOP counters
             [g] = torch.autograd.grad(F.cross_entropy(z.float(), y, reduction="sum"), v)
         # METHOD [B]: an ascent step on the teacher's loss, then back into the ball
         d = v + step * F.normalize(g, dim=(1, 2, 3)) - x0
@@ -2614,7 +2613,7 @@ def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
         raise UserError(f"{path} was not made by erpm.py from a network of its names: "
                         f"build(NAME, weights={str(path)!r}), or load({str(path)!r}, net=MODULE)")
     made, beside = card.made, path.parent / Path(card.clip).name
-    if beside.is_file():                                  # also where the run was moved
+    if beside.is_file():  # also where the run was moved
         card = dataclasses.replace(card, clip=str(beside))
     if card.clip == "both towers":
         net = zero_shot(named(card.name, None, str(path), card.size_px), card.prompts)
@@ -2786,7 +2785,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
-            with contextlib.nullcontext() if counter.get_total_flops() else counter:   # once
+            with contextlib.nullcontext() if counter.get_total_flops() else counter:  # once
                 for k, batch in enumerate(itertools.islice(data, cfg.accum), 1):
                     alone = size == 1 or k == cfg.accum      # processes average their sums once
                     with autocast(runtime.amp, device), \
@@ -2822,7 +2821,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
 
 def harden(x: Tensor, cfg: Robustify, generator: torch.Generator) -> Tensor:
     """x~: the images under the robust teacher's augmentation."""
-    strength = (0.1, 0.3) if x.shape[-1] <= 64 else (0.375, 0.75)    # small detail drowns sooner
+    strength = (0.1, 0.3) if x.shape[-1] <= 64 else (0.375, 0.75)  # small detail drowns sooner
     return augment(x, cfg.augment, generator, augmix={"severity": cfg.severity},
                    pixmix={"pictures": cfg.pictures or None}, deepaugment={"strength": strength})
 
@@ -2880,8 +2879,8 @@ def attack(cfg: Robustify) -> dict:
 
 
 def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes: int) -> Callable:
-    """METHOD [B]: the student learns from the teacher on x, under cfg.augment, and on x', samples
-    that come beside x or are made here; without a VQGAN from x alone (kd)."""
+    """METHOD [B]: the student learns from the frozen teacher on x, under cfg.augment, and on x',
+    samples that come beside x or are made here; without a VQGAN from x alone (kd)."""
     def step(model, batch):
         (x, *others), y = (v.contiguous() for v in batch.x.split(3, 1)), batch.y
         if vqgan is not None and not others:
@@ -2889,9 +2888,7 @@ def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes:
             others = [_bytes(255 * dad_samples(x, y, teacher, vqgan, draws, **attack(cfg)))]
         x, y = mix_labels(x, y, cfg.augment, batch.generator, n_classes)
         views = torch.cat([harden(x, cfg, batch.generator), *others])
-        with torch.no_grad():
-            zt = teacher(views)
-        parts = dad_loss(model(views), zt, y, cfg.temperature, cfg.smoothing)
+        parts = dad_loss(model(views), teacher(views), y, cfg.temperature, cfg.smoothing)
         return sum(parts.values()), parts
     return step
 
