@@ -3398,19 +3398,15 @@ def models(rows: list[dict], scored: Sequence[str]) -> dict[str, dict]:
     return {r["label"]: {"label": r["label"]} for r in rows if r["set"] in scored}
 
 
-def places(rows: list[dict]) -> dict[str, dict]:
-    """Columns of a pivot: the sets of home, the mean over several shifts, and the shifts."""
-    home, shifts, _ = by_kind(rows)
-    mean = {f"mean of {len(shifts)} shifts": {"sets": shifts}} if len(shifts) > 1 else {}
-    return {s: {"sets": [s]} for s in home} | mean | {s: {"sets": [s]} for s in shifts}
-
-
 def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
-    """[A] Tables 1 to 4, and those of the plan, {"title; note": models}."""
+    """[A] Tables 1 to 4, those of the plan, {"title; note": models}, and Tables 6 and 7."""
     home, shifts, transfer = by_kind(rows)
-    columns = places(rows)
-    columns |= {s.replace("imagenet-c", "mCE"): {"sets": [s], "measure": "mCE"}
-                for s in shifts if s.startswith("imagenet-c")}
+    places = {s: {"sets": [s]} for s in home}
+    if len(shifts) > 1:
+        places[f"mean of {len(shifts)} shifts"] = {"sets": shifts}
+    places |= {s: {"sets": [s]} for s in shifts}
+    columns = places | {s.replace("imagenet-c", "mCE"): {"sets": [s], "measure": "mCE"}
+                        for s in shifts if s.startswith("imagenet-c")}
     columns |= {m: {"sets": (home + shifts + transfer)[:1], "measure": m} for m in COSTS}
     scored = {plain(s): s for s in home + shifts}
     known = [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
@@ -3425,7 +3421,15 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
         lines = {x: {"label": x} for x in labels}
         tables.append(pivot(rows, title, lines, columns, note.strip()))
     others = {s: {"sets": [s]} for s in transfer}
-    return [*tables, pivot(rows, "Transfer", models(rows, transfer), others)]
+    tables.append(pivot(rows, "Transfer", models(rows, transfer), others))
+    places |= {f"F {place}": column | {"measure": "F"} for place, column in places.items()}
+    for label, rules in {r["label"]: r["rules"] for r in rows if "rules" in r}.items():
+        tables.append(pivot(
+            rows, f"{label}: which rule picks the head",
+            {rule: {"label": label, "rule": rule} for rule in rules}, places,
+            "F = share of images sent to the right head: clean at home, robust under shift; "
+            "oracle = either head right."))
+    return tables
 
 
 def summary(rows: list[dict]) -> str:
@@ -3441,18 +3445,9 @@ def report_text(rows: list[dict], plan: dict[str, list[str]] = {}) -> str:
     """The whole report in Markdown; plan: the tables of compare.rows."""
     rows = latest(rows)
     seeds = len({r["seed"] for r in rows})
-    spread = f"± = standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [f"# {', '.join(by_kind(rows)[0]) or 'Results'}",
-             f"Top-1 accuracy in percent; mean over the cells of a -c set; {spread}.",
-             *main_tables(rows, plan)]
-    columns = places(rows)               # [A] Tables 6 and 7
-    columns |= {f"F {place}": column | {"measure": "F"} for place, column in columns.items()}
-    for label, rules in {r["label"]: r["rules"] for r in rows if "rules" in r}.items():
-        parts.append(pivot(
-            rows, f"{label}: which rule picks the head",
-            {rule: {"label": label, "rule": rule} for rule in rules}, columns,
-            "F = share of images sent to the right head: clean at home, robust under shift; "
-            "oracle = either head right."))
+             "Top-1 accuracy in percent; mean over the cells of a -c set; mean ± standard "
+             f"deviation over the seeds ({seeds}).", *main_tables(rows, plan)]
     for name in dict.fromkeys(r["set"] for r in rows if r["corruption"]):
         lines = {c: {"corruption": c, "sets": [name]} for c in CORRUPTIONS}
         lines |= {f"severity {k}": {"severity": k, "sets": [name]} for k in range(1, 6)}
