@@ -3781,8 +3781,8 @@ def train_clip(cfg, images, prompts):
 
     def step(model, batch):
         h, t, scale = model(net.prepare(batch.x), texts)[:3]
-        return F.cross_entropy((scale * h @ t.T).float(), batch.y,
-                               label_smoothing=cfg.pretrain.smoothing), {}
+        z = (scale * h @ t.T).float()
+        return F.cross_entropy(z, batch.y, label_smoothing=cfg.pretrain.smoothing), {}
 
     clip.card = dataclasses.replace(net.card, clip="both towers", n_classes=len(names),
                                     prompts=prompts)
@@ -4215,7 +4215,7 @@ def configure(args: argparse.Namespace) -> Config:
     words = args.words + ([f"out={run.parent}", f"run={run.name}"] if args.run else [])
     cfg, scores = resolve(words, recipe, args.config), args.command in ("eval", "report")
     if scores and (cfg.dir / "config.yaml").is_file():
-        return resolve(words, file=cfg.dir / "config.yaml")
+        return resolve([*words, f"out={cfg.out}", f"run={cfg.run}"], file=cfg.dir / "config.yaml")
     if args.command == "eval" and args.run:
         raise UserError(f"no run {run}: it has no config.yaml")
     return cfg
