@@ -518,8 +518,8 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "") 
 
 
 # ==== 3. CORRUPTIONS ====
-# ImageNet-C's 15 corruptions as batched tensor code: uint8 (B,3,H,W) in and out, on the device of
-# the images. Randomness is a function of (seed, image index, name, severity), not of the batch.
+# ImageNet-C's 15 corruptions, batched: uint8 (B,3,H,W) in and out, on the images' device.
+# Randomness is a function of (seed, image index, name, severity), not of the batch.
 # Each takes x, its constants c of one severity, and gens, a generator for each image.
 
 
@@ -527,14 +527,13 @@ SMALL_PX = 64  # images whose longer side is at most this get CIFAR-10-C's const
 
 
 def slices(x, size):
-    """Slices of a batch of `size` values each, which stay in a CPU's cache; on a GPU one slice."""
+    """Slices of a batch, of `size` values each to stay in a CPU's cache; on a GPU one."""
     n = max(1, size // x.shape[1:].numel() if x.device.type == "cpu" else len(x))
     return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
 def draw(gens, shape, fill, *args, dtype=torch.float32):
-    """(B,*shape) on the generators' device, row k filled by `fill` from generator k: what an image
-    draws does not depend on its batch."""
+    """(B,*shape) on the generators' device: generator k fills row k, whatever the batch."""
     out = torch.empty(len(gens), *shape, dtype=dtype, device=gens[0].device)
     for g, row in zip(gens, out):
         fill(row, *args, generator=g)
@@ -542,8 +541,8 @@ def draw(gens, shape, fill, *args, dtype=torch.float32):
 
 
 def truncate(y):
-    """uint8 of float values on 0..255, cut and not rounded, as the published files; overwrites y.
-    1/512 absorbs the float error that would turn 100 into 99; by way of int16 it is faster."""
+    """uint8 of float values on 0..255, cut and not rounded as the published files are;
+    overwrites y.  1/512 absorbs the float error that makes 99 of 100; int16 is for speed."""
     return y.add_(1 / 512).clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
@@ -566,57 +565,49 @@ def impulse_noise(x, c, gens):
 
 
 def defocus_blur(x, c, gens):
-    """Disk blur, mirrored about the edge pixel; c = radius and sigma of a small Gaussian over the
-    disk, which mirrors the kernel at its own edge: at radius 8 and 10 that brightens by 1 %."""
+    """Disk blur, mirrored about the edge pixel; c = radius, and sigma of a Gaussian over the
+    disk that mirrors it at its own edge: at radius 8 and 10 this brightens by 1 %."""
     (h, w), (radius, sigma) = x.shape[-2:], c
     r, size = max(8, radius), 3 if radius <= 8 else 5
     g = torch.arange(-r, r + 1)
     disk = (g[:, None] ** 2 + g ** 2 <= radius ** 2).float()
-    disk = v2.functional.gaussian_blur((disk / disk.sum())[None], [size] * 2, [sigma] * 2)
-    y = F.pad(x.float(), (16,) * 4, mode="reflect")  # 224 + 2 * 16 = 256: a quick transform
+    disk = v2.functional.gaussian_blur((disk / disk.sum())[None], size, sigma)
+    y = F.pad(x.float(), (16,) * 4, mode="reflect")  # 224 px to 256: a quick transform
     side, r = y.shape[-2:], r + 16
     spectrum = torch.fft.rfft2(y).mul_(torch.fft.rfft2(disk.to(x.device), s=side))
     return truncate(torch.fft.irfft2(spectrum, s=side)[..., r:r + h, r:r + w])
 
 
-def gaussian_taps(sigma, radius):
-    """Gaussian on -radius..radius with sum 1, a list; sigma 0 is the identity."""
-    k = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-9)) ** 2)
-    return (k / k.sum()).tolist()
-
-
-@functools.lru_cache(maxsize=64)
-def blur_matrix(n, sigma, cut, edge, device):
-    """(n,n) Gaussian blur of n values, cut at so many sigma; edge: np.pad's mode."""
-    r = int(cut * sigma + 0.5)
-    i = torch.from_numpy(np.pad(np.arange(n), r, edge)).unfold(0, 2 * r + 1, 1)  # (n, taps)
-    taps = torch.tensor(gaussian_taps(sigma, r)).expand(n, -1)
-    return torch.zeros(n, n).scatter_add_(1, i, taps).to(device)
-
-
 def gaussian(x, sigma, cut=4, edge="edge"):
-    """Gaussian blur of (B,C,H,W), by plane: a batched product rounds by the size of the batch."""
-    rows, columns = (blur_matrix(n, sigma, cut, edge, x.device) for n in x.shape[-2:])
+    """Gaussian blur of (B,C,H,W), cut at so many sigma; edge: np.pad's mode.  By plane: a
+    batched product rounds by its batch."""
+    r, blur = int(cut * sigma + 0.5), {}
+    taps = np.exp(-0.5 * (np.arange(-r, r + 1) / max(sigma, 1e-9)) ** 2)
+    taps = torch.from_numpy(taps / taps.sum()).float()
+    for n in set(x.shape[-2:]):
+        i = torch.from_numpy(np.pad(np.arange(n), r, edge)).unfold(0, 2 * r + 1, 1)  # (n, taps)
+        blur[n] = torch.zeros(n, n).scatter_add_(1, i, taps.expand(n, -1)).to(x.device)
+    rows, columns = (blur[n] for n in x.shape[-2:])
     return torch.stack([rows @ y @ columns.T for y in x.float().flatten(0, 1)]).view(x.shape)
 
 
 def glass_blur(x, c, gens):
-    """Gaussian, local shuffle, Gaussian; c = sigma, reach, passes. The shuffle visits the pixels in
-    reverse raster order and copies into each the pixel at a random offset (the reference's swap of
-    two views is a copy), which may itself be a copy made earlier in the pass. Pointer doubling
-    follows such chains, up to 32 links."""
+    """Gaussian, local shuffle, Gaussian; c = sigma, reach, passes. The shuffle goes through the
+    pixels in reverse raster order and copies into each (the reference's swap of two views is a
+    copy) the pixel at a random offset, which may itself be a copy made earlier in the pass.
+    Pointer doubling follows such chains, up to 32 links."""
     sigma, d, passes = c
     n, _, h, w = x.shape
     source = here = torch.arange(n * h * w, dtype=torch.int32, device=x.device)
     active = torch.zeros(n, h, w, dtype=torch.int32, device=x.device)
     active[:, d + 1:h - d + 1, d + 1:w - d + 1] = 1  # where the shuffle writes
     active, steps = active.flatten(), torch.arange(-d, d, dtype=torch.int32, device=x.device)
-    steps = (steps[:, None] * w + steps).flatten()  # offsets in pixel numbers; never d: as there
+    steps = (steps[:, None] * w + steps).flatten()  # in pixel numbers; never d: as there
     for _ in range(passes):
         pick = draw(gens, (h * w,), torch.Tensor.random_, 0, 4 * d * d, dtype=torch.int32)
         step = steps.index_select(0, pick.flatten()).mul_(active)
         j = here + step
-        made = active.index_select(0, j).mul_(step > 0)  # 1: j was itself written in this pass
+        made = active.index_select(0, j).mul_(step > 0)  # 1: j was written in this pass
         link = step.mul_(made).add_(here)
         for _ in range(5):
             link = link.index_select(0, link)
@@ -625,91 +616,88 @@ def glass_blur(x, c, gens):
     return truncate(gaussian(y.view(3, n, h, w).transpose(0, 1), sigma))
 
 
-def motion(x, radius, sigma, angles):
-    """(B,C,H,W) smeared along one angle (degrees) an image: a one-sided half Gaussian of 2 radius +
-    1 taps at whole-pixel offsets, edge repeated, so the content shifts: as ImageMagick does."""
-    (h, w), reach = x.shape[-2:], 2 * radius
-    taps = gaussian_taps(sigma, reach)[reach:]
+def motion_blur(x, c, gens, low=-45, high=45):
+    """Smear along an angle of low to high degrees; c = radius and sigma of a one-sided half
+    Gaussian of 2 radius + 1 taps at whole-pixel offsets, edge repeated, so that the content
+    shifts: as ImageMagick does."""
+    (h, w), reach = x.shape[-2:], 2 * c[0]
+    taps = np.exp(-0.5 * (np.arange(reach + 1) / c[1]) ** 2)
     padded = F.pad(x.float(), (reach,) * 4, mode="replicate")
     out = torch.zeros_like(x, dtype=torch.float32)
+    angles = np.deg2rad(draw(gens, (), torch.Tensor.uniform_, low, high).tolist())
     for p, o, angle in zip(padded, out, angles):
-        dy, dx = math.sin(math.radians(angle)), math.cos(math.radians(angle))
-        for i, tap in enumerate(taps):
-            top, left = (reach + math.ceil(i * d - 0.5) for d in (dy, dx))
-            o.add_(p[:, top:top + h, left:left + w], alpha=tap / sum(taps))
-    return out
-
-
-def motion_blur(x, c, gens):
-    """Smear along an angle within 45 degrees of the horizontal, c = radius and sigma."""
-    return truncate(motion(x, *c, draw(gens, (), torch.Tensor.uniform_, -45, 45).tolist()))
+        shift = math.sin(angle), math.cos(angle)
+        for i, tap in enumerate((taps / taps.sum()).tolist()):
+            top, left = (reach + math.ceil(i * d - 0.5) for d in shift)
+            o.add_(p[:, top:top + h, left:left + w], alpha=tap)
+    return truncate(out)
 
 
 def enlarge(x, zoom, h, w):
-    """(...,h,w): the centre of x, enlarged with aligned corners to round(side * zoom), trimmed."""
+    """(N,1,h,w): planes enlarged with aligned corners to round(side * zoom), and trimmed; images
+    would be rounded by the number of threads, and take twice as long."""
     size = [round(n * zoom) for n in x.shape[-2:]]
     y = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
     return y[..., (size[0] - h) // 2:, (size[1] - w) // 2:][..., :h, :w]
 
 
 def zoom_blur(x, c, gens):
-    """Mean of the image, twice, and of its centre enlarged by factors up to c0 in steps of c1."""
-    (h, w), y, factors = x.shape[-2:], x.float(), np.arange(1, *c)
+    """Mean of the image, twice, and of its centre enlarged up to c0 in steps of c1."""
+    (h, w), y, factors = x.shape[-2:], x.float().flatten(0, 1)[:, None], np.arange(1, *c)
     total = y.clone()
     for zoom in factors:  # 1 is among them
         rows, columns = math.ceil(h / zoom), math.ceil(w / zoom)
         top, left = (h - rows) // 2, (w - columns) // 2
         total += enlarge(y[..., top:top + rows, left:left + columns], zoom, h, w)
-    return truncate(total / (len(factors) + 1))
+    return truncate(total / (len(factors) + 1)).view(x.shape)
 
 
 def snow(x, c, gens):
-    """Whitened image + flakes (thresholded noise, enlarged, smeared) + the flakes turned around."""
-    mean, std, zoom, threshold, radius, sigma, keep = c
+    """Whitened image + flakes (thresholded noise, enlarged, smeared), also turned around."""
+    mean, std, zoom, threshold, *smear, keep = c
     h, w = x.shape[-2:]
     crop = (1, math.ceil(h / zoom), math.ceil(w / zoom))
     flakes = enlarge(draw(gens, crop, torch.Tensor.normal_, mean, std), zoom, h, w)
-    flakes = truncate(flakes * (flakes >= threshold) * 255)  # 8 bits before and after the smear
-    angles = draw(gens, (), torch.Tensor.uniform_, -135, -45).tolist()
-    flakes = truncate(motion(flakes, radius, sigma, angles)).float()
+    flakes = truncate(flakes * (flakes >= threshold) * 255)  # 8 bits before the smear too
+    flakes = motion_blur(flakes, smear, gens, -135, -45).float()
     y = x.float()
     white = torch.maximum(y, v2.functional.rgb_to_grayscale(y) * 1.5 + 127.5)
     return truncate(torch.lerp(white, y, keep) + flakes + flakes.flip(-2, -1))
 
 
-def plasma(gens, side, decay):
-    """Diamond-square heights on a torus, on [0,1]: (B,side,side)."""
-    u = draw(gens, (side, side), torch.Tensor.uniform_, -1, 1)
-    m, step, amplitude = torch.zeros_like(u), side // 2, 1.0
-    cross, plus = ((1, 1), (1, -1), (-1, 1), (-1, -1)), ((0, 1), (0, -1), (1, 0), (-1, 0))
+def plasma(gens, size, decay):
+    """Diamond-square heights on [0,1], (B,size,size) of a torus of the next power of two."""
+    u = draw(gens, (1 << (size - 1).bit_length(),) * 2, torch.Tensor.uniform_, -1, 1)
+    m, step, amplitude = torch.zeros_like(u), u.shape[1] // 2, 1.0
     while step:
         grid, noise = m[:, ::step, ::step], u[:, ::step, ::step] * amplitude
-        for around, places in ((cross, [(1, 1)]), (plus, [(0, 1), (1, 0)])):
-            mean = sum(grid.roll(s, (1, 2)) for s in around) / 4 + noise
-            for i, j in places:
-                grid[:, i::2, j::2] = mean[:, i::2, j::2]
-        step, amplitude = step // 2, amplitude / decay ** 2  # squared: wobble times itself
+        a = grid[:, ::2, ::2]  # are there; b, in the middle of four; then between two of each
+        right, below = a.roll(-1, 2), a.roll(-1, 1)
+        b = (a + right + below + right.roll(-1, 1)) / 4 + noise[:, 1::2, 1::2]
+        grid[:, 1::2, 1::2] = b
+        grid[:, ::2, 1::2] = (a + right + b.roll(1, 1) + b) / 4 + noise[:, ::2, 1::2]
+        grid[:, 1::2, ::2] = (b.roll(1, 2) + b + a + below) / 4 + noise[:, 1::2, ::2]
+        step, amplitude = step // 2, amplitude / decay ** 2  # wobble times itself
     m -= m.amin((1, 2), keepdim=True)
-    return m.div_(m.amax((1, 2), keepdim=True))
+    return m.div_(m.amax((1, 2), keepdim=True))[:, :size, :size]
 
 
-ICE_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")  # not the sixth
 ICE = ((.305, .585, .650, .07), (.787, .805, .841, .08), (.787, .805, .841, .08),
        (.540, .599, .648, .10), (.441, .484, .528, .14))  # mean RGB, deviation within 224 px
 
 
 def frost_folder():
-    """The folder of the original textures in the PyPI package imagecorruptions, or None."""
-    package = importlib.util.find_spec("imagecorruptions")  # no import: it wants an old NumPy
+    """The folder of the original textures in the package imagecorruptions, or None."""
+    package = importlib.util.find_spec("imagecorruptions")  # no import: it wants old NumPy
     return package and Path(package.origin).parent / "frost"
 
 
 @functools.lru_cache(maxsize=64)
 def ice(i, h, w, device):
-    """Texture i, uint8 (3,H,W), or tinted plasma where its file is not to be had; a fifth of it for
-    small images, more where that would hardly cover one."""
+    """Texture i, uint8 (3,H,W), or tinted plasma where its file is not to be had; reduced to
+    a fifth for small images, less where that would hardly cover one."""
     if folder := frost_folder():
-        y = v2.functional.pil_to_tensor(read_picture(folder / ICE_FILES[i]))
+        y = v2.functional.pil_to_tensor(read_picture(next(folder.glob(f"frost{i + 1}.*"))))
     else:
         *tint, deviation = ICE[i]
         y = plasma([rng("ice", i)], 256, 1.04).repeat(1, 2, 2)
@@ -735,12 +723,12 @@ def fog(x, c, gens):
     """Image + c0 * plasma, scaled back by the image's own maximum."""
     h, w = x.shape[-2:]
     peak = x.amax((1, 2, 3)).float()[:, None, None, None]
-    y = plasma(gens, 1 << (max(h, w) - 1).bit_length(), c[1])[:, None, :h, :w]
+    y = plasma(gens, max(h, w), c[1])[:, None, :h, :w]
     return truncate((y * (255 * c[0]) + x).mul_(peak / (peak + 255 * c[0])))
 
 
 def brightness(x, c, gens):
-    """V + c in HSV: at fixed hue and saturation all channels scale with V; black turns grey."""
+    """V + c in HSV: at fixed hue and saturation channels scale with V; black turns grey."""
     y = x.float()
     v = y.amax(1, keepdim=True)
     new = (v + 255 * c).clamp_(max=255)
@@ -754,33 +742,28 @@ def contrast(x, c, gens):
 
 
 def remap(x, points, corners):
-    """Bilinear x (B,C,H,W) at points (B,2,H,W), columns and rows in pixels, mirrored about the
-    centre of the edge pixel (corners) or about its outer edge."""
+    """Bilinear x (B,C,H,W) at points (B,2,H,W), columns and rows in pixels, mirrored about
+    the centre of the edge pixel (corners) or about its outer edge."""
     size = points.new_tensor(x.shape[:1:-1])
     scale, start = (2 / (size - 1), -1) if corners else (2 / size, 1 / size - 1)
     grid = points.permute(0, 2, 3, 1) * scale + start
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=corners)
 
 
-def affine(h, w, shift):
-    """(B,2,3), from output to input pixels: the map that moves three points by shift (B,3,2)."""
-    s, signs = min(h, w) // 3, ((1, 1), (1, -1), (-1, -1))
-    points = [[h // 2 + i * s, w // 2 + j * s, 1] for i, j in signs]  # the reference has h with x
-    points = torch.tensor(points).double()
-    moved = points + F.pad(shift.cpu().double(), (0, 1))
-    return torch.linalg.solve(moved, points.expand_as(moved)).mT[:, :2].float()
-
-
 def elastic_transform(x, c, gens):
-    """A random affine map (mirrored at the edge pixel), then a smooth random field (mirrored at
-    the edge); c = amplitude, sigma and jitter in shares of the side."""
+    """A random affine map (mirrored at the edge pixel), then a smooth random field (mirrored
+    at the edge); c = amplitude, sigma and jitter in shares of the side."""
     h, w = x.shape[-2:]
-    side = min(h, w) * (1 if max(h, w) <= SMALL_PX else 244 / 224)  # 244: the reference's slip
+    side = min(h, w) * (1 if max(h, w) <= SMALL_PX else 244 / 224)  # the reference's slip
     amplitude, sigma, jitter = (side * k for k in c)
-    shift = draw(gens, (3, 2), torch.Tensor.uniform_, -jitter, jitter)
-    a, b, offset = affine(h, w, shift).to(x.device)[..., None, None].unbind(2)  # (B,2,1,1) each
-    here = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy"))
-    here = here.to(x.device)  # (2,H,W)
+    # from output to input pixels: the map that moves three points; the reference has h with x
+    s, signs = min(h, w) // 3, ((1, 1), (1, -1), (-1, -1))
+    points = torch.tensor([[h // 2 + i * s, w // 2 + j * s, 1] for i, j in signs]).double()
+    shift = draw(gens, (3, 2), torch.Tensor.uniform_, -jitter, jitter).cpu().double()
+    moved = points + F.pad(shift, (0, 1))
+    affine = torch.linalg.solve(moved, points.expand_as(moved)).mT[:, :2].float()
+    a, b, offset = affine.to(x.device)[..., None, None].unbind(2)  # (B,2,1,1) each
+    here = torch.from_numpy(np.indices((h, w))).flip(0).to(x.device)  # columns and rows
     y = remap(x.float(), a * here[0] + b * here[1] + offset, True)
     field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
     return truncate(remap(y, here + gaussian(field, sigma, 3, "symmetric"), False))
@@ -789,7 +772,7 @@ def elastic_transform(x, c, gens):
 def by_pillow(x, edit):
     """uint8 (B,3,H,W): x with `edit` done to each image as a Pillow image."""
     done = bytearray()
-    for planes in x.cpu().numpy():  # plane by plane: far cheaper than to permute the axes
+    for planes in x.cpu().numpy():  # plane by plane: cheaper than to permute axes
         image = edit(Image.merge("RGB", [Image.fromarray(plane) for plane in planes]))
         for band in "RGB":
             done += image.tobytes("raw", band)
@@ -849,11 +832,11 @@ CELLS = [(name, severity) for name in CORRUPTIONS for severity in range(1, 6)]
 
 
 def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
-    """x corrupted, uint8 (B,3,H,W) on x's device: a function of (x, index, seed, name, severity);
-    a GPU draws other numbers. Sides of 32 to 512 px.
+    """x corrupted, uint8 (B,3,H,W) on x's device, with sides of 32 to 512 px: a function of
+    (x, index, seed, name, severity); a GPU draws other numbers.
 
-    index: B ints, the identities of the images, by default 0..B-1. jpeg: the round trip at quality
-    85 that the published files went through.
+    index: B ints, the identities of the images, by default 0..B-1. jpeg: the round trip at
+    quality 85 that the published files went through.
     Paper: Hendrycks and Dietterich, ICLR 2019. Raises: UserError for any other input."""
     function, *columns = choose(RECIPES, str(name), "corruption")
     sides, came = x.shape[2:], f"{x.dtype} {tuple(x.shape)}"
@@ -875,13 +858,13 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
 
 
 # ==== 4. AUGMENTATIONS ====
-# In: uint8 (B,3,H,W) on any device, a torch.Generator. Out: uint8 (B,3,H,W), drawn anew for each
-# image. Always: a function of (x, generator state), and the global generator stays as it was.
-# A CPU generator gives the same draws whatever the device of x, and never waits for a GPU.
+# In: uint8 (B,3,H,W) on any device, a generator. Out: the same, drawn anew by image.
+# Always: a function of (x, generator state); the global generator stays as it was. A CPU
+# generator draws the same whatever the device of x, and never waits for a GPU.
 
 
 def _key(generator):
-    """An int drawn from the generator: the seed of what draws by NumPy or torchvision."""
+    """An int from the generator: the seed of what draws by NumPy or torchvision."""
     return torch.randint(2**62, (), generator=generator, device=generator.device).item()
 
 
@@ -890,56 +873,21 @@ def _bytes(x):
     return truncate(x + 0.5)
 
 
-# The nine operations of AugMix, within a grey level of PIL's but for the borders of what moves;
-# each takes x and a level (N,), NumPy float64, negative for the other way.
-
-
-def autocontrast(x, level):
-    """x stretched per channel so that its darkest value is 0 and its brightest 255."""
-    return v2.functional.autocontrast(x)
-
-
-def equalize(x, level):
-    """x with a flat histogram per channel, by PIL's integer rule: one table a plane."""
-    planes, same = x.flatten(0, 1).flatten(1), torch.arange(256, device=x.device)
-    first = torch.arange(len(planes), dtype=torch.int32, device=x.device)[:, None] * 256
-    index = (planes + first).flatten()
-    counts = index.bincount(minlength=256 * len(planes)).view(-1, 256)
-    below = counts.cumsum(1) - counts
-    step = below.gather(1, planes.amax(1, keepdim=True).long()) // 255
-    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, table, same).to(torch.uint8)
-    return table.flatten().index_select(0, index).view(x.shape)
-
-
-def posterize(x, level):
-    """x with its upper 4 - int(0.4 level) bits kept."""
-    return x & x.new_tensor(256 - (16 << (level * 4 / 10).astype(int)))[:, None, None, None]
-
-
-def solarize(x, level):
-    """x with the values from 256 - int(25.6 level) on inverted."""
-    last = x.new_tensor(255 - (level * 256 / 10).astype(int))[:, None, None, None]
-    return x ^ (x > last).to(torch.uint8) * 255
-
-
 def rotate(x, level):
     """x turned by int(3 level) degrees about its centre: bilinear, 0 outside."""
     h, w = x.shape[2:]
-    turn = torch.from_numpy(np.deg2rad((level * 3).astype(int))).float()[:, None]
-    cos, sin = turn.cos(), turn.sin()
-    u, v = torch.arange(w) + 0.5 - w / 2, torch.arange(h) + 0.5 - h / 2
-    columns = torch.stack([cos * u / w, sin * u / h], 1)[:, :, None] * 2  # (N,2,1,W)
-    rows = torch.stack([-sin * v / w, cos * v / h], 1)[..., None] * 2  # (N,2,H,1)
-    grid = (columns.to(x.device) + rows.to(x.device)).permute(0, 2, 3, 1)
-    return truncate(F.grid_sample(x.float(), grid, align_corners=False))
+    turn = torch.from_numpy(np.deg2rad((level * 3).astype(int))).to(x.device, torch.float32)
+    cos, sin = 2 * turn.cos(), 2 * turn.sin()
+    v, u = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
+    u, v = u + 0.5 - w / 2, v + 0.5 - h / 2
+    grid = torch.cat([cos * u / w - sin * v / w, sin * u / h + cos * v / h], 1)  # (N,2,H,W)
+    return truncate(F.grid_sample(x.float(), grid.permute(0, 2, 3, 1), align_corners=False))
 
 
-def shear_x(x, level):
+def shear(x, level):
     """x with row r moved left by 0.03 level (r + 1/2) columns: bilinear, 0 outside."""
-    n, c, h, w = x.shape
-    shift = (0.03 * level[:, None] * (np.arange(h) + 0.5)).clip(-w, w)
-    shift = shift[:, None].repeat(c, 1).ravel()  # (N 3 H,): of every row of every plane
+    c, h, w = x.shape[1:]
+    shift = (0.03 * level * (np.arange(h) + 0.5)).clip(-w, w).repeat(c, 1).ravel()  # (N 3 H,)
     left = np.floor(shift).astype(int)
     p = np.abs(left).max() + 1
     start = torch.from_numpy(left + p + np.arange(len(left)) * (w + 2 * p)).to(x.device)
@@ -948,43 +896,43 @@ def shear_x(x, level):
     return truncate(torch.lerp(rows[:, :-1], rows[:, 1:], share)).view(x.shape)
 
 
-def shear_y(x, level):
-    """x with column c moved up by 0.03 level (c + 1/2) rows."""
-    return shear_x(x.mT, level).mT.contiguous()
+def translate(x, level, axis):
+    """x moved left (axis 3) or up (2) by int(level / 30 of the side): 0 outside."""
+    steps = (level * x.shape[axis] / 30).astype(int).ravel().tolist()
+    return torch.stack([F.pad(i, (0, 0) * (3 - axis) + (-n, n)) for i, n in zip(x, steps)])
 
 
-def translate_x(x, level):
-    """x moved left by int(level W / 30) columns."""
-    steps = (level * x.shape[3] / 30).astype(int).tolist()
-    return torch.stack([F.pad(image, (-step, step)) for image, step in zip(x, steps)])
-
-
-def translate_y(x, level):
-    """x moved up by int(level H / 30) rows."""
-    steps = (level * x.shape[2] / 30).astype(int).tolist()
-    return torch.stack([F.pad(image, (0, 0, -step, step)) for image, step in zip(x, steps)])
-
-
-GEOMETRIC_OPS = (rotate, shear_x, shear_y, translate_x, translate_y)
-OPS = GEOMETRIC_OPS + (autocontrast, equalize, posterize, solarize)  # the rest is in ImageNet-C
+OPS = {  # of AugMix: within a grey level of PIL's, but for the borders of what moves;
+    # of x and level, NumPy (N,1,1,1), of the first five negative for the other way
+    "rotate": rotate,
+    "shear_x": shear,
+    "shear_y": lambda x, level: shear(x.mT, level).mT.contiguous(),
+    "translate_x": lambda x, level: translate(x, level, 3),
+    "translate_y": lambda x, level: translate(x, level, 2),
+    "autocontrast": lambda x, level: v2.functional.autocontrast(x),
+    "equalize": lambda x, level: v2.functional.equalize(x),
+    "posterize": lambda x, level: x & x.new_tensor(256 - (16 << (level * 4 / 10).astype(int))),
+    "solarize": lambda x, level:
+        x ^ (x > x.new_tensor(255 - (level * 256 / 10).astype(int))).to(torch.uint8) * 255,
+}  # without brightness, contrast, colour and sharpness: ImageNet-C has them
 
 
 def _draw_ops(random, severity, *shape):
-    """Op numbers and levels, NumPy of the given shape; half of the geometric levels negative."""
-    op, level = random.integers(len(OPS), size=shape), random.uniform(0.1, severity, shape)
-    turned = (op < len(GEOMETRIC_OPS)) & (random.random(shape) < 0.5)
-    return op, np.where(turned, -level, level)
+    """Places in OPS and levels, NumPy of a shape; half of the first five's are negative."""
+    op = random.integers(len(OPS), size=shape)
+    level = random.uniform(0.1, severity, shape)
+    negative = (op < 5) & (random.random(shape) < 0.5)
+    return op, np.where(negative, -level, level)
 
 
 def _do_ops(images, op, level):
-    """A list: images with OPS[op[i]] at level[i] done to image i; op -1 leaves it alone."""
-    images = list(images)
-    for k, f in enumerate(OPS):
+    """A list: images with operation op[i] at level[i] done to image i; -1 is none."""
+    images, level = list(images), level.reshape(-1, 1, 1, 1)
+    for k, operation in enumerate(OPS.values()):
         at = np.flatnonzero(op == k).tolist()
-        if at:
-            done = f(torch.stack([images[i] for i in at]), level[at])
-            for i, image in zip(at, done):
-                images[i] = image
+        done = operation(torch.stack([images[i] for i in at]), level[at]) if at else ()
+        for i, image in zip(at, done):
+            images[i] = image
     return images
 
 
@@ -1000,15 +948,16 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     steps = random.integers(low, high + 1, (n, width, 1))
     op, level = _draw_ops(random, severity, n, width, high)
     op = np.where(np.arange(high) < steps, op, -1)
-    op, level = (np.insert(v, 0, -1, axis=1) for v in (op, level))  # x is the chain of no operation
+    op, level = (np.insert(v, 0, -1, axis=1) for v in (op, level))  # x: no operation
     out = torch.empty_like(x)
     for s in slices(x, 2 ** 20):
         views = [image for image in x[s] for _ in range(width + 1)]
         for t in range(high):
             views = _do_ops(views, op[s, :, t].ravel(), level[s, :, t].ravel())
         mixed = torch.full_like(x[s], 0.5, dtype=torch.float32)  # so that truncation rounds
-        for i, (view, share) in enumerate(zip(views, weights[s].ravel().tolist())):
-            mixed[i // (width + 1)].add_(view, alpha=share)
+        rows = [row for row in mixed for _ in range(width + 1)]
+        for row, view, share in zip(rows, views, weights[s].ravel().tolist()):
+            row.add_(view, alpha=share)
         out[s] = truncate(mixed)
     return out
 
@@ -1016,20 +965,19 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
 def jsd(logits_clean, logits_aug1, logits_aug2):
     """Scalar float32: Jensen-Shannon consistency of three views, logits (B,C).
 
-    Paper: AugMix, where its weight is 12 and cross-entropy is on the clean view only."""
+    Paper: AugMix, with weight 12 and cross-entropy on the clean view only."""
     p = [z.float().softmax(1) for z in (logits_clean, logits_aug1, logits_aug2)]
-    log_mean = (sum(p) / 3).clamp(1e-7, 1).log()  # the paper's clamp: no exploding KL
+    log_mean = (sum(p) / 3).clamp(1e-7, 1).log()  # the paper's clamp
     return sum(F.kl_div(log_mean, q, reduction="batchmean") for q in p) / 3
 
 
 @functools.lru_cache(maxsize=4)
 def load_pictures(folder, size, limit=2000):
-    """uint8 (M,3,size,size) for pixmix: the first `limit` pictures below a folder, resized and
-    cropped; without a folder 48 clouds of plasma, a field a channel."""
+    """uint8 (M,3,size,size) for pixmix: the first `limit` pictures below a folder, cropped;
+    without a folder 48 clouds of plasma, a field a channel."""
     if not folder:
-        side = 1 << (size - 1).bit_length()
-        fields = plasma([rng("clouds", i) for i in range(3 * 48)], side, 1.3)
-        return _bytes(255 * fields.view(48, 3, side, side)[..., :size, :size])
+        fields = plasma([rng("clouds", i) for i in range(3 * 48)], size, 1.3)
+        return _bytes(255 * fields.unflatten(0, (48, 3)))
     paths = pictures_below(Path(folder))[:limit]
     if not paths:
         raise UserError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
@@ -1038,8 +986,8 @@ def load_pictures(folder, size, limit=2000):
 
 
 def _blend(x, y, a, b, multiply):
-    """x and y in [0, 1] added (a x + b y about grey) or multiplied (x^a y^b), clipped; a, b and
-    multiply of each image."""
+    """x and y in [0, 1] added (a x + b y about grey) or multiplied (x^a y^b), clipped; a, b
+    and multiply (N,)."""
     a, b = (torch.from_numpy(v).to(x).view(-1, 1, 1, 1) for v in (a, b))
     mixed, m = x * a + y * b + (1 - a - b) / 2, np.flatnonzero(multiply)
     mixed[m] = (2 * x[m]) ** a[m] * (2 * y[m]).clamp(min=1e-37) ** b[m] / 2
@@ -1073,44 +1021,37 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
 def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     """x through a residual network whose random weights are drawn anew for each image.
 
-    strength: range of the residual's weight; (0.1, 0.3) suits 32 px, where detail drowns sooner.
+    strength: range of the residual's weight; (0.1, 0.3) suits 32 px: detail drowns sooner.
     Paper: Noise2Net, the on-the-fly relative of DeepAugment (Hendrycks et al. 2021).
-    Differs: kernel sizes and dilations are drawn for each batch, strengths for each image."""
-    random, out = np.random.default_rng(_key(generator)), []
+    Differs: kernels' sides (1 or 3 px) and dilations are of a batch, strengths of an image."""
+    random = np.random.default_rng(_key(generator))
 
-    def draw(*shape):
-        return x.new_tensor(random.uniform(-1, 1, (len(x), *shape)), dtype=torch.float32)
+    def draw(low, high, *shape):
+        return x.new_tensor(random.uniform(low, high, (len(x), *shape)), dtype=torch.float32)
 
     def conv(z, kernels, dilation=1):
-        """Instance norm of the images under kernels (n,O,C,k,k) of their own, a group an image."""
-        n, size = len(z), z.shape[2:]
-        z = F.conv2d(z.reshape(1, -1, *size), kernels.flatten(0, 1), padding="same",
-                     dilation=dilation, groups=n)
-        return F.instance_norm(z).view(n, -1, *size)
+        """Instance norm of images under kernels (n,O,C,k,k) of their own, as groups."""
+        z = F.conv2d(z.reshape(1, -1, *z.shape[2:]), kernels.flatten(0, 1), padding="same",
+                     dilation=dilation, groups=len(z))
+        return F.instance_norm(z).view(len(kernels), -1, *z.shape[2:])
 
-    strength = x.new_tensor(random.uniform(*strength, (len(x), 1, 1, 1)), dtype=torch.float32)
-    blocks = []
-    for sizes in random.integers([2, 3], size=(4, 3, 2)).tolist():
-        # kernels of 1 or 3 px at dilation 1 to 3
-        kernels = [(draw(hidden, hidden, 1 + 2 * k, 1 + 2 * k), 1 + d) for k, d in sizes]
-        blocks.append((draw(4 * hidden, 3, 1, 1), kernels, draw(3, 4 * hidden, 1, 1)))
+    strength = draw(*strength, 1, 1, 1)
     pixels = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # ImageNet's mean and deviation
     mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in pixels)
-    for s in slices(x, 2 ** 18):
-        z = (x[s] - mean) / std
-        for wide, kernels, narrow in blocks:
-            *parts, rest = conv(z, wide[s]).relu_().chunk(4, 1)
-            done, carry = [], 0
-            for part, (weight, dilation) in zip(parts, kernels):
-                carry = conv(part + carry, weight[s], dilation).relu_()
-                done.append(carry)
-            z = z + strength[s] * conv(torch.cat([*done, rest], 1), narrow[s])
-        out.append(z)
-    return _bytes(torch.cat(out) * std + mean)
+    z = (x - mean) / std
+    for block in random.integers([2, 3], size=(4, 3, 2)).tolist():
+        kernels = [draw(-1, 1, hidden, hidden, 1 + 2 * k, 1 + 2 * k) for k, _ in block]
+        wide, narrow = draw(-1, 1, 4 * hidden, 3, 1, 1), draw(-1, 1, 3, 4 * hidden, 1, 1)
+        for s in slices(x, 2 ** 18):
+            parts = [0, *conv(z[s], wide[s]).relu_().chunk(4, 1)]
+            for i, (kernel, (_, d)) in enumerate(zip(kernels, block), 1):
+                parts[i] = conv(parts[i] + parts[i - 1], kernel[s], 1 + d).relu_()
+            z[s] += strength[s] * conv(torch.cat(parts[1:], 1), narrow[s])
+    return _bytes(z * std + mean)
 
 
 def image_by_image(transform):
-    """A transform of torchvision, which treats a batch as one image, as an augmentation."""
+    """An augmentation by a transform of torchvision, which takes a batch for one image."""
     def augmentation(x, generator):
         with seeded(_key(generator)):
             return torch.stack([transform(image) for image in x])
@@ -1123,7 +1064,7 @@ AUGMENTATIONS = {  # in the order in which a sum applies them
     "pixmix": pixmix,
     "augmix": augmix,
     "randaugment": image_by_image(v2.RandAugment(2, 9)),
-    # a square of half the side in grey, as on CIFAR-10; a random rectangle (Zhong et al. 2020)
+    # a grey square of half the side, as on CIFAR-10; a rectangle (Zhong et al. 2020)
     "cutout": image_by_image(v2.RandomErasing(1, (0.25, 0.25), (1, 1), 128)),
     "erasing": image_by_image(v2.RandomErasing(0.25, value=128)),
 }
@@ -1132,18 +1073,18 @@ LABEL_MIXERS = {"mixup": functools.partial(v2.MixUp, alpha=0.8),  # alpha as in 
 
 
 def spec_names(spec, options=()):
-    """The set of names in spec. Raises: UserError for a name that is unknown or stands twice."""
+    """The set of names in spec. Raises: UserError for one unknown or there twice."""
     names, known = spec.split("+"), [*AUGMENTATIONS, *LABEL_MIXERS]
     for name in [*names, *options]:
         if name not in known or names.count(name) > 1:
-            raise UserError(f"augmentation {name!r} in {spec!r}: use each name once, of {known}")
+            raise UserError(f"augmentation {name!r} in {spec!r}: each once, of {known}")
     return set(names)
 
 
 def augment(x, spec, generator, **options):
     """uint8 like x: the augmentations of spec ("a" or "a+b") in the order of AUGMENTATIONS.
 
-    A sum is a sequence: "deepaugment+augmix", in either order, is AugMix on top of DeepAugment.
+    A sum is a sequence: "deepaugment+augmix", in either order, is AugMix on DeepAugment.
     mixup and cutmix are left to mix_labels.
     options: {name: its keywords}, as augment(x, "augmix", g, augmix={"severity": 3})."""
     names = spec_names(spec, options)
@@ -1156,9 +1097,9 @@ def augment(x, spec, generator, **options):
 
 
 def mix_labels(x, y, spec, generator, n_classes):
-    """(x, soft labels (B,n_classes)): each image mixed with its neighbour by mixup or cutmix.
+    """(x, soft labels (B,n_classes)): images mixed with their neighbours by mixup or cutmix.
 
-    spec as in augment; with both names the batch draws one, with neither all stays as it is."""
+    spec as in augment; with both the batch draws one, with neither all stays as it is."""
     names = sorted(spec_names(spec) & set(LABEL_MIXERS))
     if not names:
         return x, y

@@ -706,16 +706,14 @@ def test_glass_blur_is_the_loop_that_copies(d, passes):
 
 
 def test_elastic_transform_without_movement_is_the_identity():
-    x, still = pictures(2, 64, 50), torch.zeros(2, 3, 2)
-    moved = erpm.affine(64, 50, still + torch.tensor([3.0, 0]))  # all points 3 px to the right
-    assert torch.allclose(moved[:, :, 2], torch.tensor([-3.0, 0]), atol=1e-5)
+    x = pictures(2, 64, 50)
     same = erpm.elastic_transform(x, (0, 0, 0), [erpm.rng(0), erpm.rng(1)])
     assert (same.int() - x.int()).abs().max() <= 1
 
 
 def test_frost_reads_the_five_textures_of_the_package(tmp_path, monkeypatch):
-    for i, file in enumerate(erpm.ICE_FILES):
-        Image.new("RGB", (300, 300), (10 * i, 0, 0)).save(tmp_path / file, quality=100)
+    for i in range(5):
+        Image.new("RGB", (300, 300), (10 * i, 0, 0)).save(tmp_path / f"frost{i + 1}.png")
     monkeypatch.setattr(erpm, "frost_folder", lambda: tmp_path)
     y = erpm.corrupt(torch.zeros(40, 3, 221, 223, dtype=torch.uint8), "frost", 1)
     assert len(y[:, 0].flatten(1).float().mean(1).round().unique()) == 5
@@ -741,15 +739,15 @@ PIL_OPS = {  # the operations of the paper, level signed
 
 
 @pytest.mark.parametrize("h, w", [(48, 80), (224, 224), (7, 5)])
-@pytest.mark.parametrize("op", erpm.OPS, ids=lambda op: op.__name__)
-def test_each_operation_is_within_a_grey_level_of_pil(op, h, w):
+@pytest.mark.parametrize("name", erpm.OPS)
+def test_each_operation_is_within_a_grey_level_of_pil(name, h, w):
     x, random = pictures(8, h, w), np.random.default_rng(0)
-    level = random.uniform(0.1, 9.9, 8)
-    if op in erpm.GEOMETRIC_OPS:
-        level *= random.choice([-1, 1], 8)
-    theirs = [PIL_OPS[op.__name__](to_pil(i), v) for i, v in zip(x, level.tolist())]
+    level = random.uniform(0.1, 9.9, (8, 1, 1, 1))
+    if name in list(erpm.OPS)[:5]:
+        level *= random.choice([-1, 1], (8, 1, 1, 1))
+    op, theirs = erpm.OPS[name], [PIL_OPS[name](to_pil(i), v.item()) for i, v in zip(x, level)]
     gap = np.abs(op(x, level).permute(0, 2, 3, 1).numpy().astype(int) - np.stack(theirs))
-    if op in (erpm.rotate, erpm.shear_x, erpm.shear_y):  # but for the border, where we fade out
+    if name in ("rotate", "shear_x", "shear_y"):  # but for the border, where we fade out
         cover = op(torch.full_like(x, 255), level).permute(0, 2, 3, 1).numpy()
         gap = gap[(cover == 0) | (cover == 255)]
         assert (gap > 1).mean() <= 0.005 and gap.size > (0.98 if h == 224 else 0.5) * x.numel()
