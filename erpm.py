@@ -3517,14 +3517,24 @@ def bench_augment(size: int = 224, n: int = 64) -> Iterator[dict]:
 
 def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]:
     """{method: a step of training} of timm's networks on images (n,3,224,224), not augmented: FT,
-    ERPM with the last stage tuned in each head, and that from the cache."""
+    ERPM with the last stage tuned in each head, that from the cache, and ERPM without sharing."""
     net, other = (freeze(named(f"timm:{name}", 1000, "random", 224)) for name in (student, teacher))
-    tuned, other = Student(net, 1, 1).to(x.device), other.to(x.device)
-    whole, aug = copy.deepcopy(net).to(x.device).requires_grad_(True), Robustify(augment="none")
+    tuned, (whole, *copies) = Student(net, 1, 1), (copy.deepcopy(net) for _ in range(4))
+    for m in copies:
+        cut(m, 1)[1].requires_grad_(True)
+    for m in (net, other, tuned, whole, *copies):
+        m.to(x.device)
+    aug = Robustify(augment="none")
     see = frozen_views(tuned.backbone, aug, True, tuned.original, other)
     batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=x.device), rng(0))
     with autocast("auto", x.device):
         held = see(batch)
+
+    def naive(heads: nn.ModuleList, batch: Batch) -> tuple[Tensor, dict]:
+        views = x, torch.cat([x, x]), x
+        z = Heads(*(head(v) for head, v in zip(heads, views)))
+        parts = erpm_loss(z, net(x), other(x), batch.y, alpha=0.5, t=2.0)
+        return sum(parts.values()), parts
 
     def once(model: nn.Module, opt: torch.optim.Optimizer, step: Callable) -> None:
         with autocast("auto", x.device):
@@ -3533,26 +3543,42 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
         opt.step()
         opt.zero_grad()
 
-    jobs = {"FT": (whole, plain_step(Train(), frozen_views(nn.Identity(), aug))),
-            "ERPM": (tuned.tuned, erpm_step(Distill(), see)),
-            "ERPM, cached": (tuned.tuned, erpm_step(Distill(), lambda batch: held))}
+    jobs = {"ERPM": (tuned.tuned, erpm_step(Distill(), see)),
+            "ERPM, cached": (tuned.tuned, erpm_step(Distill(), lambda batch: held)),
+            "FT": (whole.requires_grad_(True),
+                   plain_step(Train(), frozen_views(nn.Identity(), aug))),
+            "ERPM without sharing": (nn.ModuleList(copies), naive)}
     return {method: functools.partial(once, model.train(), make_optimizer(model, Train()), step)
             for method, (model, step) in jobs.items()}
 
 
 def bench_training(n: int = 8) -> Iterator[dict]:
-    """ERPM, live and from the cache, against FT: the time of a step, and GFLOPs an image."""
-    x, counts = make_shapes(n, 224, "test")[0].to(pick_device()), {}
-    ft, *steps = training_steps("vit_small_patch16_224", "resnet18", x).items()
-    for part, step in steps:
-        yield {"part": f"{part}, ViT-S/16", "against": "FT", **paired(step, ft[1], n, n)}
-    large = training_steps("vit_large_patch14_224", "vit_base_patch16_224", x.to("meta"))
-    for part, step in large.items():
-        with FlopCounterMode(display=False) as counter:
-            step()
-        counts[part] = counter.get_total_flops() / n / 1e9
-        yield {"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT", "ours": counts[part],
-               "theirs": counts["FT"], "ratio": round(counts["FT"] / counts[part], 2),
+    """ERPM, live and from the cache, against FT, against ERPM without sharing and against a matrix
+    product of as many FLOPs: the time of a step; and against FT the GFLOPs an image."""
+    def counted(student: str, teacher: str) -> dict[str, float]:
+        found = {}
+        for method, step in training_steps(student, teacher, x.to("meta")).items():
+            with FlopCounterMode(display=False) as counter:
+                step()
+            found[method] = counter.get_total_flops() / n / 1e9
+        return found
+
+    def product() -> None:
+        with autocast("auto", x.device):
+            square @ square
+
+    x, square = make_shapes(n, 224, "test")[0].to(pick_device()), torch.randn(2048, 2048)
+    square, small = square.to(x.device), ("vit_small_patch16_224", "resnet18")
+    steps, need = training_steps(*small, x), counted(*small)
+    for part in ("ERPM", "ERPM, cached"):
+        row = {"part": f"{part}, ViT-S/16", "against": "a matrix product"}
+        yield row | paired(steps[part], product, n, 2 * 2048 ** 3 / 1e9 / need[part])
+        for other in ("FT", "ERPM without sharing"):
+            yield row | {"against": other} | paired(steps[part], steps[other], n, n)
+    large = counted("vit_large_patch14_224", "vit_base_patch16_224")
+    for part in ("ERPM", "ERPM, cached"):
+        yield {"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT", "ours": large[part],
+               "theirs": large["FT"], "ratio": round(large["FT"] / large[part], 2),
                "spread": "counted"}
 
 

@@ -85,18 +85,24 @@ def forked(work, *args):
     fork = torch.multiprocessing.get_context("fork")
     job = fork.Process(target=lambda: os._exit(work(*args) or 0))
     job.start()
+    os.setpgid(job.pid, job.pid)                     # to be killed with its loader processes
     return job
 
 
-def in_processes(n, *words, code=0, own=lambda rank: ()):
-    """Runs a command as torchrun does on n processes, each of which may have words of its own."""
+def started(n, *words, own=lambda rank: ()):
+    """The jobs of a command on n processes, as torchrun starts it, each with words of its own."""
     port = str(get_free_port())
 
     def work(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
                        "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         return erpm.main([str(w) for w in (*words, *own(rank))])
-    jobs = [forked(work, rank) for rank in range(n)]
+    return [forked(work, rank) for rank in range(n)]
+
+
+def in_processes(n, *words, code=0, **own):
+    """Runs a command on n processes, to the end."""
+    jobs = started(n, *words, **own)
     for job in jobs:
         job.join(200)
     assert [job.exitcode for job in jobs] == [code] * n
@@ -2136,15 +2142,6 @@ CHAIN = [*TINY, "run=k", "data.name=folder:photos", "data.size_px=32", "data.n_t
          "compare.rows=ERPM:\nLP: distill.method=lp"]
 
 
-def started(*words, processes=1):
-    """A command as a process of its own, or as many under torchrun."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [sys.executable, *launch * (processes > 1), HERE / "erpm.py", *words], text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
 def comes_to(run):
     """What a run comes to: its weights, and its rows without times."""
     rows = sorted(str(r | {"train": 0}) for r in untimed(run))
@@ -2156,23 +2153,21 @@ def comes_to(run):
 def test_ten_kills_at_any_moment_leave_no_trace(here, processes, workers):
     make_tree(here / "photos")
     words = ["compare", *CHAIN, f"data.workers={workers}"]
-    since, random = time.monotonic(), np.random.default_rng([processes, workers])
-    assert started(*words, "out=whole", processes=processes).wait() == 0
-    whole, kills = time.monotonic() - since, 0
+    since, random, kills = time.monotonic(), np.random.default_rng([processes, workers]), 0
+    in_processes(processes, *words, "out=whole")
+    whole = time.monotonic() - since
     while kills < 10:
-        job = started(*words, "out=killed", processes=processes)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(random.uniform(0.3, 0.8) * whole)
-        kills += job.returncode is None
-        if job.returncode is not None:              # it ended between two kills: from the start
-            assert job.returncode == 0 and comes_to(here / "killed/k") == comes_to(here / "whole/k")
+        jobs = started(processes, *words, "out=killed")
+        jobs[0].join(random.uniform(0.05, 0.4) * whole)
+        kills += any(job.is_alive() for job in jobs)
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+            job.join()
+        if not any(job.exitcode for job in jobs):   # it ended between two kills: from the start
+            assert comes_to(here / "killed/k") == comes_to(here / "whole/k")
             shutil.rmtree("killed")
-        for words_of in Path("/proc").glob("[0-9]*/cmdline"):   # torchrun gives workers a session
-            with contextlib.suppress(OSError):
-                if b"out=killed" in words_of.read_bytes():
-                    os.kill(int(words_of.parent.name), signal.SIGKILL)
-        job.wait()
-    assert started(*words, "out=killed", processes=processes).wait() == 0
+    in_processes(processes, *words, "out=killed")
     assert comes_to(here / "killed/k") == comes_to(here / "whole/k")
 
 
@@ -2180,7 +2175,10 @@ def test_ten_kills_at_any_moment_leave_no_trace(here, processes, workers):
 @pytest.mark.parametrize("lack", ["folder", "room", "memory"])
 @pytest.mark.parametrize("k", range(10))
 def test_a_machine_that_fails_is_told_in_one_line_and_loses_nothing_good(here, lack, k):
-    job, run = started("distill", *TINY, "run=f"), here / "runs/f"
+    job, run = subprocess.Popen(
+        [sys.executable, HERE / "erpm.py", "distill", *TINY, "run=f"], text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE), here / "runs/f"
     while not run.is_dir() and job.poll() is None:
         time.sleep(0.01)
     if lack == "folder":
