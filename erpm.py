@@ -83,7 +83,7 @@ class UserError(Exception):
 
 
 def choose(table, name: str, what: str):
-    """table[name], or the name itself where the table is a tuple.  Raises: UserError that lists the
+    """table[name], or the name itself where the table is no dict.  Raises: UserError that lists the
     names and the nearest one."""
     if name not in table:
         close = difflib.get_close_matches(str(name), list(table), n=1)
@@ -231,10 +231,10 @@ def read_picture(path: Path | str) -> Image.Image:
 def decode(path: Path | str) -> Tensor:
     """The picture, uint8 (3,H,W), for training: a JPEG by torchvision, 1.7 times as fast through a
     random crop and within a grey level; all else, and once that decoder is gone, by Pillow."""
-    io = torchvision.io
+    tv = torchvision.io
     with contextlib.suppress(RuntimeError, AttributeError, OSError, Image.DecompressionBombError):
         if Image.open(path).format == "JPEG":            # it reads the header alone
-            return io.decode_jpeg(io.read_file(str(path)), io.ImageReadMode.RGB)
+            return tv.decode_jpeg(tv.read_file(str(path)), tv.ImageReadMode.RGB)
     return v2.functional.pil_to_tensor(read_picture(path))
 
 
@@ -671,13 +671,13 @@ def plasma(gens, size, decay):
     m, step, amplitude = torch.zeros_like(u), u.shape[1] // 2, 1.0
     while step:
         grid, noise = m[:, ::step, ::step], u[:, ::step, ::step] * amplitude
-        a = grid[:, ::2, ::2]  # are there; b, in the middle of four; then between two of each
+        a = grid[:, ::2, ::2]  # known; b: in the middle of four a; then those between two of each
         right, below = a.roll(-1, 2), a.roll(-1, 1)
         b = (a + right + below + right.roll(-1, 1)) / 4 + noise[:, 1::2, 1::2]
         grid[:, 1::2, 1::2] = b
         grid[:, ::2, 1::2] = (a + right + b.roll(1, 1) + b) / 4 + noise[:, ::2, 1::2]
         grid[:, 1::2, ::2] = (b.roll(1, 2) + b + a + below) / 4 + noise[:, 1::2, ::2]
-        step, amplitude = step // 2, amplitude / decay ** 2  # wobble times itself
+        step, amplitude = step // 2, amplitude / decay ** 2  # the reference: wibble times wibble
     m -= m.amin((1, 2), keepdim=True)
     return m.div_(m.amax((1, 2), keepdim=True))[:, :size, :size]
 
@@ -1227,7 +1227,7 @@ class ImageSet(torch.utils.data.Dataset):
 
 def as_images(images) -> ImageSet:
     """An ImageSet of: itself; (x, y); a DataLoader of such batches; or any sized data set of
-    (image, label), which is read into memory.  Images are uint8 (3,S,S), or float in [0, 1]."""
+    (image, label), read into memory; uint8 (3,S,S), or float in [0, 1].  Raises: UserError."""
     if isinstance(images, ImageSet):
         return images
     if not isinstance(images, (tuple, torch.utils.data.DataLoader)):
@@ -1244,7 +1244,7 @@ def as_images(images) -> ImageSet:
 
 
 def batches(n: int, batch: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """Endless lists of (epoch, position): this process's share of each batch of training."""
+    """Endless lists of (epoch, position), this process's of each batch.  Raises: UserError."""
     rank, size = world()
     if n < batch:
         raise UserError(f"{n} training images are fewer than a batch of {batch}")
@@ -1384,8 +1384,8 @@ def _tree(row: SetRow, top: Path, train: bool, data: Data):
     output.  Other folders are passed over."""
     if top.is_file():
         lines = [line.lstrip("/").split() for line in read_lines(top)]
-        found = [(os.path.join(data.root, row.pictures, words[0]),
-                  words[0].rpartition("/")[0][2:] or words[:2][-1]) for words in lines]
+        found = [(os.path.join(data.root, row.pictures, path),     # a/abbey/NAME.jpg: abbey
+                  os.path.dirname(path)[2:] or "".join(rest[:1])) for path, *rest in lines]
     else:
         found = [(str(p), folder.name) for folder in sorted(top.glob("[!.]*/"))
                  for p in pictures_below(folder)]
@@ -1586,7 +1586,7 @@ def open_set(name: str, data: Data = Data(), split: str = "test", view: View = V
         view = row.view or dataclasses.replace(
             view, size_px=data.size_px or view.size_px, squash=squash, border_px=row.border_px)
     outputs = synsets() if row.part is not None else ()
-    ids = torch.tensor([(k * 3)[:3] for k in classes.values()]) if row.part else None   # up to 3
+    ids = torch.tensor([(k * 3)[:3] for k in classes.values()]) if row.part else None   # 3 each
     images = ImageSet(row.name, y, classes, view, found, name, outputs, ids, how)
     return images.subset(data.n_train if train else data.n_test)
 
@@ -1606,7 +1606,7 @@ class Card:
     classes: tuple[str, ...] = ()    # names of its outputs, () = not known
     home: str = ""                   # the set that it was trained on
     prompts: tuple = ()              # (names, templates) of a zero-shot network
-    clip: str = ""                   # the file of its two towers, "" = by the name's tag
+    clip: str = ""                   # file of its two towers; "" = by tag; "both towers" = this one
     fresh: bool = False              # its classifier is not trained
     # what `load` makes of it, {prompted, student, team or vqgan: its keywords}
     made: dict = dataclasses.field(default_factory=dict)
@@ -1855,7 +1855,7 @@ def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int
 
 def named(name: str, classes: int | None = None, weights: str | None = None,
           size_px: int = 0) -> Net:
-    """The network FAMILY:NAME in eval mode; see `build`, which knows more kinds of names."""
+    """The network FAMILY:NAME in eval mode; arguments as of `build`, which knows more names."""
     family, _, rest = name.partition(":")
     make = choose({"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip,
                    "cifar": _cifar}, family, "family of networks (expected FAMILY:NAME)")
@@ -1925,13 +1925,14 @@ def _split_known(net: nn.Module, early: Callable, late: Callable):
         return n.block(x, rope=rope[i] if net.rope_mixed else rope)
 
     own = net._parameters | net._buffers | net._modules
-    names = sorted((k for k, m in own.items() if m is not None), key="proj".__eq__)  # the last
+    names = [k for k, m in own.items() if m is not None]
+    names.sort(key=lambda k: k == "proj")  # CLIP's proj is used last
     at = [i for i, k in enumerate(names)
           if re.fullmatch(r"blocks|layers|stages|transformer|layer\d|s\d", k)]
     members, first, last, blocks = [own[k] for k in names], at[0], at[-1] + 1, []
     for m in itertools.chain(*(m.children() for m in members[first:last])):
         blocks += m if type(m) in (nn.Sequential, nn.ModuleList) else [m]
-    for i, block in enumerate(blocks if "rope" in names else ()):  # each is called with it
+    for i, block in enumerate(blocks if "rope" in names else ()):  # each takes it too
         blocks[i] = nn.ModuleDict({"block": block, "rope": net.rope})
         blocks[i].forward = types.MethodType(functools.partial(roped, i), blocks[i])
     fc = net.get_classifier() if hasattr(net, "get_classifier") else getattr(net, "fc", None)
@@ -2115,7 +2116,8 @@ class VQGAN(nn.Module):
     def __init__(self, config: str | dict, weights: Path | str | None = None):
         super().__init__()
         if isinstance(config, str) and config.endswith((".yaml", ".yml")):
-            config = read_yaml(Path(config), yaml.SafeLoader).get("model", {}).get("params", {})
+            config = read_yaml(Path(config), yaml.SafeLoader).get("model") or {}
+            config = config.get("params") or {}
         elif isinstance(config, str):
             config = dict(zip(VQGAN_WORDS, choose(VQGANS, config, "vqgan.name")))
         config = {"groups": 32, **config, **config.get("ddconfig", {})}
@@ -2153,8 +2155,8 @@ class VQGAN(nn.Module):
         q = self.quantize.embedding(self.nearest(z)).permute(0, 3, 1, 2)  # (B,E,s,s)
         seen = z + (q - z).detach()  # the gradient goes straight through
         if free is not None:
-            kept = torch.rand(len(z), 1, *z.shape[2:], device=z.device) < free
-            seen = torch.where(kept, z, seen)
+            skips = torch.rand(len(z), 1, *z.shape[2:], device=z.device) < free
+            seen = torch.where(skips, z, seen)
         seen = self.decoder(self.post_quant_conv(seen)).float() / 2 + 0.5
         return seen.clamp(0, 1) if free is None else (seen, z, q)
 
@@ -2221,7 +2223,7 @@ class Heads(NamedTuple):
     robust: Tensor
 
 
-HEADS = Heads._fields
+HEADS = Heads._fields  # of what is in this order [:, ::2] is of the clean and the robust head
 
 
 class Prediction(NamedTuple):
@@ -2238,7 +2240,7 @@ class Dropout(nn.Module):
 
     METHOD [A] section 3.3: T stochastic passes.  The T masks are functions of the key alone and the
     same for every image: T sub-networks, so that no answer depends on the rest of its batch."""
-    sample = None  # of all: off, or (passes T, how often x holds the images: T or 1)
+    sample = None  # of the class, set by Student.moments: off, or (T, copies of the images in x)
 
     def __init__(self, p: float, key: int):
         super().__init__()
@@ -2297,8 +2299,9 @@ class ThreeHeads(Tuned):
     def forward(self, f: Tensor, n_clean: int | None = None) -> Heads:
         """Logits of all heads; with n_clean the clean head sees f[:n_clean] alone, the robust head
         f[n_clean:] alone and the combined head everything, as [A] trains them."""
-        f, head = self.shared(f), self.heads  # without n_clean both slices are f
-        return Heads(head["clean"](f[:n_clean]), head["combined"](f), head["robust"](f[n_clean:]))
+        f, head = self.shared(f), self.heads
+        x, noisy = (f, f) if n_clean is None else (f[:n_clean], f[n_clean:])
+        return Heads(head["clean"](x), head["combined"](f), head["robust"](noisy))
 
 
 TINY = 1e-12  # a KL of 0, to the last bit, would decide every product; and log 0 is not finite
@@ -2323,7 +2326,7 @@ OBJECTIVES: dict[str, Callable] = {
     "kl": lambda s, d, m, z, y: d,
     "max-logit": lambda s, d, m, z, y: -z[:, ::2].amax(-1),
     "entropy": lambda s, d, m, z, y: -(m * m.clamp_min(TINY).log()).sum(-1),
-    "soft": lambda s, d, m, z, y: (s + TINY) * (d + TINY),
+    "soft": lambda s, d, m, z, y: (s + TINY) * (d + TINY),   # for head; see `answer`
     "oracle": lambda s, d, m, z, y: (m.argmax(-1) != y[:, None]).int(),
 }
 RULES = (*HEADS, *OBJECTIVES)
@@ -2341,7 +2344,8 @@ def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor
         return torch.full((len(mean),), HEADS.index(rule), device=mean.device)
     if rule == "oracle" and y is None or rule == "max-logit" and logits is None:
         raise UserError(f"rule {rule!r} needs the {'labels' if rule == 'oracle' else 'logits'}")
-    return 2 * OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], logits, y).argmin(-1)
+    least = OBJECTIVES[rule](sigma, divergence(mean), mean[:, ::2], logits, y).argmin(-1)
+    return 2 * least                                         # 0 clean, 2 robust
 
 
 def answer(mean: Tensor, sigma: Tensor, head: Tensor, rule: str) -> Tensor:
@@ -2374,8 +2378,8 @@ class Student(nn.Module):
             raise UserError(f"head = {head}: expected 0 to tune = {tune}")
         if not 0 < dropout < 1:
             raise UserError(f"dropout = {dropout}: expected less than 1 and, for sigma, above 0")
-        backbone, tail = map(freeze, cut(net, tune))
-        self.backbone, self.original = Tuned(*backbone), Tuned(*tail)
+        backbone, tail = cut(net, tune)
+        self.backbone, self.original = Tuned(*backbone), Tuned(*freeze(tail))
         self.tuned = ThreeHeads(tail, head, dropout, dropout_in)
         self.dropout, self.early = dropout, dropout_in == "tail" and tune > 0
         made = dict(tune=tune, head=head, dropout=dropout, dropout_in=dropout_in)
@@ -2436,7 +2440,7 @@ class Student(nn.Module):
 # ---- the team: the robust teacher stays --------------------------------------------------------
 
 def team(clean: Tensor, robust: Sequence[Tensor], tau: float = 0.5) -> Tensor:
-    """Probabilities (B,C) of a clean answer and several robust ones, (B,C) each.
+    """Probabilities (B,C) of a clean answer and several robust ones, (B,C) each; tau in nats.
 
     METHOD ours: r = the mean of the robust answers; the clean one weighs exp(-KL(clean||r) / tau),
     so that it is heard unless they contradict it, and r the rest.  Nothing is fitted."""
@@ -2466,7 +2470,8 @@ class Team(nn.Module):
     def forward(self, x: Tensor, ask: Callable = operator.call) -> Tensor:
         """ask: (module, x) -> its output, which may be known already."""
         z = ask(self.net, x)
-        z = [tail(z) for tail in self.tails] or z
+        if self.tails:
+            z = [tail(z) for tail in self.tails]
         z = [z] if isinstance(z, Tensor) else [z[0], z[-1]]
         clean, *robust = (v.float().softmax(-1) for v in (*z, ask(self.teacher, x)))
         return team(clean, robust).clamp_min(TINY).log()
@@ -2557,10 +2562,10 @@ def save(path: Path | str, module: nn.Module, **more) -> None:
 
 
 def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
-    """The Student or Net that a run or `save` made, in eval mode, ready for `predict`.
+    """The Student, Team, Net or VQGAN that a run or `save` made, in eval mode.
 
-    run: a run's folder (its model.safetensors) or a weights file.  net: your own module, where it
-    was made from one.  Nothing is downloaded.  Raises: UserError."""
+    run: a run's folder (its model.safetensors) or a weights file.  net: your own network, where it
+    was made from one: the Net, for its mean and std are in no file.  Raises: UserError."""
     path = Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
     state, card = read_weights(path)
     if card is None or not card.name and net is None:
@@ -2602,7 +2607,8 @@ def build(name: str | nn.Module, classes: int | Sequence[str] | None = None,
     classes: number of outputs, which gets a new classifier where the weights have none; None = its
     own; or names, for a zero-shot network of open_clip.  size_px: side of the images that it is to
     see; 0 = its own.  weights: a local file instead of the tag's, of open_clip one of the whole
-    CLIP; "random" = none.  Raises: UserError on an unknown name and weights that do not fit."""
+    CLIP; "random" = none.  templates: prompts with {} for the class.  Raises: UserError on an
+    unknown name and weights that do not fit."""
     if isinstance(name, nn.Module):
         return name
     if name.startswith("run:"):
@@ -2627,7 +2633,7 @@ class Batch(NamedTuple):
 
 
 def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
-    """Learning rate of a step: linear from 0 over `warmup` steps, then a cosine to 0 at `total`."""
+    """Learning rate of a step: linear over `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -2670,8 +2676,8 @@ def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
             say(f"{file} is damaged: it is left out")
             continue
         saved = torch.load(io.BytesIO(content[:-16]), map_location="cpu", weights_only=True)
-        if changed := differences(json.loads(saved["key"]), key):
-            raise UserError(f"{file} is a half-done job with other settings ({changed}): finish it "
+        if other := differences(json.loads(saved["key"]), key):
+            raise UserError(f"{file} is a half-done job with other settings ({other}): finish it "
                             "with those, delete it, or take another run=NAME")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -2740,10 +2746,10 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
             for group in opt.param_groups:
                 group["lr"] = lr
             with contextlib.nullcontext() if counter.get_total_flops() else counter:  # once
-                for k, batch in enumerate(itertools.islice(data, cfg.accum), 1):
-                    alone = size == 1 or k == cfg.accum      # processes average their sums once
+                for micro, batch in enumerate(itertools.islice(data, cfg.accum), 1):
+                    final = size == 1 or micro == cfg.accum  # processes average their sums once
                     with autocast(runtime.amp, device), \
-                            contextlib.nullcontext() if alone else wrapped.no_sync():
+                            contextlib.nullcontext() if final else wrapped.no_sync():
                         loss, found = step(wrapped, batch)
                     scaler.scale(loss / cfg.accum).backward()
                     losses.append({k: v.detach() for k, v in [("loss", loss), *found.items()]})
@@ -2786,7 +2792,9 @@ def frozen_views(backbone: nn.Module, aug: Robustify | None = None, clean: bool 
     the robust one's on x~: all that a step takes and does not change."""
     @torch.no_grad()
     def see(batch: Batch) -> list[Tensor]:
-        views = [batch.x] * clean + ([harden(batch.x, aug, batch.generator)] if aug else [])
+        views = [batch.x] if clean else []
+        if aug:
+            views.append(harden(batch.x, aug, batch.generator))
         f = backbone(torch.cat(views)).chunk(len(views))
         return [*f, original(f[0]), teacher(views[1])] if teacher else list(f)
     return see
@@ -2872,26 +2880,27 @@ def vqgan_step(model, batch):
 # ---- training from another project, without files ------------------------------------------------
 
 @torch.no_grad()
-def check_outputs(images: ImageSet, *nets: nn.Module) -> None:
-    """Raises: UserError unless all networks have as many outputs, and one for every label."""
+def check_outputs(images: ImageSet, *nets: nn.Module) -> int:
+    """The networks' number of outputs.  Raises: UserError unless all agree, with one a label."""
     x = images.__getitems__([(0, 0)])[0].to(pick_device())
-    found = {net.to(x.device).eval()(x)[0].shape[-1] for net in nets}
+    found = {net.to(x.device).eval()(x)[0].shape[-1] for net in nets}    # [0]: or the clean head's
     least, most = images.y.min(), images.y.max()
     if len(found) > 1 or not 0 <= least <= most < max(found):
         raise UserError(f"images: labels {least} to {most} for networks of "
                         f"{' and '.join(map(str, sorted(found)))} outputs")
+    return max(found)
 
 
 def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip: bool = True,
               **options) -> nn.Module:
     """The network, trained in place to be robust: cross-entropy on images and augmented images.
 
-    images: what as_images takes.  net: of images in [0, 1].  options: fields of Robustify (augment,
-    severity, jsd, epochs, batch, lr, ...).  Raises: UserError."""
+    images: what as_images takes.  net: of images in [0, 1].  crop, flip: as in Data.  options:
+    fields of Robustify (augment, severity, jsd, epochs, batch, lr, ...).  Raises: UserError."""
     net, images = net if isinstance(net, Net) else Net(net), as_images(images)
     cfg = changed(Config(), {"robustify": options}, "erpm.robustify()").robustify
-    check_outputs(images, net)
-    fit(net, robust_step(cfg, len(images.classes)), images.training(seed, crop, flip), cfg,
+    n = check_outputs(images, net)
+    fit(net.requires_grad_(True), robust_step(cfg, n), images.training(seed, crop, flip), cfg,
         Runtime(), name="robustify", seed=seed)
     return freeze(net)
 
@@ -2903,14 +2912,16 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
     its robust head from the teacher.
 
     teacher: a robust network, images -> logits of the same classes.  images: as for robustify.
-    options: fields of Distill (alpha, temperature, epochs, ...).  Raises: UserError."""
+    options: fields of Distill (alpha, temperature, norms, epochs, lr, ...; tune, head and dropout
+    are the Student's).  augment, severity: of x~.  crop, flip: as in Data.  Raises: UserError."""
     teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
     given = {"distill": options, "robustify": {"augment": augment, "severity": severity}}
     cfg, images = changed(Config(), given, "erpm.distill()"), as_images(images)
     check_outputs(images, student, teacher)
+    student.tuned.norms = cfg.distill.norms
     see = frozen_views(student.backbone, cfg.robustify, True, student.original, teacher)
-    fit(student.tuned, erpm_step(cfg.distill, see), images.training(seed, crop, flip), cfg.distill,
-        Runtime(), name="distill", seed=seed)
+    fit(student.tuned.requires_grad_(True), erpm_step(cfg.distill, see),
+        images.training(seed, crop, flip), cfg.distill, Runtime(), name="distill", seed=seed)
     return student.eval()
 
 
@@ -2925,13 +2936,14 @@ def over(images: ImageSet, f: Callable, *, batch: int = 256, workers: int = 0,
     """{name: float32 (n, ...)} of f(x, y, index) -> {name: tensor (B, ...)}, in the set's order on
     every process; a batch is one process's and holds the same images for any number of them."""
     (rank, size), device, n, mine = world(), pick_device(), len(images), []
-    lists = [[(0, p) for p in range(n)[s:s + batch]] for s in range(0, n, batch)][rank::size]
+    lists = [[(0, p) for p in range(s, min(s + batch, n))] for s in range(0, n, batch)][rank::size]
     for keys, (x, y, index) in zip(lists, loader(images, workers, batch_sampler=lists)):
         found = f(x.to(device, non_blocking=True), y.to(device, non_blocking=True), index)
         mine.append({k: v.float().cpu().numpy() for k, v in found.items()})
         if bar is not None:
             bar.update(len(keys) * n // sum(map(len, lists)))                # of all processes
-    parts = [v for turn in itertools.zip_longest(*gathered(mine)) for v in turn if v]
+    turns = itertools.zip_longest(*gathered(mine))           # batches as they were dealt
+    parts = [v for turn in turns for v in turn if v]
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
@@ -3002,6 +3014,8 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
 def aligned(images: ImageSet, card: Card) -> ImageSet:
     """The set with its classes looked up in a network's outputs, where these are the same classes
     in another order: a folder's are sorted by name."""
+    if images.corrupted == "read" and images.base == card.home:   # CIFAR's arrays name no classes
+        return dataclasses.replace(images, outputs=card.classes)
     if images.outputs == card.classes or set(images.outputs) != set(card.classes):
         return images
     ids = torch.tensor([[card.classes.index(c)] for c in images.classes])
@@ -3117,7 +3131,8 @@ def weights_sha(net: nn.Module) -> str:
 def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
     """GFLOPs of an answer to an image, by torch's counter (2 a multiply-add; matrix products and
     convolutions alone).  passes: as in Student.predict."""
-    model = copy.deepcopy(model).to("meta")              # shapes alone count
+    bare = {id(t): t.to("meta") for t in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, bare)                   # no weights are copied: shapes count
     x = torch.zeros(1, 3, size_px, size_px, device="meta")
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, Student):
@@ -3172,10 +3187,11 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
         transform += f", corrupted on the fly, jpeg 85, {textures} frost"
     if card.size_px not in (0, images.view.size_px):
         transform += f", network {card.size_px} px"
+    drawn = (cfg.data.n_test, ev.n_cell) if images.corrupted == "made" else ()
     row = {"label": label, "seed": cfg.seed, "set": images.name, "n": len(images),
            "transform": transform, "amp": str(amp_type(cfg.runtime.amp, pick_device())),
            "passes": ev.passes if isinstance(model, Student) else None}
-    return {"of": sha(repr(row), weights_sha(model), versions()["erpm"])} | row | {
+    return {"of": sha(repr((row, drawn)), weights_sha(model), versions()["erpm"])} | row | {
         "kind": kind_of(card, images), "train": card.train,
         "gflops": gflops(model, images.view.size_px, ev.passes)}
 
@@ -3213,12 +3229,12 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                 found = evaluate_all(pending, some, cell if made else None, passes=ev.passes,
                                      amp=cfg.runtime.amp, batch=ev.batch,
                                      workers=cfg.data.workers, bar=bar)
-            except UserError:                            # of pictures all are told at once
-                paths = () if isinstance(some.images, Tensor) else some.images
-                if bad := list(filter(None, map(unreadable, paths))):
-                    raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
-                                    f"remove {', '.join(bad)}") from None
-                raise
+            except UserError as e:                       # of pictures all are told at once
+                if "cannot read the image" not in str(e):
+                    raise
+                bad = list(filter(None, map(unreadable, some.images)))
+                raise UserError(f"{len(bad)} pictures of {images.name} cannot be read: mend or "
+                                f"remove {', '.join(bad)}") from None
             where = {"corruption": cell[0], "severity": cell[1], "processes": world()[1],
                      "seconds": round(time.perf_counter() - since, 3),
                      "device": pick_device().type, "packages": versions()}
@@ -3266,7 +3282,7 @@ MEASURES: dict[str, tuple[Callable[[dict], float], str]] = {
     "training FLOPs / FT": (
         lambda r: r["train"]["gflops"] / r["FT"]["train"]["gflops"], ".2f"),
     "GFLOPs / original": (lambda r: r["gflops"] / r["original"]["gflops"], ".2f")}
-COSTS = tuple(MEASURES)[-4:]
+COSTS = ("ms / training image", "time / FT", "training FLOPs / FT", "GFLOPs / original")
 
 
 def latest(rows: list[dict]) -> list[dict]:
@@ -3519,7 +3535,8 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
     """{method: a step of training} of timm's networks on images (n,3,224,224), not augmented: FT,
     ERPM with the last stage tuned in each head, that from the cache, and ERPM without sharing."""
     net, other = (freeze(named(f"timm:{name}", 1000, "random", 224)) for name in (student, teacher))
-    tuned, (whole, *copies) = Student(net, 1, 1), (copy.deepcopy(net) for _ in range(4))
+    tuned = Student(net, 1, 1)
+    whole, *copies = (copy.deepcopy(net) for _ in range(4))  # FT's, and three of one head each
     for m in copies:
         cut(m, 1)[1].requires_grad_(True)
     for m in (net, other, tuned, whole, *copies):
@@ -3732,9 +3749,9 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
         draws = [rng("dad", cfg.seed, i) for i in index.tolist()]
         with autocast(cfg.runtime.amp, x.device):
             made = dad_samples(x, y, teacher, vqgan, draws, **attack(r))
-        for key, picture in zip(keys, _bytes(255 * made).cpu()):
+        for k, picture in zip(keys, _bytes(255 * made).cpu()):
             v2.functional.to_pil_image(picture).save(content := io.BytesIO(), "png")
-            write_atomically(files[key], content.getvalue())
+            write_atomically(files[k], content.getvalue())
     beside = dataclasses.replace(images, images=paths, view=View(images.view.size_px, 1.0))
     if isinstance(images.images, Tensor):            # in memory, to be cut as the images are
         x = beside.__getitems__([(0, k) for k in range(len(beside))])[0]
@@ -3744,10 +3761,11 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     return dataclasses.replace(images, beside=beside)
 
 
-# ---- the networks of a run: make(cfg, images, *nets) -> (network, what is trained: see `fit`) ----
+# ---- the networks of a run: make(cfg, images, *nets) -> [network], or where it is to be trained
+# (network, module, step, images), as `fit` takes them --------------------------------------------
 
 def untrained(net: Net, images: ImageSet) -> bool:
-    """Whether the classifier is not one for the classes of the set, whose number means nothing."""
+    """Whether the classifier is new, or of other classes than the set's, if of as many."""
     return net.card.fresh or bool(net.card.classes) and set(net.card.classes) != set(images.outputs)
 
 
@@ -3797,7 +3815,7 @@ def make_guide(cfg, images):
     r = cfg.robustify
     head = "text" if r.teacher.startswith("open_clip:") else "linear"
     own = {"student": r.teacher, "student_weights": r.teacher_weights, "head": head}
-    torch.manual_seed(fold(cfg.seed, "init student"))
+    torch.manual_seed(fold(cfg.seed, "init student"))    # its weights are those of a student
     return make_student(changed(cfg, {"model": own}), images)
 
 
@@ -3884,7 +3902,8 @@ METHODS = {
              f"{TUNED} tune head norms dropout alpha temperature views"),
     "team": ("Team", "distill", tune_team, "student teacher", f"{TUNED} tune views"),
     "apt": ("APT", "distill", tune_apt, "student", f"{TUNED} tune norms views"),
-    "lp": ("LP", "distill", functools.partial(tune_apt, tune=0), "student", f"{TUNED} views"),
+    "lp": ("LP", "distill", functools.partial(tune_apt, tune=0), "student",
+           f"{TUNED} norms views"),
     "ft": ("FT", "distill", tune_ft, "student", TUNED),
     "lp-ft": ("LP-FT", "distill", tune_ft, "lp", TUNED),
     "wise": ("WiSE", "distill", tune_wise, "ft student", f"{TUNED} wise"),
@@ -3897,7 +3916,7 @@ def network(own: Config, images: ImageSet, role: str, words: dict = {}, label=""
     made from.  words: those of a row of compare, of which the file's name has what counts; without
     any it is the run's own, model.safetensors.  Raises: UserError where other settings made it."""
     cfg = changed(own, words, label)
-    known, section, make, takes, uses = choose(METHODS, role, "distill.method")
+    title, section, make, takes, uses = choose(METHODS, role, "distill.method")
     if role == "teacher":
         guide = "guide" if cfg.robustify.teacher else "student"
         takes = {"kd": guide, "dad": f"{guide} vqgan"}.get(cfg.robustify.method, "")
@@ -3933,13 +3952,13 @@ def network(own: Config, images: ImageSet, role: str, words: dict = {}, label=""
     if job:
         part, step, some = job
         some = some.training(fold(cfg.seed, section), cfg.data.crop, cfg.data.flip)
-        costs += [getattr(some, "cost", {}), fit(
+        costs += [some.cost if isinstance(some, Rows) else {}, fit(
             part, step, some, stage, cfg.runtime, name=section, seed=cfg.seed, key=key,
             checkpoint=path.with_suffix(".ckpt"), workers=cfg.data.workers)]
     cost = {k: sum(c.get(k, 0) for c in costs) for k in (costs or [{}])[-1]}
     if world()[0] == 0:
         save(path, net, size_px=net.card.size_px or images.view.size_px, view=images.view,
-             classes=images.outputs, home=images.base, label=label or slug(known + counted),
+             classes=images.outputs, home=images.base, label=label or slug(title + counted),
              key=key, train=cost, fresh=False)
         for old in cfg.dir.glob(f"{file}.ckpt*"):
             old.unlink()
@@ -3957,6 +3976,8 @@ def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
     found = {}
     for token in filter(None, map(str.strip, cfg.eval.models.split(","))):
         label, name, file = re.fullmatch(r"(?:([^:@=]+)@)?([^=]*)=?(.*)", token).groups()
+        if (label or token) in found:
+            raise UserError(f"--model: two networks are called {label or token}")
         net = found[label or token] = freeze(build(name, weights=file))
         if net.card.fresh and not name.startswith("run:"):
             raise UserError(f"--model {name} has no weights: add a tag (timm:resnet50.tv_in1k) or "
@@ -3973,8 +3994,10 @@ def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
     if not found:
         raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first")
     for view in dict.fromkeys(net.card.view for net in found.values()):
-        yield {label: net.to(pick_device()) for label, net in found.items()
-               if net.card.view == view}
+        some = {label: net for label, net in found.items() if net.card.view == view}
+        yield {label: net.to(pick_device()) for label, net in some.items()}
+        for net in some.values():
+            net.cpu()                                    # room for the next ones
 
 
 def set_names(cfg: Config) -> list[str]:
@@ -4006,7 +4029,7 @@ def run_eval(cfg: Config, args) -> None:
                 try:
                     able.append(headed(label, net, name, images, cfg))
                 except UserError as e:
-                    if len(nets) == 1 and not everything:
+                    if (len(nets) == 1 or cfg.eval.models) and not everything:
                         raise
                     say(f"left out: {e}")
             asked |= score(dict(able), images, cfg)
@@ -4066,13 +4089,13 @@ def run_report(cfg: Config, args) -> None:
 
 
 def run_stage(cfg: Config, args) -> None:
-    """Makes a network (which: see its section below), after what it is made from."""
+    """A network of the run (pretrain, robustify, distill), after what it is made from."""
     role = {"pretrain": "student", "robustify": "teacher"}.get(args.command, cfg.distill.method)
     network(cfg, training_images(cfg.data, cfg.model), role)
 
 
 def run_compare(cfg: Config, args) -> None:
-    """The recipe's own run and those of compare.rows, for every seed; eval and report."""
+    """The runs of compare.rows (without rows the recipe's own), for every seed; eval, report."""
     folders, images = [], functools.cache(training_images)       # which most rows share
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         more = f"-s{seed}" if seed != cfg.seed else ""
@@ -4211,7 +4234,7 @@ def preflight(cfg: Config, command: str) -> None:
         set_row(name)
     if COMMANDS[command] not in (run_stage, run_compare):
         return
-    changed(cfg, {}, processes=world()[1])
+    changed(cfg, {}, processes=world()[1])               # whether batches can be shared
     for file in (m.student_weights, m.teacher_weights, r.teacher_weights, cfg.vqgan.weights):
         if file and not Path(file).is_file():
             raise UserError(f"no file {file}")
@@ -4222,8 +4245,9 @@ def preflight(cfg: Config, command: str) -> None:
         vqgan(cfg.vqgan.name)
     if command == "distill" and m.head == "text" and method in ("lp", "lp-ft"):
         raise UserError(f"distill.method={method}: model.head=text has no linear layer to train")
-    for label, words in cfg.compare.plan[1].items() if command in ("demo", "compare") else ():
-        preflight(changed(cfg, words, f"compare.rows: {label}"), "distill")
+    if command in ("demo", "compare"):
+        for label, words in cfg.compare.plan[1].items():
+            preflight(changed(cfg, words, f"compare.rows: {label}"), "distill")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4248,7 +4272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run(cfg, args)
         return 0
     except (UserError, OSError, UnicodeDecodeError) as e:    # from a loader with its traceback
-        code, text = 2, str(e).split("UserError: ")[-1]
+        text = str(e).split("UserError: ")[-1]
         _kill_workers()                    # one that failed would be waited for
     except KeyboardInterrupt as e:
         code = 128 + (Progress.hit or signal.SIGINT)
