@@ -68,6 +68,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -2655,10 +2656,10 @@ def differences(old: dict, new: dict) -> str:
                      if old.get(k) != new.get(k))
 
 
-def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -> None:
+def keep(path: Path, parts: dict, key: dict | None, *progress: float) -> None:
     """Writes a checkpoint, beside the one before it, on the first process; the others wait."""
     if world()[0] == 0:
-        state = {"step": step, "seconds": seconds, "key": json.dumps(key), "processes": world()[1]}
+        state = {"progress": progress, "key": json.dumps(key), "processes": world()[1]}
         state |= {name: part.state_dict() for name, part in parts.items()}
         torch.save(state, content := io.BytesIO())
         if path.is_file():
@@ -2667,9 +2668,9 @@ def keep(path: Path, parts: dict, step: int, seconds: float, key: dict | None) -
     gathered()
 
 
-def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
-    """(step, seconds) of the checkpoint, or where it is damaged of the one before it, whose states
-    go back into the parts; (0, 0) without a good one.  Raises: UserError if it is another job's."""
+def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float, int]:
+    """(step, seconds, FLOPs of a step) of the checkpoint, or where it is damaged of the one before,
+    whose states go back into the parts; else zeros.  Raises: UserError if it is another job's."""
     for file in filter(Path.is_file, (path, path.with_suffix(".ckpt1"))):
         content = file.read_bytes()
         if sha(content[:-16]).encode() != content[-16:]:
@@ -2684,8 +2685,8 @@ def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float]:
         if saved["processes"] != world()[1]:
             say(f"{file}: made by {saved['processes']} processes, goes on with {world()[1]}: the "
                 "same images a step, other draws of augmentation and dropout")
-        return saved["step"], saved["seconds"]
-    return 0, 0.0
+        return saved["progress"]
+    return 0, 0.0, 0
 
 
 def log_row(checkpoint: Path | None, row: dict, losses: list[dict[str, Tensor]]) -> str:
@@ -2728,10 +2729,9 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     scaler = torch.amp.GradScaler(enabled=amp_type(runtime.amp, device) == torch.float16)
     parts = {"model": model, "opt": opt, "scaler": scaler}
     if cfg.ema:
-        swa = torch.optim.swa_utils
-        parts["average"] = swa.AveragedModel(
-            model, multi_avg_fn=swa.get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    at, seconds = resume(checkpoint, parts, key) if checkpoint else (0, 0.0)
+        parts["average"] = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+    at, seconds, flops = resume(checkpoint, parts, key) if checkpoint else (0, 0.0, 0)
     since, counter = time.perf_counter() - seconds, FlopCounterMode(display=False)
     data, per_epoch = feed(images, cfg, seed, at, workers), max(1, len(images) // cfg.batch)
     total, losses = max(1, round(cfg.epochs * per_epoch)), []
@@ -2745,7 +2745,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
             lr = lr_at(at, total, cfg.warmup * per_epoch, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
-            with contextlib.nullcontext() if counter.get_total_flops() else counter:  # once
+            with contextlib.nullcontext() if at else counter:      # which rounds otherwise
                 for micro, batch in enumerate(itertools.islice(data, cfg.accum), 1):
                     final = size == 1 or micro == cfg.accum  # processes average their sums once
                     with autocast(runtime.amp, device), \
@@ -2760,13 +2760,14 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
             opt.zero_grad()
             if cfg.ema:
                 parts["average"].update_parameters(model)
-            at, saves = at + 1, (at + 1) % runtime.save_every == 0
+            at, flops = at + 1, flops or counter.get_total_flops()
+            saves = at % runtime.save_every == 0
             if saves or at % runtime.log_every == 0 or at == total or size == 1 and bar.hit:
                 row = {"stage": name, "step": at, "epoch": round(at / per_epoch, 3), "lr": lr}
                 bar.set_postfix_str(log_row(checkpoint, row, losses), refresh=False)
                 losses, stops = [], any(gathered(bar.hit)) and at < total
                 if checkpoint and at < total and (stops or saves):
-                    keep(checkpoint, parts, at, time.perf_counter() - since, key)
+                    keep(checkpoint, parts, key, at, time.perf_counter() - since, flops)
                 if stops:
                     raise KeyboardInterrupt(f"{name}, step {at} of {total}")
             bar.update(cfg.batch)
@@ -2774,7 +2775,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         model.load_state_dict(parts["average"].module.state_dict())
     model.eval()
     return {"images": total * cfg.batch, "seconds": round(time.perf_counter() - since, 2),
-            "gflops": counter.get_total_flops() * size * total / 1e9}
+            "gflops": flops * size * total / 1e9}
 
 
 # ---- the steps of the methods --------------------------------------------------------------------

@@ -1779,7 +1779,7 @@ READ = {"t.ckpt": checkpoint_of, "results.jsonl": erpm.read_rows,
 def test_no_flipped_bit_and_no_cut_is_taken_for_the_file(run_of_demo, file):
     run, random = run_of_demo, np.random.default_rng(0)
     for step in (3, 6):
-        erpm.keep(run / "t.ckpt", {"model": erpm.Net(tiny_net())}, step, 1.0, {})
+        erpm.keep(run / "t.ckpt", {"model": erpm.Net(tiny_net())}, {}, step, 1.0, 0)
     erpm.write_tensors(run / "view.safetensors", {"0": torch.rand(9, 9)}, erpm.Card())
     to_pil(images(1)[0]).save(run / "sample.png")
     rows = (run / "results.jsonl").read_text().splitlines(keepends=True)
@@ -2030,6 +2030,27 @@ def test_a_vqgan_in_training_fits_its_images_and_wakes_dead_codes():
     assert len(net.nearest(net(x / 255, free=0.0)[1]).unique()) > 16
 
 
+def test_a_vqgan_goes_on_to_the_same_weights(tmp_path):
+    images = erpm.as_images((erpm.make_shapes(12, 16, "train")[0], [0] * 12)).training(0)
+
+    def trained(stop, run):
+        torch.manual_seed(0)
+        net, steps = erpm.vqgan("tiny_f2_256"), itertools.count(1)
+
+        def step(model, batch):                      # FLOPs are counted in the first step alone
+            if next(steps) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return erpm.vqgan_step(model, batch)
+        erpm.fit(net, step, images, erpm.Train(2, batch=4), erpm.Runtime("none", save_every=1),
+                 name="vqgan", seed=0, checkpoint=tmp_path / run / "t.ckpt", key={})
+        return net
+    whole = trained(0, "whole")
+    for stop in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            trained(stop, f"{stop}")
+        assert equal(trained(0, f"{stop}"), whole)
+
+
 def test_samples_of_a_clip_teacher_are_stored_go_on_and_are_shared_by_processes(here):
     def files_of(folder):
         return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
@@ -2190,8 +2211,7 @@ def test_a_machine_that_fails_is_told_in_one_line_and_loses_nothing_good(here, l
         most = pages * resource.getpagesize() + (1 << 20 + k)
         resource.prlimit(job.pid, resource.RLIMIT_AS, (most, most))
     told = job.communicate()[1].splitlines()
-    unchecked = lack == "memory" and job.returncode == -signal.SIGSEGV     # oneDNN's allocations
-    assert job.returncode == 0 or job.returncode == 2 and len(told) == 1 or unchecked, told
+    assert job.returncode == 0 or job.returncode == 2 and len(told) == 1, told
     assert not list(here.rglob("*.part")) and all(map(erpm.load, run.glob("*.safetensors")))
 
 
