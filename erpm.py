@@ -2983,8 +2983,8 @@ def facts_of(model: Callable, x: Tensor, y: Tensor, ids: Tensor | None, passes: 
     f, out = model.backbone(x), {}
     drawn = model.moments(f, passes, ids)
     ways = {rule: (rule, drawn) for rule in RULES}
-    if passes:
-        ways["product (closed form)"] = "product", model.moments(f, 0, ids)
+    ways |= {f"product ({told})": ("product", model.moments(f, t, ids))
+             for t, told in ((0, "closed form"), (3, "3 passes")) if t < passes}
     for name, (rule, (mean, sigma, logits)) in ways.items():
         head = select(mean, sigma, rule, logits=logits, y=y)
         p = answer(mean, sigma, head, rule).clamp_min(torch.finfo(torch.float32).tiny)
