@@ -170,8 +170,7 @@ class Progress(tqdm):
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes the file whole or not at all: a reader never sees half of it, and a full disk leaves
-    the old one."""
+    """Writes the file whole or not at all: a full disk leaves the old one, no reader sees half."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,8 +212,7 @@ def pictures_below(top: Path, seen: Sequence[str] = ()) -> list[Path]:
 
 
 def read_picture(path: Path | str) -> Image.Image:
-    """The picture in RGB; 16-bit grey is scaled to 8 bit (`convert` would clip it to white).
-    Raises: UserError."""
+    """The picture in RGB; 16-bit grey is scaled to 8 bit, not clipped.  Raises: UserError."""
     try:
         with Image.open(path) as im:
             if im.format == "PNG":
@@ -1000,8 +998,7 @@ def load_pictures(folder, size, limit=2000):
 
 
 def _blend(x, y, a, b, multiply):
-    """x and y in [0, 1] added (a x + b y about grey) or multiplied (x^a y^b), clipped; a, b
-    and multiply (N,)."""
+    """x and y in [0, 1] added (a x + b y about grey) or multiplied (x^a y^b), then clipped."""
     a, b = (torch.from_numpy(v).to(x).view(-1, 1, 1, 1) for v in (a, b))
     mixed, m = x * a + y * b + (1 - a - b) / 2, np.flatnonzero(multiply)
     mixed[m] = (2 * x[m]) ** a[m] * (2 * y[m]).clamp(min=1e-37) ** b[m] / 2
@@ -1017,7 +1014,7 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     size = max(h, w) * 8 // 7
     pool = load_pictures(pictures, size)
     crop = random.integers([[len(pool)], [size - h + 1], [size - w + 1]], size=(3, n))
-    pictures = [pool[i, :, r:r + h, c:c + w].to(x.device) for i, r, c in crop.T]
+    pictures = torch.stack([pool[i, :, r:r + h, c:c + w] for i, r, c in crop.T]).to(x.device)
     op, level = _draw_ops(random, severity, k + 1, n)
     own, multiply, inner = random.random((3, k + 1, n)) < 0.5
     op, rounds = np.where(own, op, -1), random.integers(k + 1, size=n)
@@ -3535,7 +3532,7 @@ def bench_augment(size: int = 224, n: int = 64) -> Iterator[dict]:
 def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]:
     """{method: a step of training} of timm's networks on images (n,3,224,224), not augmented: FT,
     ERPM with the last stage tuned in each head, that from the cache, and ERPM without sharing."""
-    net, other = (freeze(named(f"timm:{name}", 1000, "random", 224)) for name in (student, teacher))
+    net, other = (freeze(named(f"timm:{name}", 1000, "random")) for name in (student, teacher))
     tuned = Student(net, 1, 1)
     whole, *copies = (copy.deepcopy(net) for _ in range(4))  # FT's, and three of one head each
     for m in copies:
@@ -3570,34 +3567,39 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
             for method, (model, step) in jobs.items()}
 
 
-def bench_training(n: int = 8) -> Iterator[dict]:
-    """ERPM, live and from the cache, against FT, against ERPM without sharing and against a matrix
-    product of as many FLOPs: the time of a step; and against FT the GFLOPs an image."""
-    def counted(student: str, teacher: str) -> dict[str, float]:
-        found = {}
-        for method, step in training_steps(student, teacher, x.to("meta")).items():
-            with FlopCounterMode(display=False) as counter:
-                step()
-            found[method] = counter.get_total_flops() / n / 1e9
-        return found
+def counted(student: str, teacher: str, n: int = 8) -> dict[str, tuple[float, float]]:
+    """{method: GFLOPs an image, GB that wait for the backward pass of n} of a step."""
+    keep = lambda v: held.update({v.untyped_storage()._cdata: v.untyped_storage().nbytes()}) or v
+    found, x = {}, torch.empty(n, 3, 224, 224, dtype=torch.uint8, device="meta")
+    for method, step in training_steps(student, teacher, x).items():
+        held, watch = {}, torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v)
+        with FlopCounterMode(display=False) as counter, watch:
+            step()
+        found[method] = counter.get_total_flops() / n / 1e9, sum(held.values()) / 1e9
+    return found
 
-    def product() -> None:
-        with autocast("auto", x.device):
-            square @ square
 
-    x, square = make_shapes(n, 224, "test")[0].to(pick_device()), torch.randn(2048, 2048)
-    square, small = square.to(x.device), ("vit_small_patch16_224", "resnet18")
-    steps, need = training_steps(*small, x), counted(*small)
-    for part in ("ERPM", "ERPM, cached"):
-        row = {"part": f"{part}, ViT-S/16", "against": "a matrix product"}
-        yield row | paired(steps[part], product, n, 2 * 2048 ** 3 / 1e9 / need[part])
-        for other in ("FT", "ERPM without sharing"):
-            yield row | {"against": other} | paired(steps[part], steps[other], n, n)
-    large = counted("vit_large_patch14_224", "vit_base_patch16_224")
-    for part in ("ERPM", "ERPM, cached"):
-        yield {"part": f"{part}, ViT-L/14, GFLOPs", "against": "FT", "ours": large[part],
-               "theirs": large["FT"], "ratio": round(large["FT"] / large[part], 2),
-               "spread": "counted"}
+def bench_training() -> Iterator[dict]:
+    """A step of ERPM, live and from the cache, over networks and batches, against FT, ERPM without
+    sharing and a matrix product of as many FLOPs; on a GPU [A]'s networks and the largest batch."""
+    device, parts = pick_device(), ("ERPM", "ERPM, cached")
+    square = torch.randn(2048, 2048, device=device, dtype=amp_type("auto", device))
+    for label, *nets in (("ViT-Ti/16", "vit_tiny_patch16_224", "resnet18"),
+                         ("ViT-S/16", "vit_small_patch16_224", "resnet18"),
+                         ("ViT-L/14@336", "vit_large_patch14_clip_336", "vit_base_patch16_224")):
+        need = counted(*nets)
+        for part, (k, unit) in itertools.product(parts, enumerate(("GFLOPs an image", "GB of 8"))):
+            ours, theirs = need[part][k], need["FT"][k]
+            yield {"part": f"{part}, {label}", "against": f"FT, {unit}", "ours": ours,
+                   "theirs": theirs, "ratio": round(theirs / ours, 2), "spread": "counted"}
+        for n in (8, 32, 128, 512) if square.is_cuda else (2, 8) if nets[1] == "resnet18" else ():
+            with contextlib.suppress(torch.OutOfMemoryError):
+                steps = training_steps(*nets, make_shapes(n, 224, "test")[0].to(device))
+                steps["a matrix product"] = lambda: square @ square
+                for part, other in itertools.product(parts, [*steps][2:]):
+                    m = 2 * 2.048 ** 3 / need[part][0] if other == "a matrix product" else n
+                    yield {"part": f"{part}, {label}, batch {n}", "against": other,
+                           **paired(steps[part], steps[other], n, m)}
 
 
 def bench_answers(n: int = 32) -> Iterator[dict]:
@@ -4254,7 +4256,7 @@ def preflight(cfg: Config, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    Progress.hit, code, text, told = 0, 2, "", False
+    Progress.hit, cfg, code, text, told = 0, Config(), 2, "", False
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
@@ -4281,8 +4283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as e:
         if not re.search("[Mm]emory|create a primitive|new thread|CUDA", repr(e)):
             raise
-        text = ("out of memory, or the GPU failed: lower the stage's batch (or raise its accum), "
-                f"eval.batch or data.workers; what is saved stays ({str(e)[:160]})")
+        sizes = ", ".join(f"{k}={operator.attrgetter(k)(cfg)}" for k in FIELDS if "batch" in k)
+        text = (f"out of memory, or the GPU failed: lower a batch ({sizes}; or raise its accum) or "
+                f"data.workers; what is saved stays ({str(e)[:160]})")
     finally:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):                  # the store may be gone
