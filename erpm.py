@@ -198,15 +198,15 @@ def sha(*parts) -> str:
     return h.hexdigest()[:16]
 
 
-def pictures_below(top: Path, seen: Sequence[str] = ()) -> list[Path]:
+def pictures_below(top: Path | str, seen: Sequence[str] = ()) -> list[str]:
     """The picture files below a folder (none if it is absent), sorted, without hidden ones; a link
     to a folder that it lies in is passed over.  Raises: OSError."""
     real, kinds = os.path.realpath(top), torchvision.datasets.folder.IMG_EXTENSIONS
-    if not top.is_dir() or real in seen:
+    if not os.path.isdir(top) or real in seen:
         return []
     entries = [e for e in sorted(os.scandir(top), key=lambda e: e.name) if e.name[0] != "."]
-    found = [Path(e) for e in entries if e.name.lower().endswith(kinds) and e.is_file()]
-    for folder in (Path(e) for e in entries if e.is_dir()):
+    found = [e.path for e in entries if e.name.lower().endswith(kinds) and e.is_file()]
+    for folder in (e.path for e in entries if e.is_dir()):
         found += pictures_below(folder, (*seen, real))
     return found
 
@@ -1385,7 +1385,7 @@ def _tree(row: SetRow, top: Path, train: bool, data: Data):
         found = [(os.path.join(data.root, row.pictures, path),     # a/abbey/NAME.jpg: abbey
                   os.path.dirname(path)[2:] or "".join(rest[:1])) for path, *rest in lines]
     else:
-        found = [(str(p), folder.name) for folder in sorted(top.glob("[!.]*/"))
+        found = [(p, folder.name) for folder in sorted(top.glob("[!.]*/"))
                  for p in pictures_below(folder)]
     if row.part is None:
         names = dict.fromkeys(sorted({c for _, c in found}), ())
@@ -4159,7 +4159,7 @@ def run_corrupt(cfg: Config, args) -> None:
 
     def copies(k: int) -> None:
         x, _, index = images.__getitems__([(0, k)])
-        file = paths[k].relative_to(source)
+        file = Path(paths[k]).relative_to(source)
         for name, severity in CELLS:
             path = out / name / str(severity) / file
             if not path.is_file():
