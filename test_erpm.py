@@ -2196,7 +2196,8 @@ def test_ten_kills_at_any_moment_leave_no_trace(here, processes, workers):
 @pytest.mark.parametrize("k", range(10))
 def test_a_machine_that_fails_is_told_in_one_line_and_loses_nothing_good(here, lack, k):
     stage, run = ("pretrain", "robustify", "distill", "eval")[k % 4], here / "runs/f"
-    large = [f"{stage}.batch=3000", "data.n_train=3000", "data.n_test=3000"]
+    split, n = ("test", 12000) if stage == "eval" else ("train", 3000)
+    large = [f"{stage}.batch={n}", f"data.n_{split}={n}"]
 
     def work():
         sys.stderr = open(os.dup2(os.open("err", os.O_CREAT | os.O_WRONLY), 2), "w", buffering=1)
@@ -2217,7 +2218,7 @@ def test_a_machine_that_fails_is_told_in_one_line_and_loses_nothing_good(here, l
     job.join(200)
     told = (here / "err").read_text().splitlines()
     assert (job.exitcode, len(told)) in ((2, 1), (0, 0)), told
-    assert lack != "memory" or f"{stage}.batch=3000" in told[0]
+    assert lack != "memory" or f"{stage}.batch={n}" in told[0]
     assert not list(here.rglob("*.part")) and all(map(erpm.load, run.glob("*.safetensors")))
 
 
