@@ -3213,7 +3213,7 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
     n_cell = ev.n_cell if made else 0
     few = images.subset(n_cell)
     rows = {label: identity(label, m, few, cfg) for label, m in models.items()}
-    kept, jobs = read_rows(cfg.dir), {}
+    kept, lines, jobs = read_rows(cfg.dir), [], {}
     done = gathered({(r["of"], r["corruption"], r["severity"]) for r in kept})[0]
     for cell in CELLS if images.corrupted else [("", 0)]:
         jobs[cell] = {x: m for x, m in models.items() if (rows[x]["of"], *cell) not in done}
@@ -3238,9 +3238,9 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
                      "device": pick_device().type, "packages": versions()}
             kept += [rows[label] | where | figures for label, figures in found.items()]
             if world()[0] == 0:
-                texts = [json.dumps(row)[:-1] for row in kept]
-                write_atomically(cfg.dir / "results.jsonl", "".join(
-                    f'{text}, "sum": "{sha(text)}"}}\n' for text in texts))
+                texts = [json.dumps(row)[:-1] for row in kept[len(lines):]]
+                lines += [f'{text}, "sum": "{sha(text)}"}}\n' for text in texts]
+                write_atomically(cfg.dir / "results.jsonl", "".join(lines))
             if any(gathered(bar.hit)):
                 raise KeyboardInterrupt(f"eval, after {images.name} {cell[0]} {cell[1]}")
     return {row["of"] for row in rows.values()}
