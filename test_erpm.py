@@ -1544,7 +1544,7 @@ def test_pictures_show_what_the_head_that_answers_said(run_of_demo):
 
 # ==== commands ====
 
-DEMO = [*TINY, "data.n_train=200", "data.n_test=30", "eval.n_cell=5", "distill.epochs=1",
+DEMO = [*TINY, "data.n_train=120", "data.n_test=30", "eval.n_cell=5", "distill.epochs=1",
         "distill.ema=0.5", "distill.accum=2", "compare.rows=ERPM:\nTeam: distill.method=team"]
 
 
