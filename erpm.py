@@ -2399,14 +2399,14 @@ class Student(nn.Module):
         self.eval()
         if not passes:
             return self._closed_form(f, ids)
-        copies = passes if self.early else 1  # else as late as the classifiers
+        copies, size = (passes, 2 ** 20 // passes) if self.early else (1, f.numel())
         Dropout.sample = passes, copies
         try:
-            heads = self.tuned(f.repeat(copies, *[1] * (f.ndim - 1)))
+            parts = [self.tuned(torch.cat([f[s]] * copies)) for s in slices(f, size)]
         finally:
             Dropout.sample = None
-        z = torch.stack([z.float().unflatten(0, (passes, -1)) for z in heads], 2)
-        z = project(z, ids)                                                      # (T,B,3,C)
+        z = [torch.stack(heads, 1).float().unflatten(0, (passes, -1)) for heads in parts]
+        z = project(torch.cat(z, 1), ids)                                        # (T,B,3,C)
         p = z.softmax(-1)
         mean = p.mean(0)
         top = mean.argmax(-1, keepdim=True).expand(passes, -1, -1, -1)
