@@ -897,8 +897,9 @@ def shear(x, level):
 
 def translate(x, level, axis):
     """x moved left (axis 3) or up (2) by int(level / 30 of the side): 0 outside."""
-    steps = (level * x.shape[axis] / 30).astype(int).ravel().tolist()
-    return torch.stack([F.pad(i, (0, 0) * (3 - axis) + (-n, n)) for i, n in zip(x, steps)])
+    steps = (level * x.shape[axis] / 30).astype(int).ravel()
+    wide = F.pad(x, (0, 0) * (3 - axis) + (p := np.abs(steps).max(), p))
+    return torch.stack([i.narrow(axis - 1, p + k, x.shape[axis]) for i, k in zip(wide, steps)])
 
 
 def equalize(x):
@@ -951,8 +952,7 @@ def _do_ops(images, op, level):
 def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     """x mixed with `width` chains of depth[0] to depth[1] random operations each.
 
-    Paper: AugMix (Hendrycks et al. 2020): severity 1 for ImageNet, 3 for CIFAR.
-    Differs: the mixture is rounded to uint8."""
+    Paper: AugMix (Hendrycks et al. 2020): severity 1 (ImageNet), 3 (CIFAR).  Differs: uint8."""
     random, n, (low, high) = np.random.default_rng(_key(generator)), len(x), depth
     # METHOD AugMix: (1 - m) x + m sum_k w_k chain_k(x), w ~ Dirichlet(a), m ~ Beta(a, a)
     w, m = random.dirichlet([alpha] * width, n), random.beta(alpha, alpha, (n, 1))
@@ -967,9 +967,9 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
         for t in range(high):
             views = _do_ops(views, op[s, :, t].ravel(), level[s, :, t].ravel())
         mixed = torch.full_like(x[s], 0.5, dtype=torch.float32)  # so that truncation rounds
-        rows = [row for row in mixed for _ in range(width + 1)]
-        for row, view, share in zip(rows, views, weights[s].ravel().tolist()):
-            row.add_(view, alpha=share)
+        share = torch.from_numpy(weights[s]).to(mixed)[..., None, None, None]
+        for k in range(width + 1):
+            mixed += torch.stack(views[k::width + 1]) * share[:, k]
         out[s] = truncate(mixed)
     return out
 
