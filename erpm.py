@@ -376,7 +376,8 @@ class Compare:
                 continue
             *label, words = line.split(":", 1)               # without a colon all are settings
             label, own = "".join(label), dict(w.partition("=")[::2] for w in words.split())
-            runs[label] = own or runs.get(label, {})
+            if runs.setdefault(label, own) != own and own:
+                raise UserError(f"compare.rows: {label} has other settings in another line")
             tables.setdefault(title, []).append(label)
         return tables, runs or {"": {}}
 
@@ -435,8 +436,7 @@ class Words(yaml.BaseLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value]
-        twice = [k for k in keys if keys.count(k) > 1]
-        if twice:
+        if twice := [k for k in keys if keys.count(k) > 1]:
             raise ValueError(f"line {node.start_mark.line + 1}: {twice[0]!r} stands twice")
         return super().construct_mapping(node, deep)
 
@@ -859,7 +859,7 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
 # ==== 4. AUGMENTATIONS ====
 # In: uint8 (B,3,H,W) on any device, a generator. Out: the same, drawn anew by image.
 # Always: a function of (x, generator state); the global generator stays as it was. A CPU
-# generator draws the same whatever the device of x, and never waits for a GPU.
+# generator draws the same whatever the device of x.
 
 
 def _key(generator):
@@ -960,17 +960,16 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     steps = random.integers(low, high + 1, (n, width, 1))
     op, level = _draw_ops(random, severity, n, width, high)
     op = np.where(np.arange(high) < steps, op, -1)
-    op, level = (np.insert(v, 0, -1, axis=1) for v in (op, level))  # x: no operation
     out = torch.empty_like(x)
     for s in slices(x, 2 ** 20):
-        views = [image for image in x[s] for _ in range(width + 1)]
+        views = [image for image in x[s] for _ in range(width)]
         for t in range(high):
             views = _do_ops(views, op[s, :, t].ravel(), level[s, :, t].ravel())
-        mixed = torch.full_like(x[s], 0.5, dtype=torch.float32)  # so that truncation rounds
-        share = torch.from_numpy(weights[s]).to(mixed)[..., None, None, None]
-        for k in range(width + 1):
-            mixed += torch.stack(views[k::width + 1]) * share[:, k]
-        out[s] = truncate(mixed)
+        share = torch.from_numpy(weights[s]).to(x.device, torch.float32)[..., None, None, None]
+        mixed = x[s] * share[:, 0]
+        for k in range(width):
+            mixed += torch.stack(views[k::width]) * share[:, k + 1]
+        out[s] = _bytes(mixed)
     return out
 
 
@@ -1826,8 +1825,6 @@ def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Mo
     tags = open_clip.list_pretrained_tags_by_model(model)
     tag = choose(tags, tag, f"weights of open_clip:{model}") if slash else next(iter(tags), "")
     cfg = open_clip.get_pretrained_cfg(model, tag)
-    if weights not in (None, "random"):
-        read_weights(weights)  # says what is wrong with the file
     source = {None: tag if slash else None, "random": None}.get(weights, weights)
     with from_hub(f"open_clip:{name}"):
         clip = open_clip.create_model(
@@ -2119,8 +2116,7 @@ class VQGAN(nn.Module):
         elif isinstance(config, str):
             config = dict(zip(VQGAN_WORDS, choose(VQGANS, config, "vqgan.name")))
         config = {"groups": 32, **config, **config.get("ddconfig", {})}
-        lacks = [k for k in VQGAN_WORDS if k not in config]
-        if lacks:
+        if lacks := [k for k in VQGAN_WORDS if k not in config]:
             raise UserError(f"vqgan: the configuration lacks {', '.join(lacks)}")
         z, e, n = config["z_channels"], config["embed_dim"], config["n_embed"]
         self.card = Card("vqgan", made={"vqgan": {k: config[k] for k in VQGAN_WORDS}})
@@ -2895,10 +2891,10 @@ def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip:
 
     images: what as_images takes.  net: of images in [0, 1].  crop, flip: as in Data.  options:
     fields of Robustify (augment, severity, jsd, epochs, batch, lr, ...).  Raises: UserError."""
-    net, images = net if isinstance(net, Net) else Net(net), as_images(images)
+    net = net if isinstance(net, Net) else Net(net)
     cfg = changed(Config(), {"robustify": options}, "erpm.robustify()").robustify
-    n = check_outputs(images, net)
-    fit(net.requires_grad_(True), robust_step(cfg, n), images.training(seed, crop, flip), cfg,
+    images = as_images(images).subset(cfg.n_images).training(seed, crop, flip)
+    fit(net.requires_grad_(True), robust_step(cfg, check_outputs(images, net)), images, cfg,
         Runtime(), name="robustify", seed=seed)
     return freeze(net)
 
@@ -2914,12 +2910,13 @@ def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pix
     are the Student's).  augment, severity: of x~.  crop, flip: as in Data.  Raises: UserError."""
     teacher = freeze(teacher if isinstance(teacher, Net) else Net(teacher)).to(pick_device())
     given = {"distill": options, "robustify": {"augment": augment, "severity": severity}}
-    cfg, images = changed(Config(), given, "erpm.distill()"), as_images(images)
+    cfg = changed(Config(), given, "erpm.distill()")
+    images = as_images(images).subset(cfg.distill.n_images).training(seed, crop, flip)
     check_outputs(images, student, teacher)
     student.tuned.norms = cfg.distill.norms
     see = frozen_views(student.backbone, cfg.robustify, True, student.original, teacher)
     fit(student.tuned.requires_grad_(True), erpm_step(cfg.distill, see),
-        images.training(seed, crop, flip), cfg.distill, Runtime(), name="distill", seed=seed)
+        images, cfg.distill, Runtime(), name="distill", seed=seed)
     return student.eval()
 
 
@@ -2957,8 +2954,7 @@ def facts(log_p: Tensor, y: Tensor) -> Tensor:
 def figures_of(v: np.ndarray, label: str) -> dict:
     """{"correct", "correct5", "nll", "ece"} of facts (n,4), and of (n,5) "heads".  ECE: 15 bins of
     confidence, (lo, hi], Guo et al. 2017.  Raises: UserError on outputs of NaN or inf."""
-    bad = int((~np.isfinite(v)).any(1).sum())
-    if bad:
+    if bad := int((~np.isfinite(v)).any(1).sum()):
         raise UserError(f"{label or 'the network'}: its outputs are not finite (NaN or inf) for "
                         f"{bad} of {len(v)} images; try runtime.amp=none")
     at = np.searchsorted(torch.linspace(0, 1, 16)[1:-1].numpy(), v[:, 3])
@@ -3031,6 +3027,8 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
     round trip of the published files.  options: batch, passes, amp, workers.
     Raises: UserError, on outputs that are not finite too."""
     card = getattr(predict, "card", Card())
+    if isinstance(images, str) and set_row(images)[1]:
+        raise UserError(f"{images}: name the clean set, and the corruption by cell=(NAME, 1 to 5)")
     images = open_set(images, view=card.view) if isinstance(images, str) else as_images(images)
     if isinstance(predict, nn.Module):
         predict.eval().to(pick_device())
@@ -3189,9 +3187,9 @@ def identity(label: str, model: nn.Module, images: ImageSet, cfg: Config) -> dic
     row = {"label": label, "seed": cfg.seed, "set": images.name, "n": len(images),
            "transform": transform, "amp": str(amp_type(cfg.runtime.amp, pick_device())),
            "passes": ev.passes if isinstance(model, Student) else None}
-    return {"of": sha(repr((row, drawn)), weights_sha(model), versions()["erpm"])} | row | {
-        "kind": kind_of(card, images), "train": card.train,
-        "gflops": gflops(model, images.view.size_px, ev.passes)}
+    of = sha(repr((row, drawn, card.name)), weights_sha(model), versions()["erpm"])
+    return row | {"of": of, "kind": kind_of(card, images), "train": card.train,
+                  "gflops": gflops(model, images.view.size_px, ev.passes)}
 
 
 def read_rows(run: Path) -> list[dict]:
@@ -3250,18 +3248,16 @@ def score(models: dict[str, nn.Module], images: ImageSet, cfg: Config) -> set[st
 # In: rows of results.jsonl.  Out: Markdown and figures.  Always: a pure function of the rows (the
 # pictures alone look at images); what is missing is called missing, never a smaller mean.
 
-KNOWN_ON = ("imagenet", "imagenet-c", "imagenet-v2", "imagenet-a", "imagenet-r",
-            "imagenet-sketch", "objectnet")
+KNOWN_ON = "imagenet imagenet-c imagenet-v2 imagenet-a imagenet-r imagenet-sketch objectnet".split()
 ALEXNET = dict(zip(CORRUPTIONS, (       # its errors, means of 5 severities (Hendrycks 2019)
     0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572,
     0.819324, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500)))
-NAN = math.nan
 KNOWN = {                       # published, in percent: top-1 on KNOWN_ON, on imagenet-c the mCE
     "timm:resnet50.tv_in1k": (76.13, 76.7, 63.21, 0.00, 36.17, 24.09, 35.75),
-    "timm:resnet101.tv_in1k": (77.37, NAN, 65.45, 4.72, 39.31, 26.97, 38.38),
+    "timm:resnet101.tv_in1k": (77.37, math.nan, 65.45, 4.72, 39.31, 26.97, 38.38),
     "ResNet-50, DeepAugment+AugMix": (75.82, 53.6, 63.54, 3.88, 46.77, 32.62, 35.15),
-    "ResNet-50, AugMix": (NAN, 65.3, NAN, NAN, NAN, NAN, NAN),
-    "CLIP ViT-B/32, zero-shot": (63.30, NAN, 55.77, 31.39, 69.26, 42.37, 43.96)}
+    "ResNet-50, AugMix": (math.nan, 65.3, math.nan, math.nan, math.nan, math.nan, math.nan),
+    "CLIP ViT-B/32, zero-shot": (63.30, math.nan, 55.77, 31.39, 69.26, 42.37, 43.96)}
 # name: (a row of `latest` -> what stands in a table, its format)
 MEASURES: dict[str, tuple[Callable[[dict], float], str]] = {
     "top-1": (lambda r: 100 * r["correct"] / r["n"], ".2f"),
@@ -3273,14 +3269,12 @@ MEASURES: dict[str, tuple[Callable[[dict], float], str]] = {
     "F": (lambda r: 100 * r["heads"][2 * (r["kind"] == "shift")] / r["n"], ".2f"),
     "images/s": (lambda r: r["n"] / r["seconds"], ".0f"),
     "training, s": (lambda r: r["train"]["seconds"], ".0f"),
-    "ms / training image": (
-        lambda r: 1000 * r["train"]["seconds"] / r["train"]["images"], ".2f"),
-    # r["FT"], r["original"]: their rows of the same seed, by `latest`
+    "ms / training image": (lambda r: 1000 * r["train"]["seconds"] / r["train"]["images"], ".2f"),
     "time / FT": (lambda r: r["train"]["seconds"] / r["FT"]["train"]["seconds"], ".2f"),
-    "training FLOPs / FT": (
-        lambda r: r["train"]["gflops"] / r["FT"]["train"]["gflops"], ".2f"),
+    "training FLOPs / FT": (lambda r: r["train"]["gflops"] / r["FT"]["train"]["gflops"], ".2f"),
+    "GFLOPs": (lambda r: r["gflops"], ".4g"),
     "GFLOPs / original": (lambda r: r["gflops"] / r["original"]["gflops"], ".2f")}
-COSTS = ("ms / training image", "time / FT", "training FLOPs / FT", "GFLOPs / original")
+COSTS = "ms / training image", "time / FT", "training FLOPs / FT", "GFLOPs", "GFLOPs / original"
 
 
 def latest(rows: list[dict]) -> list[dict]:
@@ -3324,7 +3318,7 @@ def seed_means(rows: list[dict], *, label: str, sets: Sequence[str], rule: str =
     found = {(r["seed"], s): [] for r in own for s in sets}
     for r in own:
         if r["set"] in sets and all(r[k] == v for k, v in where.items()):
-            value = NAN
+            value = math.nan
             with contextlib.suppress(KeyError):
                 r = r | r["rules"][rule] if rule else r
                 value = r[measure] if measure in r else MEASURES[measure][0](r)
@@ -3383,11 +3377,12 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
              for label, values in KNOWN.items()
              for s, percent in zip(KNOWN_ON, values) if s in scored]
     note = "(published) = of whole sets from disk" if known else ""
-    known = rows + known
+    known += rows
     tables = [pivot(known, "Models", models(known, home + shifts), columns, note)]
+    free = {"original", "teacher", "original + teacher"} & models(rows, home + shifts).keys()
     for title, labels in plan.items():
         title, _, note = title.partition(";")
-        lines = {x: {"label": x} for x in labels}
+        lines = {x: {"label": x} for x in (*sorted(free), *labels)}
         tables.append(pivot(rows, title, lines, columns, note.strip()))
     others = {s: {"sets": [s]} for s in transfer}
     tables.append(pivot(rows, "Transfer", models(rows, transfer), others))
@@ -3441,7 +3436,7 @@ def drawing(panels: dict[str, dict[str, list]], xlabel: str, ylabel: str):
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         for label, points in panel.items():
             k, (x, y) = labels.index(label), zip(*points)
-            y = [v if len(v) else np.array([NAN]) for v in y]
+            y = [v if len(v) else np.array([math.nan]) for v in y]
             spread = [v.std(ddof=len(v) > 1) for v in y]
             legend[label] = ax.errorbar(
                 x, [v.mean() for v in y], spread, color=f"C{k}", marker="os^Dv<>PX*ph"[k % 12],
@@ -3505,8 +3500,8 @@ def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, round
 
 def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> Iterator[dict]:
     """Every corruption, and all on a sample, against PyPI's imagecorruptions, where that runs."""
-    x = make_shapes(n, size, "test")[0]
-    pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).numpy()]
+    x = make_shapes(n, size, "test")[0].to(pick_device())
+    pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).cpu().numpy()]
     parts = {name: [name] for name in CORRUPTIONS} | {
         "the 15": CORRUPTIONS,
         "the 14 without glass_blur": [c for c in CORRUPTIONS if c != "glass_blur"]}
@@ -3524,21 +3519,20 @@ def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> Iterat
 
 def bench_augment(size: int = 224, n: int = 64) -> Iterator[dict]:
     """AugMix at severity 3, with the paper's nine operations, against torchvision v2."""
-    g, x, other = rng("bench"), make_shapes(n, size, "test")[0], v2.AugMix(3, all_ops=False)
-    row = paired(lambda: augmix(x, g, severity=3), lambda: [other(image) for image in x], n, n)
+    x, other = make_shapes(n, size, "test")[0].to(pick_device()), v2.AugMix(3, all_ops=False)
+    row = paired(lambda: augmix(x, rng(0), 3), lambda: [other(image) for image in x.cpu()], n, n)
     yield {"part": "augmix", "against": "torchvision v2", **row}
 
 
 def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]:
     """{method: a step of training} of timm's networks on images (n,3,224,224), not augmented: FT,
     ERPM with the last stage tuned in each head, that from the cache, and ERPM without sharing."""
-    net, other = (freeze(named(f"timm:{name}", 1000, "random")) for name in (student, teacher))
+    net, other = (freeze(named(f"timm:{name}", 1000, "random")).to(x.device)
+                  for name in (student, teacher))
     tuned = Student(net, 1, 1)
     whole, *copies = (copy.deepcopy(net) for _ in range(4))  # FT's, and three of one head each
     for m in copies:
         cut(m, 1)[1].requires_grad_(True)
-    for m in (net, other, tuned, whole, *copies):
-        m.to(x.device)
     aug = Robustify(augment="none")
     see = frozen_views(tuned.backbone, aug, True, tuned.original, other)
     batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=x.device), rng(0))
@@ -3703,18 +3697,19 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
     """(images, see), the frozen_views of a step; with distill.views files of what it gives for so
     many views of every image, made once by all processes, and what reads them."""
     d, device, n, since = cfg.distill, pick_device(), len(images), time.perf_counter()
+    half = amp_type(cfg.runtime.amp, device) or torch.float32
     see = frozen_views(backbone, cfg.robustify, clean, *teachers)
     if not d.views:
         return images, see
     images = images.training(fold(cfg.seed, "distill"), cfg.data.crop, cfg.data.flip)
-    key = [d.method, d.tune, d.batch, n, str(amp_type(cfg.runtime.amp, device)),
+    key = [d.method, d.tune, d.batch, n, str(half), str(images.view), versions()["erpm"], cfg.model,
            operator.attrgetter(*DRAWN, *HARDENED)(cfg),
            *(sha(net.state_dict()) for net in (backbone, *teachers))]
     top = cfg.dir / f"views-{fold(key):016x}"
     top.mkdir(parents=True, exist_ok=True)
     with autocast(cfg.runtime.amp, device), FlopCounterMode(display=False) as counter:
         one = see(Batch(images.__getitems__([(0, 0)])[0].to(device), None, rng(0)))
-    whole = d.views * n * sum(v.nbytes for v in one)
+    whole = d.views * n * sum(v.numel() for v in one) * half.itemsize
     say(f"views: {whole / 2 ** 30:.2f} GiB in {top}")
     lacks = whole - sum(file.stat().st_size for file in top.iterdir())
     if any(gathered(lacks > shutil.disk_usage(top).free)):
@@ -3727,7 +3722,7 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
             with autocast(cfg.runtime.amp, device):
                 found = see(Batch(x, y, rng("view", cfg.seed, keys)))
             took, since = time.perf_counter() - since, time.perf_counter()
-            write_tensors(files[keys[0]], {str(i): t for i, t in enumerate(found)},
+            write_tensors(files[keys[0]], {str(i): t.to(half) for i, t in enumerate(found)},
                           Card(train={"seconds": took / world()[1]}))
         for file in dict.fromkeys(files.values()):
             state, card = read_weights(file)
@@ -3990,10 +3985,12 @@ def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
         files = sorted(cfg.dir.glob("*.safetensors"), key=lambda p: (order.get(p.stem, 2), p.stem))
         nets = {p.stem: load(p) for p in files if p.stem != "vqgan"}
         found, teacher = {net.card.label: net for net in nets.values()}, nets.get("teacher")
+        made = {weights_sha(n): n for stem, n in nets.items() if stem.startswith("teacher")}
         for stem, net in nets.items():
             if teacher and not stem.startswith(("teacher", "guide")) \
                     and not isinstance(net, Team) and net.card.classes == teacher.card.classes:
-                found[f"{net.card.label} + teacher"] = freeze(Team(net, teacher))
+                own = made.get(net.card.key.get("teacher"), teacher)
+                found[f"{net.card.label} + teacher"] = freeze(Team(net, own))
     if not found:
         raise UserError(f"no trained network in {cfg.dir}: run `python erpm.py distill` first")
     for view in dict.fromkeys(net.card.view for net in found.values()):
@@ -4071,8 +4068,7 @@ def run_report(cfg: Config, args) -> None:
     """results.jsonl of one or more runs -> report.md and figures in the first one."""
     runs, rows, drawn = [Path(r) for r in (args.run or str(cfg.dir)).split(",")], [], {}
     for run in runs:
-        found = read_rows(run)
-        if not found:
+        if not (found := read_rows(run)):
             raise UserError(f"no results in {run}: run `python erpm.py eval` first")
         rows += [r | {"run": str(run), "rule": cfg.eval.rule} for r in found]
     text = report_text(rows, cfg.compare.plan[0])
@@ -4103,11 +4099,14 @@ def run_compare(cfg: Config, args) -> None:
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         more = f"-s{seed}" if seed != cfg.seed else ""
         own = changed(cfg, {"seed": seed, "run": cfg.run + more})
-        for label, words in cfg.compare.plan[1].items():
-            row = changed(own, words, label)
-            role = "teacher" if row.distill.method == "none" else row.distill.method
-            network(own, images(row.data, row.model), role, words, label)
-        run_eval(own, args)
+        rows = sorted(cfg.compare.plan[1].items(),       # after those that these are made from
+                      key=lambda row: row[1].get("distill.method") in ("lp-ft", "wise"))
+        with alone(own) if more else contextlib.nullcontext():
+            for label, words in rows:
+                row = changed(own, words, label)
+                role = "teacher" if row.distill.method == "none" else row.distill.method
+                network(own, images(row.data, row.model), role, words, label)
+            run_eval(own, args)
         folders.append(str(own.dir))
     args.run = ",".join(folders)
     if world()[0] == 0:
@@ -4244,7 +4243,8 @@ def preflight(cfg: Config, command: str) -> None:
     with torch.device("meta"):
         for name in {m.student, m.teacher, r.teacher} - {""}:
             if not name.startswith("open_clip:"):
-                named(name, None, "random", cfg.data.size_px)
+                check = prompted if (method, name) == ("vpt", m.student) else freeze
+                check(named(name, None, "random", cfg.data.size_px))
         vqgan(cfg.vqgan.name)
     if command == "distill" and m.head == "text" and method in ("lp", "lp-ft"):
         raise UserError(f"distill.method={method}: model.head=text has no linear layer to train")

@@ -1473,9 +1473,9 @@ def test_mce_is_that_worked_by_hand():
 
 
 @pytest.mark.parametrize("title, heading, cells", [
-    ("Models", "ERPM", "60.00 40.00 60.00 20.00 10.00 0.25 0.50 1.50"),
-    ("Models", "FT", "60.00 missing missing missing 80.00 1.00 1.00 1.50"),
-    ("Models", "original", "60.00 missing missing missing - - - 1.00"),
+    ("Models", "ERPM", "60.00 40.00 60.00 20.00 10.00 0.25 0.50 3 1.50"),
+    ("Models", "FT", "60.00 missing missing missing 80.00 1.00 1.00 3 1.50"),
+    ("Models", "original", "60.00 missing missing missing - - - 2 1.00"),
     ("ERPM: which rule", "kl", "60.00 40.00 60.00 20.00 60.00 40.00 40.00 40.00"),
     ("ERPM: which rule", "product (closed form)",
      "60.00 40.00 60.00 20.00 60.00 40.00 40.00 40.00"),
@@ -1689,15 +1689,20 @@ def test_gflops_are_those_of_the_shapes():
 def test_compare_makes_every_row_of_every_seed_once_and_prints_its_tables(here):
     out = runs("compare", "run=c", *TINY, "eval.sets=shapes", "compare.seeds=2", "compare.rows="
                "# Methods; as known\nERPM:\n# Teachers\nOther: robustify.augment=augmix\n"
-               "KD: robustify.method=kd distill.method=none")
+               "KD: robustify.method=kd distill.method=none\n# Late\nW: distill.method=wise\n"
+               "Whole: distill.method=ft")                     # of which W is made
     files = {"student", "teacher", "teacher-augment-augmix", "model", "erpm-augment-augmix",
-             "teacher-method-kd"}
+             "teacher-method-kd", "ft", "wise"}
     for run in (here / "runs/c", here / "runs/c-s1"):
         assert {p.stem for p in run.glob("*.safetensors")} == files
         assert erpm.resolve(file=run / "config.yaml").distill.method == "erpm"
-        assert {"Other", "ERPM + teacher"} <= {r["label"] for r in result_rows(run)}
+        assert {"Other", "ERPM + teacher", "Whole"} <= {r["label"] for r in result_rows(run)}
+        [nets] = erpm.networks(erpm.resolve(file=run / "config.yaml"))
+        for label, file in (("ERPM", "teacher"), ("Other", "teacher-augment-augmix")):
+            assert equal(nets[f"{label} + teacher"].teacher, erpm.load(run / f"{file}.safetensors"))
     table = out.split("## Teachers")[1].split("##")[0]
     assert "| Other" in table and "| ERPM" not in table and " ± " in table and "| KD " in table
+    assert "| original + teacher" in table
     assert "as known" in out and "figures left out: matplotlib" in out
     assert "KD + teacher" not in out                           # a small network is no team's clean
 
@@ -2096,6 +2101,8 @@ def test_samples_of_a_clip_teacher_are_stored_go_on_and_are_shared_by_processes(
     ("for 16 of 16 images", lambda: erpm.evaluate(lambda x: x[:, 0, 0] * math.nan, shown())),
     ("loss is not finite at step 1", lambda: quick_fit(lambda m, b: (m(b.x).sum() / 0, {}))),
     (".x'", lambda: erpm.distill(student(), tiny_net(), shown(n=40), batch=20, x=1)),
+    ("10 training images are fewer", lambda: erpm.robustify(tiny_net(), shown(), n_images=10)),
+    ("shapes-c: name the clean set", lambda: erpm.evaluate(tiny_net(), "shapes-c")),
     ("labels 0 to 12", lambda: erpm.robustify(tiny_net(), (images(2), [0, 12]), batch=2)),
     ("networks of 5 and 7 outputs", lambda: erpm.distill(student(), tiny_net(7), shown(), batch=8)),
     ("lacks n_embed", lambda: erpm.vqgan({})),
@@ -2121,6 +2128,8 @@ def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     ("distill robustify.method=dad vqgan.weights=none.pt", "no file none.pt"),
     ("pretrain pretrain.batch=700", "40 training images are fewer than a batch of 700"),
     ("compare 'compare.rows=A: distill.methd=lp'", "compare.rows: A: 'distill.methd'; did you"),
+    ("compare 'compare.rows=A: data.flip=false\nA: data.crop=false'", "A has other settings in an"),
+    ("distill distill.method=vpt", "vpt: cifar:resnet8-s2 has no tokens to add prompts to"),
     ("compare 'compare.rows=A: distill.method=lp model.head=text'", "no linear layer to train"),
     ("eval --model resnet50", "expected FAMILY:NAME"),
     ("eval --model cifar:resnet21", "expected cifar:resnetD"),
