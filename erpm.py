@@ -966,10 +966,11 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
         for t in range(high):
             views = _do_ops(views, op[s, :, t].ravel(), level[s, :, t].ravel())
         share = torch.from_numpy(weights[s]).to(x.device, torch.float32)[..., None, None, None]
-        mixed = x[s] * share[:, 0]
-        for k in range(width):
-            mixed += torch.stack(views[k::width]) * share[:, k + 1]
-        out[s] = _bytes(mixed)
+        for i in slices(x[s], 2 ** 18):
+            mixed = x[s][i] * share[i, 0]
+            for k in range(width):
+                mixed += torch.stack(views[k::width][i]) * share[i, k + 1]
+            out[s][i] = _bytes(mixed)
     return out
 
 
@@ -989,8 +990,7 @@ def load_pictures(folder, size, limit=2000):
     if not folder:
         fields = plasma([rng("clouds", i) for i in range(3 * 48)], size, 1.3)
         return _bytes(255 * fields.unflatten(0, (48, 3)))
-    paths = pictures_below(Path(folder))[:limit]
-    if not paths:
+    if not (paths := pictures_below(Path(folder))[:limit]):
         raise UserError(f"pixmix: no picture in {folder}; give a folder of .jpg or .png files")
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     return torch.stack([fit(read_picture(p)) for p in paths])
