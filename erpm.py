@@ -1110,8 +1110,7 @@ def mix_labels(x, y, spec, generator, n_classes):
     """(x, soft labels (B,n_classes)): images mixed with their neighbours by mixup or cutmix.
 
     spec as in augment; with both the batch draws one, with neither all stays as it is."""
-    names = sorted(spec_names(spec) & set(LABEL_MIXERS))
-    if not names:
+    if not (names := sorted(spec_names(spec) & set(LABEL_MIXERS))):
         return x, y
     with seeded(key := _key(generator)):
         mixer = LABEL_MIXERS[names[key % len(names)]](num_classes=n_classes)
@@ -2110,17 +2109,19 @@ class VQGAN(nn.Module):
 
     def __init__(self, config: str | dict, weights: Path | str | None = None):
         super().__init__()
-        if isinstance(config, str) and config.endswith((".yaml", ".yml")):
-            config = read_yaml(Path(config), yaml.SafeLoader).get("model") or {}
-            config = config.get("params") or {}
-        elif isinstance(config, str):
-            config = dict(zip(VQGAN_WORDS, choose(VQGANS, config, "vqgan.name")))
-        config = {"groups": 32, **config, **config.get("ddconfig", {})}
+        try:
+            if isinstance(config, str) and config.endswith((".yaml", ".yml")):
+                config = read_yaml(Path(config), yaml.SafeLoader)["model"]["params"]
+            elif isinstance(config, str):
+                config = dict(zip(VQGAN_WORDS, choose(VQGANS, config, "vqgan.name")))
+            config = {"groups": 32, **config, **config.get("ddconfig", {})}
+            self.factor = 2 ** (len(config.get("ch_mult", [])) - 1)
+        except (AttributeError, KeyError, TypeError):
+            raise UserError("vqgan: expected {model: {params: {ddconfig: {...}}}}") from None
         if lacks := [k for k in VQGAN_WORDS if k not in config]:
             raise UserError(f"vqgan: the configuration lacks {', '.join(lacks)}")
         z, e, n = config["z_channels"], config["embed_dim"], config["n_embed"]
         self.card = Card("vqgan", made={"vqgan": {k: config[k] for k in VQGAN_WORDS}})
-        self.factor = 2 ** (len(config["ch_mult"]) - 1)
         self.encoder, self.decoder = Coder(config, True), Coder(config, False)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(n, e)})
         nn.init.uniform_(self.quantize.embedding.weight, -1 / n, 1 / n)
@@ -4149,8 +4150,7 @@ def run_corrupt(cfg: Config, args) -> None:
     source, out = map(Path, args.paths)
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"corrupt: {out} lies in {source}, take a folder beside it")
-    paths = pictures_below(source)
-    if not paths:
+    if not (paths := pictures_below(source)):
         raise UserError(f"corrupt: no image below {source}")
     view = View(cfg.data.size_px or 224, squash=cfg.data.fit == "squash")
     images = ImageSet(str(source), [0] * len(paths), ["-"], view, paths)

@@ -2106,6 +2106,7 @@ def test_samples_of_a_clip_teacher_are_stored_go_on_and_are_shared_by_processes(
     ("labels 0 to 12", lambda: erpm.robustify(tiny_net(), (images(2), [0, 12]), batch=2)),
     ("networks of 5 and 7 outputs", lambda: erpm.distill(student(), tiny_net(7), shown(), batch=8)),
     ("lacks n_embed", lambda: erpm.vqgan({})),
+    ("expected {model: {params", lambda: erpm.vqgan({"ddconfig": [1]})),
     ("33 px are no multiple of 2", lambda: erpm.vqgan(SMALL_VQGAN)(torch.zeros(1, 3, 33, 33)))])
 def test_a_mistake_in_a_call_is_one_clear_line(says, call):
     with refuses(says):
