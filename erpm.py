@@ -5,7 +5,6 @@ without losing what the model already knew.
     python erpm.py eval --model timm:resnet50.tv_in1k --set folder-c:photos      # a report card
     torchrun --nproc-per-node 8 erpm.py distill --recipe imagenet-rn101 data.root=/data
     python erpm.py eval --run runs/imagenet-rn101 --set imagenet,imagenet-c,imagenet-r
-    python erpm.py report --run runs/imagenet-rn101
     python erpm.py COMMAND --help                             # every key, its default and meaning
 
                                         +-> original tail + head (frozen) -> z0   teacher of "clean"
@@ -898,7 +897,8 @@ def shear(x, level):
 def translate(x, level, axis):
     """x moved left (axis 3) or up (2) by int(level / 30 of the side): 0 outside."""
     steps = (level * x.shape[axis] / 30).astype(int).ravel()
-    wide = F.pad(x, (0, 0) * (3 - axis) + (p := np.abs(steps).max(), p))
+    p = np.abs(steps).max()
+    wide = F.pad(x, (0, 0) * (3 - axis) + (p, p))
     return torch.stack([i.narrow(axis - 1, p + k, x.shape[axis]) for i, k in zip(wide, steps)])
 
 
@@ -966,7 +966,7 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
         for t in range(high):
             views = _do_ops(views, op[s, :, t].ravel(), level[s, :, t].ravel())
         share = torch.from_numpy(weights[s]).to(x.device, torch.float32)[..., None, None, None]
-        for i in slices(x[s], 2 ** 18):
+        for i in slices(x[s], 2 ** 18):  # on a CPU an image at a time, in its cache
             mixed = x[s][i] * share[i, 0]
             for k in range(width):
                 mixed += torch.stack(views[k::width][i]) * share[i, k + 1]
@@ -1824,6 +1824,8 @@ def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Mo
     tags = open_clip.list_pretrained_tags_by_model(model)
     tag = choose(tags, tag, f"weights of open_clip:{model}") if slash else next(iter(tags), "")
     cfg = open_clip.get_pretrained_cfg(model, tag)
+    if weights not in (None, "random"):
+        read_weights(weights)  # says what is wrong with the file
     source = {None: tag if slash else None, "random": None}.get(weights, weights)
     with from_hub(f"open_clip:{name}"):
         clip = open_clip.create_model(
@@ -2399,7 +2401,7 @@ class Student(nn.Module):
         copies, size = (passes, 2 ** 20 // passes) if self.early else (1, f.numel())
         Dropout.sample = passes, copies
         try:
-            parts = [self.tuned(torch.cat([f[s]] * copies)) for s in slices(f, size)]
+            parts = [self.tuned(torch.cat([f[s]] * copies)) for s in slices(f, size)]  # in a cache
         finally:
             Dropout.sample = None
         z = [torch.stack(heads, 1).float().unflatten(0, (passes, -1)) for heads in parts]
@@ -3378,8 +3380,7 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
              for label, values in KNOWN.items()
              for s, percent in zip(KNOWN_ON, values) if s in scored]
     note = "(published) = of whole sets from disk" if known else ""
-    known += rows
-    tables = [pivot(known, "Models", models(known, home + shifts), columns, note)]
+    tables = [pivot(known + rows, "Models", models(known + rows, home + shifts), columns, note)]
     free = {"original", "teacher", "original + teacher"} & models(rows, home + shifts).keys()
     for title, labels in plan.items():
         title, _, note = title.partition(";")
@@ -4097,16 +4098,15 @@ def run_stage(cfg: Config, args) -> None:
 def run_compare(cfg: Config, args) -> None:
     """The runs of compare.rows (without rows the recipe's own), for every seed; eval, report."""
     folders, images = [], functools.cache(training_images)       # which most rows share
+    role = lambda row: {"none": "teacher"}.get(row.distill.method, row.distill.method)
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         more = f"-s{seed}" if seed != cfg.seed else ""
         own = changed(cfg, {"seed": seed, "run": cfg.run + more})
-        rows = sorted(cfg.compare.plan[1].items(),       # after those that these are made from
-                      key=lambda row: row[1].get("distill.method") in ("lp-ft", "wise"))
+        jobs = [(changed(own, words, x), words, x) for x, words in cfg.compare.plan[1].items()]
+        jobs.sort(key=lambda job: [*METHODS].index(role(job[0])))    # after what it is made from
         with alone(own) if more else contextlib.nullcontext():
-            for label, words in rows:
-                row = changed(own, words, label)
-                role = "teacher" if row.distill.method == "none" else row.distill.method
-                network(own, images(row.data, row.model), role, words, label)
+            for row, words, label in jobs:
+                network(own, images(row.data, row.model), role(row), words, label)
             run_eval(own, args)
         folders.append(str(own.dir))
     args.run = ",".join(folders)
