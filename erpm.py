@@ -4,7 +4,6 @@ without losing what the model already knew.
     python erpm.py demo                                       # everything, on data made here, CPU
     python erpm.py eval --model timm:resnet50.tv_in1k --set folder-c:photos      # a report card
     torchrun --nproc-per-node 8 erpm.py distill --recipe imagenet-rn101 data.root=/data
-    python erpm.py eval --run runs/imagenet-rn101 --set imagenet,imagenet-c,imagenet-r
     python erpm.py COMMAND --help                             # every key, its default and meaning
 
                                         +-> original tail + head (frozen) -> z0   teacher of "clean"
@@ -46,6 +45,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -55,6 +55,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -83,8 +84,7 @@ class UserError(Exception):
 
 
 def choose(table, name: str, what: str):
-    """table[name], or the name itself where the table is no dict.  Raises: UserError that lists the
-    names and the nearest one."""
+    """table[name], or the name itself where the table is no dict.  Raises: UserError."""
     if name not in table:
         close = difflib.get_close_matches(str(name), list(table), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -102,6 +102,11 @@ def fold(*key) -> int:
 def rng(*key, device="cpu") -> torch.Generator:
     """Generator whose stream is a function of the key alone."""
     return torch.Generator(device).manual_seed(fold(*key))
+
+
+def _key(generator: torch.Generator) -> int:
+    """The next number of the generator: the seed of what draws otherwise."""
+    return torch.randint(2**62, (), generator=generator, device=generator.device).item()
 
 
 @contextlib.contextmanager
@@ -197,16 +202,34 @@ def sha(*parts) -> str:
     return h.hexdigest()[:16]
 
 
-def pictures_below(top: Path | str, seen: Sequence[str] = ()) -> list[str]:
-    """The picture files below a folder (none if it is absent), sorted, without hidden ones; a link
-    to a folder that it lies in is passed over.  Raises: OSError."""
+def _walk(top: Path | str, times: dict[str, int], seen: Sequence[str] = ()) -> list[str]:
+    """`pictures_below`; the folders' times go into a dict."""
     real, kinds = os.path.realpath(top), torchvision.datasets.folder.IMG_EXTENSIONS
     if not os.path.isdir(top) or real in seen:
         return []
+    times[str(top)] = os.stat(top).st_mtime_ns
     entries = [e for e in sorted(os.scandir(top), key=lambda e: e.name) if e.name[0] != "."]
     found = [e.path for e in entries if e.name.lower().endswith(kinds) and e.is_file()]
     for folder in (e.path for e in entries if e.is_dir()):
-        found += pictures_below(folder, (*seen, real))
+        found += _walk(folder, times, (*seen, real))
+    return found
+
+
+def pictures_below(top: Path | str, long: int = 10 ** 5) -> list[str]:
+    """The picture files below a folder (none if it is absent), sorted, without hidden ones; a link
+    to a folder that it lies in is passed over.  A long list is kept in torch's cache: it holds
+    until a folder has another time.  Raises: OSError."""
+    kept = Path(torch.hub.get_dir(), "erpm", sha(str(top), os.path.realpath(top)) + ".json")
+    with contextlib.suppress(OSError, ValueError):
+        seal, text = kept.read_text().split("\n")
+        times, found = json.loads(text)
+        if seal == sha(text) and all(os.stat(f).st_mtime_ns == t for f, t in times.items()):
+            return found
+    found = _walk(top, times := {})
+    if len(found) > long and max(times.values()) < time.time_ns() - 2e9:     # at rest
+        with contextlib.suppress(UserError):
+            text = json.dumps([times, found])
+            write_atomically(kept, f"{sha(text)}\n{text}")
     return found
 
 
@@ -227,12 +250,16 @@ def read_picture(path: Path | str) -> Image.Image:
 
 
 def decode(path: Path | str) -> Tensor:
-    """The picture, uint8 (3,H,W), for training: a JPEG by torchvision, 1.7 times as fast through a
+    """The picture, uint8 (3,H,W), for training: a JPEG by torchvision, 1.5 times as fast through a
     random crop and within a grey level; all else, and once that decoder is gone, by Pillow."""
-    tv = torchvision.io
-    with contextlib.suppress(RuntimeError, AttributeError, OSError, Image.DecompressionBombError):
-        if Image.open(path).format == "JPEG":            # it reads the header alone
-            return tv.decode_jpeg(tv.read_file(str(path)), tv.ImageReadMode.RGB)
+    tv, at = torchvision.io, 2
+    with contextlib.suppress(RuntimeError, AttributeError, OSError, IndexError):
+        data = bytearray(Path(path).read_bytes())
+        while data[at] == 0xFF and not 0xC0 <= data[at + 1] <= 0xC3:         # until its size comes
+            at += 2 + int.from_bytes(data[at + 2:at + 4])
+        h, w = (int.from_bytes(data[i:i + 2]) for i in (at + 5, at + 7))
+        if data[:2] == b"\xff\xd8" and h * w < Image.MAX_IMAGE_PIXELS:       # else a bomb
+            return tv.decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), tv.ImageReadMode.RGB)
     return v2.functional.pil_to_tensor(read_picture(path))
 
 
@@ -314,8 +341,8 @@ class Pretrain(Train):
 @dataclass(frozen=True)
 class Robustify(Train):
     """How the small teacher is made robust; its augmentation also makes x~ for distill."""
-    method: str = opt("augment", "augment = on augmented images; kd, dad = distilled as [B]; "
-                                 "none = robust as it comes", "augment", "none", "kd", "dad")
+    method: str = opt("augment", "augment = on augmented images; kd, dad = as [B]; none = as it is",
+                      "augment", "none", "kd", "dad")
     augment: str = opt("pixmix+augmix", "augmentations, joined by +")
     severity: float = opt(3.0, "strength of augmix; its authors: 1 on ImageNet, 3 on CIFAR", .1, 10)
     pictures: str = opt("", "pixmix: folder of pictures to mix in; empty = made here")
@@ -455,8 +482,7 @@ def read_yaml(path: Path, loader: type = Words) -> dict:
 
 
 def typed(value, path: str, where: str):
-    """value, or its text, as the type of a field and within its range.  Raises: UserError naming
-    path, expected and got."""
+    """value, or its text, as the type of a field and within its range.  Raises: UserError."""
     field = choose(FIELDS, path, f"setting in {where}:")
     kind, valid, text, more = field.type, field.metadata["valid"], str(value), ""
     if kind == "str" and isinstance(value, str):
@@ -518,24 +544,44 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "") 
 # ==== 3. CORRUPTIONS ====
 # ImageNet-C's 15 corruptions, batched: uint8 (B,3,H,W) in and out, on the images' device.
 # Randomness is a function of (seed, image index, name, severity), not of the batch.
-# Each takes x, its constants c of one severity, and gens, a generator for each image.
+# Each takes x, its constants c of one severity, and gens, a CPU generator for each image.
 
 
 SMALL_PX = 64  # images whose longer side is at most this get CIFAR-10-C's constants
 
 
+def on_cpu(x):
+    """Whether parts of a batch go one by one through a CPU's cache; else all at once."""
+    return x.device.type == "cpu"
+
+
 def slices(x, size):
     """Slices of a batch, of `size` values each to stay in a CPU's cache; on a GPU one."""
-    n = max(1, size // x.shape[1:].numel() if x.device.type == "cpu" else len(x))
+    n = max(1, size // x.shape[1:].numel() if on_cpu(x) else len(x))
     return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
-def draw(gens, shape, fill, *args, dtype=torch.float32):
-    """(B,*shape) on the generators' device: generator k fills row k, whatever the batch."""
-    out = torch.empty(len(gens), *shape, dtype=dtype, device=gens[0].device)
-    for g, row in zip(gens, out):
-        fill(row, *args, generator=g)
-    return out
+def on(x, values, dtype=None):
+    """NumPy's or a list's values on x's device, which the host does not wait for."""
+    return torch.as_tensor(values, dtype=dtype).to(x.device, non_blocking=True)
+
+
+def draw(gens, shape, fill, *args, near=None):
+    """(B,*shape) on the device of `near`: row k is a function of generator k alone, which fills it
+    on a CPU; elsewhere all rows are one hash of its next number and the place (SplitMix64)."""
+    if near is None or on_cpu(near):
+        out = torch.empty(len(gens), *shape, dtype=torch.int32 if fill == "random_" else None)
+        for g, row in zip(gens, out):
+            getattr(row, fill)(*args, generator=g)
+        return out
+    n, (a, b) = math.prod(shape), args or (0, 1)
+    z = on(near, [_key(g) for g in gens])[:, None]
+    z = z + torch.arange(n, device=z.device) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
+    u = ((z >> 41 & 0x7FFFFF) + 0.5) / 2 ** 23  # in (0, 1)
+    u = a + b * torch.special.ndtri(u) if fill == "normal_" else a + (b - a) * u
+    return (u.int() if fill == "random_" else u).view(-1, *shape)
 
 
 def truncate(y):
@@ -546,19 +592,26 @@ def truncate(y):
 
 def gaussian_noise(x, c, gens):
     """x + noise of standard deviation c."""
-    return truncate(draw(gens, x.shape[1:], torch.Tensor.normal_).mul_(255 * c).add_(x))
+    return truncate(draw(gens, x.shape[1:], "normal_", near=x).mul_(255 * c).add_(x))
 
 
 def shot_noise(x, c, gens):
     """Poisson counts with c photons at white."""
-    rates = x.float().mul_(c / 255)
-    counts = torch.stack([torch.poisson(r, generator=g) for r, g in zip(rates, gens)])
+    if on_cpu(x):
+        rates = x.float().mul_(c / 255)
+        counts = torch.stack([torch.poisson(r, generator=g) for r, g in zip(rates, gens)])
+    else:  # a row of the distribution a grey level, one above the other
+        most = int(c + 10 * c ** 0.5 + 20)
+        grey, k = torch.arange(256.0, dtype=torch.float64)[:, None], torch.arange(1.0, most + 1)
+        rows = on(x, (torch.special.gammaincc(k.double(), grey * c / 255) + grey).flatten())
+        u = draw(gens, x.shape[1:], "uniform_", near=x)
+        counts = (torch.searchsorted(rows, x + u.double()) - x.long() * most).float()
     return truncate(counts.mul_(255 / c))
 
 
 def impulse_noise(x, c, gens):
     """A share c of the elements (not pixels) set to 0 or 255."""
-    u = draw(gens, x.shape[1:], torch.Tensor.uniform_)
+    u = draw(gens, x.shape[1:], "uniform_", near=x)
     return x.masked_fill(u < c, 255).masked_fill_(u < c / 2, 0)
 
 
@@ -572,20 +625,22 @@ def defocus_blur(x, c, gens):
     disk = v2.functional.gaussian_blur((disk / disk.sum())[None], size, sigma)
     y = F.pad(x.float(), (16,) * 4, mode="reflect")  # 224 px to 256: a quick transform
     side, r = y.shape[-2:], r + 16
-    spectrum = torch.fft.rfft2(y).mul_(torch.fft.rfft2(disk.to(x.device), s=side))
+    spectrum = torch.fft.rfft2(y).mul_(torch.fft.rfft2(on(x, disk), s=side))
     return truncate(torch.fft.irfft2(spectrum, s=side)[..., r:r + h, r:r + w])
 
 
 def gaussian(x, sigma, cut=4, edge="edge"):
-    """Gaussian blur of (B,C,H,W), cut at so many sigma; edge: np.pad's mode.  By plane: a
-    batched product rounds by its batch."""
+    """Gaussian blur of (B,C,H,W), cut at so many sigma; edge: np.pad's mode.  By plane, on a
+    GPU in float64: a batched product rounds by its batch."""
     r, blur = int(cut * sigma + 0.5), {}
     taps = np.exp(-0.5 * (np.arange(-r, r + 1) / max(sigma, 1e-9)) ** 2)
     taps = torch.from_numpy(taps / taps.sum()).float()
     for n in set(x.shape[-2:]):
         i = torch.from_numpy(np.pad(np.arange(n), r, edge)).unfold(0, 2 * r + 1, 1)  # (n, taps)
-        blur[n] = torch.zeros(n, n).scatter_add_(1, i, taps.expand(n, -1)).to(x.device)
+        blur[n] = on(x, torch.zeros(n, n).scatter_add_(1, i, taps.expand(n, -1)))
     rows, columns = (blur[n] for n in x.shape[-2:])
+    if not on_cpu(x):
+        return (rows.double() @ x.double() @ columns.T.double()).float()
     return torch.stack([rows @ y @ columns.T for y in x.float().flatten(0, 1)]).view(x.shape)
 
 
@@ -602,7 +657,7 @@ def glass_blur(x, c, gens):
     active, steps = active.flatten(), torch.arange(-d, d, dtype=torch.int32, device=x.device)
     steps = (steps[:, None] * w + steps).flatten()  # in pixel numbers; never d: as there
     for _ in range(passes):
-        pick = draw(gens, (h * w,), torch.Tensor.random_, 0, 4 * d * d, dtype=torch.int32)
+        pick = draw(gens, (h * w,), "random_", 0, 4 * d * d, near=x)
         step = steps.index_select(0, pick.flatten()).mul_(active)
         j = here + step
         made = active.index_select(0, j).mul_(step > 0)  # 1: j was written in this pass
@@ -615,19 +670,20 @@ def glass_blur(x, c, gens):
 
 
 def motion_blur(x, c, gens, low=-45, high=45):
-    """Smear along an angle of low to high degrees; c = radius and sigma of a one-sided half
-    Gaussian of 2 radius + 1 taps at whole-pixel offsets, edge repeated, so that the content
-    shifts: as ImageMagick does."""
+    """Smear along an angle of low to high degrees, as ImageMagick does; c = radius and sigma of a
+    one-sided Gaussian of 2 radius + 1 taps at whole pixels, edge repeated: the content shifts."""
     (h, w), reach = x.shape[-2:], 2 * c[0]
     taps = np.exp(-0.5 * (np.arange(reach + 1) / c[1]) ** 2)
     padded = F.pad(x.float(), (reach,) * 4, mode="replicate")
     out = torch.zeros_like(x, dtype=torch.float32)
-    angles = np.deg2rad(draw(gens, (), torch.Tensor.uniform_, low, high).tolist())
-    for p, o, angle in zip(padded, out, angles):
-        shift = math.sin(angle), math.cos(angle)
-        for i, tap in enumerate((taps / taps.sum()).tolist()):
-            top, left = (reach + math.ceil(i * d - 0.5) for d in shift)
-            o.add_(p[:, top:top + h, left:left + w], alpha=tap)
+    angle = np.deg2rad(draw(gens, (), "uniform_", low, high).numpy().astype(float))
+    steps = np.arange(reach + 1)[:, None, None] * np.stack([np.sin(angle), np.cos(angle)], 1)
+    corners = reach + np.ceil(steps - 0.5).astype(int)  # (taps,B,2)
+    for s in slices(x, 2 ** 16):  # on a CPU few at a time, in its cache
+        images, total = padded[s].unbind(), out[s]
+        for at, tap in zip(corners[:, s].tolist(), (taps / taps.sum()).tolist()):
+            moved = [p[:, i:i + h, j:j + w] for p, (i, j) in zip(images, at)]
+            total.add_(torch.stack(moved) if len(moved) > 1 else moved[0][None], alpha=tap)
     return truncate(out)
 
 
@@ -655,7 +711,7 @@ def snow(x, c, gens):
     mean, std, zoom, threshold, *smear, keep = c
     h, w = x.shape[-2:]
     crop = (1, math.ceil(h / zoom), math.ceil(w / zoom))
-    flakes = enlarge(draw(gens, crop, torch.Tensor.normal_, mean, std), zoom, h, w)
+    flakes = enlarge(draw(gens, crop, "normal_", mean, std, near=x), zoom, h, w)
     flakes = truncate(flakes * (flakes >= threshold) * 255)  # 8 bits before the smear too
     flakes = motion_blur(flakes, smear, gens, -135, -45).float()
     y = x.float()
@@ -663,9 +719,9 @@ def snow(x, c, gens):
     return truncate(torch.lerp(white, y, keep) + flakes + flakes.flip(-2, -1))
 
 
-def plasma(gens, size, decay):
+def plasma(gens, size, decay, near=None):
     """Diamond-square heights on [0,1], (B,size,size) of a torus of the next power of two."""
-    u = draw(gens, (1 << (size - 1).bit_length(),) * 2, torch.Tensor.uniform_, -1, 1)
+    u = draw(gens, (1 << (size - 1).bit_length(),) * 2, "uniform_", -1, 1, near=near)
     m, step, amplitude = torch.zeros_like(u), u.shape[1] // 2, 1.0
     while step:
         grid, noise = m[:, ::step, ::step], u[:, ::step, ::step] * amplitude
@@ -709,19 +765,19 @@ def ice(i, h, w, device):
 
 def frost(x, c, gens):
     """c0 * image + c1 * a random crop of one of five pictures of ice."""
-    (h, w), out = x.shape[-2:], x.float().mul_(c[0])
-    for o, (which, u, v) in zip(out, draw(gens, (3,), torch.Tensor.uniform_).tolist()):
+    (h, w), crops = x.shape[-2:], []
+    for which, u, v in draw(gens, (3,), "uniform_").tolist():
         y = ice(int(which * 5), h, w, x.device)
         top, left = int(u * (y.shape[1] - h)), int(v * (y.shape[2] - w))
-        o.add_(y[:, top:top + h, left:left + w], alpha=c[1])
-    return truncate(out)
+        crops.append(y[:, top:top + h, left:left + w])
+    return truncate(x.float().mul_(c[0]).add_(torch.stack(crops), alpha=c[1]))
 
 
 def fog(x, c, gens):
     """Image + c0 * plasma, scaled back by the image's own maximum."""
     h, w = x.shape[-2:]
     peak = x.amax((1, 2, 3)).float()[:, None, None, None]
-    y = plasma(gens, max(h, w), c[1])[:, None, :h, :w]
+    y = plasma(gens, max(h, w), c[1], x)[:, None, :h, :w]
     return truncate((y * (255 * c[0]) + x).mul_(peak / (peak + 255 * c[0])))
 
 
@@ -742,7 +798,7 @@ def contrast(x, c, gens):
 def remap(x, points, corners):
     """Bilinear x (B,C,H,W) at points (B,2,H,W), columns and rows in pixels, mirrored about
     the centre of the edge pixel (corners) or about its outer edge."""
-    size = points.new_tensor(x.shape[:1:-1])
+    size = on(points, x.shape[:1:-1], points.dtype)
     scale, start = (2 / (size - 1), -1) if corners else (2 / size, 1 / size - 1)
     grid = points.permute(0, 2, 3, 1) * scale + start
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=corners)
@@ -757,13 +813,13 @@ def elastic_transform(x, c, gens):
     # from output to input pixels: the map that moves three points; the reference has h with x
     s, signs = min(h, w) // 3, ((1, 1), (1, -1), (-1, -1))
     points = torch.tensor([[h // 2 + i * s, w // 2 + j * s, 1] for i, j in signs]).double()
-    shift = draw(gens, (3, 2), torch.Tensor.uniform_, -jitter, jitter).cpu().double()
+    shift = draw(gens, (3, 2), "uniform_", -jitter, jitter).double()
     moved = points + F.pad(shift, (0, 1))
     affine = torch.linalg.solve(moved, points.expand_as(moved)).mT[:, :2].float()
-    a, b, offset = affine.to(x.device)[..., None, None].unbind(2)  # (B,2,1,1) each
-    here = torch.from_numpy(np.indices((h, w))).flip(0).to(x.device)  # columns and rows
+    a, b, offset = on(x, affine)[..., None, None].unbind(2)  # (B,2,1,1) each
+    here = on(x, np.indices((h, w))).flip(0)  # columns and rows
     y = remap(x.float(), a * here[0] + b * here[1] + offset, True)
-    field = draw(gens, (2, h, w), torch.Tensor.uniform_, -amplitude, amplitude)
+    field = draw(gens, (2, h, w), "uniform_", -amplitude, amplitude, near=x)
     return truncate(remap(y, here + gaussian(field, sigma, 3, "symmetric"), False))
 
 
@@ -831,7 +887,7 @@ CELLS = [(name, severity) for name in CORRUPTIONS for severity in range(1, 6)]
 
 def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
     """x corrupted, uint8 (B,3,H,W) on x's device, with sides of 32 to 512 px: a function of
-    (x, index, seed, name, severity); a GPU draws other numbers.
+    (x, index, seed, name, severity); a GPU has other noise.  pixelate and JPEG are Pillow's.
 
     index: B ints, the identities of the images, by default 0..B-1. jpeg: the round trip at
     quality 85 that the published files went through.
@@ -849,7 +905,7 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
     severity, out = int(severity), torch.empty_like(x)
     c = columns[max(sides) <= SMALL_PX][severity - 1]
     for s in slices(x, 2 ** 19):
-        gens = [rng("corrupt", int(seed), k, name, severity, device=x.device) for k in index[s]]
+        gens = [rng("corrupt", int(seed), k, name, severity) for k in index[s]]
         y = function(x[s].contiguous(), c, gens)
         out[s] = jpeg_compression(y, 85, gens) if jpeg else y
     return out
@@ -861,11 +917,6 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
 # generator draws the same whatever the device of x.
 
 
-def _key(generator):
-    """An int from the generator: the seed of what draws by NumPy or torchvision."""
-    return torch.randint(2**62, (), generator=generator, device=generator.device).item()
-
-
 def _bytes(x):
     """uint8: x in 0..255, rounded and clipped."""
     return truncate(x + 0.5)
@@ -874,7 +925,7 @@ def _bytes(x):
 def rotate(x, level):
     """x turned by int(3 level) degrees about its centre: bilinear, 0 outside."""
     h, w = x.shape[2:]
-    turn = torch.from_numpy(np.deg2rad((level * 3).astype(int))).to(x.device, torch.float32)
+    turn = on(x, np.deg2rad((level * 3).astype(int)), torch.float32)
     cos, sin = 2 * turn.cos(), 2 * turn.sin()
     v, u = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
     u, v = u + 0.5 - w / 2, v + 0.5 - h / 2
@@ -888,9 +939,9 @@ def shear(x, level):
     shift = (0.03 * level * (np.arange(h) + 0.5)).clip(-w, w).repeat(c, 1).ravel()  # (N 3 H,)
     left = np.floor(shift).astype(int)
     p = np.abs(left).max() + 1
-    start = torch.from_numpy(left + p + np.arange(len(left)) * (w + 2 * p)).to(x.device)
+    start = on(x, left + p + np.arange(len(left)) * (w + 2 * p))
     rows = F.pad(x, (p, p)).flatten().unfold(0, w + 1, 1).index_select(0, start).float()
-    share = torch.from_numpy(shift - left).to(x.device, torch.float32)[:, None]
+    share = on(x, shift - left, torch.float32)[:, None]
     return truncate(torch.lerp(rows[:, :-1], rows[:, 1:], share)).view(x.shape)
 
 
@@ -902,19 +953,6 @@ def translate(x, level, axis):
     return torch.stack([i.narrow(axis - 1, p + k, x.shape[axis]) for i, k in zip(wide, steps)])
 
 
-def equalize(x):
-    """x with a flat histogram per channel, by PIL's integer rule: one table a plane."""
-    planes, same = x.flatten(0, 1).flatten(1), torch.arange(256, device=x.device)
-    first = torch.arange(len(planes), dtype=torch.int32, device=x.device)[:, None] * 256
-    index = (planes + first).flatten()
-    counts = index.bincount(minlength=256 * len(planes)).view(-1, 256)
-    below = counts.cumsum(1) - counts
-    step = below.gather(1, planes.amax(1, keepdim=True).long()) // 255
-    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, table, same).to(torch.uint8)
-    return table.flatten().index_select(0, index).view(x.shape)
-
-
 OPS = {  # of AugMix: within a grey level of PIL's, but for the borders of what moves;
     # of x and level, NumPy (N,1,1,1), of the first five negative for the other way
     "rotate": rotate,
@@ -923,10 +961,10 @@ OPS = {  # of AugMix: within a grey level of PIL's, but for the borders of what 
     "translate_x": lambda x, level: translate(x, level, 3),
     "translate_y": lambda x, level: translate(x, level, 2),
     "autocontrast": lambda x, level: v2.functional.autocontrast(x),
-    "equalize": lambda x, level: equalize(x),
-    "posterize": lambda x, level: x & x.new_tensor(256 - (16 << (level * 4 / 10).astype(int))),
+    "equalize": lambda x, level: v2.functional.equalize(x),
+    "posterize": lambda x, level: x & on(x, 256 - (16 << (level * 4 / 10).astype(int)), x.dtype),
     "solarize": lambda x, level:
-        x ^ (x > x.new_tensor(255 - (level * 256 / 10).astype(int))).to(torch.uint8) * 255,
+        x ^ (x > on(x, 255 - (level * 256 / 10).astype(int))).to(torch.uint8) * 255,
 }  # without brightness, contrast, colour and sharpness: ImageNet-C has them
 
 
@@ -951,7 +989,6 @@ def _do_ops(images, op, level):
 
 def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
     """x mixed with `width` chains of depth[0] to depth[1] random operations each.
-
     Paper: AugMix (Hendrycks et al. 2020): severity 1 (ImageNet), 3 (CIFAR).  Differs: uint8."""
     random, n, (low, high) = np.random.default_rng(_key(generator)), len(x), depth
     # METHOD AugMix: (1 - m) x + m sum_k w_k chain_k(x), w ~ Dirichlet(a), m ~ Beta(a, a)
@@ -965,7 +1002,7 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
         views = [image for image in x[s] for _ in range(width)]
         for t in range(high):
             views = _do_ops(views, op[s, :, t].ravel(), level[s, :, t].ravel())
-        share = torch.from_numpy(weights[s]).to(x.device, torch.float32)[..., None, None, None]
+        share = on(x, weights[s], torch.float32)[..., None, None, None]
         for i in slices(x[s], 2 ** 18):  # on a CPU an image at a time, in its cache
             mixed = x[s][i] * share[i, 0]
             for k in range(width):
@@ -976,7 +1013,6 @@ def augmix(x, generator, severity=1, width=3, depth=(1, 3), alpha=1.0):
 
 def jsd(logits_clean, logits_aug1, logits_aug2):
     """Scalar float32: Jensen-Shannon consistency of three views, logits (B,C).
-
     Paper: AugMix, with weight 12 and cross-entropy on the clean view only."""
     p = [z.float().softmax(1) for z in (logits_clean, logits_aug1, logits_aug2)]
     log_mean = (sum(p) / 3).clamp(1e-7, 1).log()  # the paper's clamp
@@ -998,22 +1034,21 @@ def load_pictures(folder, size, limit=2000):
 
 def _blend(x, y, a, b, multiply):
     """x and y in [0, 1] added (a x + b y about grey) or multiplied (x^a y^b), then clipped."""
-    a, b = (torch.from_numpy(v).to(x).view(-1, 1, 1, 1) for v in (a, b))
-    mixed, m = x * a + y * b + (1 - a - b) / 2, np.flatnonzero(multiply)
+    a, b = (on(x, v, x.dtype).view(-1, 1, 1, 1) for v in (a, b))
+    mixed, m = x * a + y * b + (1 - a - b) / 2, on(x, np.flatnonzero(multiply))
     mixed[m] = (2 * x[m]) ** a[m] * (2 * y[m]).clamp(min=1e-37) ** b[m] / 2
     return mixed.clamp(0, 1)
 
 
 def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     """x mixed 0 to k times with a picture or with an augmented copy of itself.
-
     pictures: a folder, or None for clouds made here.
     Paper: PixMix (Hendrycks et al. 2022): beta 3 for CIFAR, 4 in its ImageNet code."""
     random, (n, _, h, w) = np.random.default_rng(_key(generator)), x.shape
     size = max(h, w) * 8 // 7
     pool = load_pictures(pictures, size)
     crop = random.integers([[len(pool)], [size - h + 1], [size - w + 1]], size=(3, n))
-    pictures = torch.stack([pool[i, :, r:r + h, c:c + w] for i, r, c in crop.T]).to(x.device)
+    pictures = on(x, torch.stack([pool[i, :, r:r + h, c:c + w] for i, r, c in crop.T]))
     op, level = _draw_ops(random, severity, k + 1, n)
     own, multiply, inner = random.random((3, k + 1, n)) < 0.5
     op, rounds = np.where(own, op, -1), random.integers(k + 1, size=n)
@@ -1022,22 +1057,21 @@ def pixmix(x, generator, severity=1, k=4, beta=3, pictures=None):
     mixed = torch.stack(_do_ops(x, op[0], level[0])) / 255
     for j in range(1, rounds.max() + 1):
         at = np.flatnonzero(rounds >= j)
-        others = [x[i] if own[j, i] else pictures[i] for i in at]
+        others, to = [x[i] if own[j, i] else pictures[i] for i in at], on(x, at)
         others = torch.stack(_do_ops(others, op[j, at], level[j, at])) / 255
-        mixed[at] = _blend(mixed[at], others, a[j, at], b[j, at], multiply[j, at])
+        mixed[to] = _blend(mixed[to], others, a[j, at], b[j, at], multiply[j, at])
     return _bytes(mixed * 255)
 
 
 def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
     """x through a residual network whose random weights are drawn anew for each image.
-
     strength: range of the residual's weight; (0.1, 0.3) suits 32 px: detail drowns sooner.
     Paper: Noise2Net, the on-the-fly relative of DeepAugment (Hendrycks et al. 2021).
     Differs: kernels' sides (1 or 3 px) and dilations are of a batch, strengths of an image."""
     random = np.random.default_rng(_key(generator))
 
     def draw(low, high, *shape):
-        return x.new_tensor(random.uniform(low, high, (len(x), *shape)), dtype=torch.float32)
+        return on(x, random.uniform(low, high, (len(x), *shape)), torch.float32)
 
     def conv(z, kernels, dilation=1):
         """Instance norm (of groups: 3 times as fast) of images under kernels of their own."""
@@ -1047,7 +1081,7 @@ def deepaugment(x, generator, strength=(0.375, 0.75), hidden=16):
 
     strength = draw(*strength, 1, 1, 1)
     pixels = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # ImageNet's mean and deviation
-    mean, std = (x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in pixels)
+    mean, std = (on(x, v, torch.float32).view(3, 1, 1) for v in pixels)
     z = (x - mean) / std
     for block in random.integers([2, 3], size=(4, 3, 2)).tolist():
         kernels = [draw(-1, 1, hidden, hidden, 1 + 2 * k, 1 + 2 * k) for k, _ in block]
@@ -1093,7 +1127,6 @@ def spec_names(spec, options=()):
 
 def augment(x, spec, generator, **options):
     """uint8 like x: the augmentations of spec ("a" or "a+b") in the order of AUGMENTATIONS.
-
     A sum is a sequence: "deepaugment+augmix", in either order, is AugMix on DeepAugment.
     mixup and cutmix are left to mix_labels.
     options: {name: its keywords}, as augment(x, "augmix", g, augmix={"severity": 3})."""
@@ -1108,7 +1141,6 @@ def augment(x, spec, generator, **options):
 
 def mix_labels(x, y, spec, generator, n_classes):
     """(x, soft labels (B,n_classes)): images mixed with their neighbours by mixup or cutmix.
-
     spec as in augment; with both the batch draws one, with neither all stays as it is."""
     if not (names := sorted(spec_names(spec) & set(LABEL_MIXERS))):
         return x, y
@@ -1121,6 +1153,9 @@ def mix_labels(x, y, spec, generator, n_classes):
 # ==== 5. DATA ====
 # In: a set's name.  Out: ImageSet, and batches x uint8 (B,3,H,W), y (B,), index (B,).
 # Always: a sample is a function of (seed, epoch, index), the order of (seed, epoch).
+
+
+random_crop = functools.cache(v2.RandomResizedCrop)  # costs as much to make as to call
 
 
 @dataclass(frozen=True)
@@ -1141,7 +1176,7 @@ class View:
     def __call__(self, im: Image.Image | Tensor, random: bool = False) -> Image.Image | Tensor:
         mode = v2.InterpolationMode(self.interpolation)
         if random:
-            return v2.RandomResizedCrop(self.size_px, interpolation=mode)(im)
+            return random_crop(self.size_px, interpolation=mode)(im)
         if self.border_px:
             im = ImageOps.crop(im, self.border_px)
         size = [self.size_px] * 2 if self.squash else [math.floor(self.size_px / self.crop_pct)]
@@ -1217,7 +1252,8 @@ class ImageSet(torch.utils.data.Dataset):
         seed, crop, flip = self.draw
         im = decode(self.images[i]) if crop else read_picture(self.images[i])
         with seeded(seed, "crop", epoch, i):
-            im = v2.RandomHorizontalFlip(flip / 2)(self.view(im, random=crop))
+            im = self.view(im, random=crop)
+            im = v2.functional.hflip(im) if flip and torch.rand(1) < 0.5 else im
         return im if crop else v2.functional.pil_to_tensor(im)
 
 
@@ -1267,10 +1303,9 @@ def loader(images: ImageSet, workers: int, **options) -> torch.utils.data.DataLo
     if workers:
         atexit.register(_kill_workers)                   # runs before multiprocessing's own
     return torch.utils.data.DataLoader(
-        images, num_workers=workers, collate_fn=lambda batch: batch,
+        images, num_workers=workers, multiprocessing_context="fork" if workers else None,
         worker_init_fn=lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, Progress.signals),
-        multiprocessing_context="fork" if workers else None,
-        pin_memory=torch.cuda.is_available(), **options)
+        collate_fn=lambda batch: batch, pin_memory=torch.cuda.is_available(), **options)
 
 
 # ---- shapes: a procedural set --------------------------------------------------------------------
@@ -1374,17 +1409,15 @@ def synsets(part: str = "") -> tuple[str, ...]:
 def _tree(row: SetRow, top: Path, train: bool, data: Data):
     """TOP/CLASS/.../IMAGE; or TOP is a list, a line a picture, its path below row.pictures first,
     whose class is its folder (a/abbey/NAME.jpg), or without one the line's second word.
-
-    For row.part the classes come with ImageNet's outputs that mean them.  A label comes from a
-    name, never from its place in the text order: the class, or the synset or the number of such an
-    output.  Other folders are passed over."""
+    For row.part the classes come with ImageNet's outputs that mean them.  A label comes from the
+    name of the class, or the synset or number of its output; other folders are passed over."""
     if top.is_file():
         lines = [line.lstrip("/").split() for line in read_lines(top)]
         found = [(os.path.join(data.root, row.pictures, path),     # a/abbey/NAME.jpg: abbey
                   os.path.dirname(path)[2:] or "".join(rest[:1])) for path, *rest in lines]
     else:
-        found = [(p, folder.name) for folder in sorted(top.glob("[!.]*/"))
-                 for p in pictures_below(folder)]
+        at = len(str(top)) + 1
+        found = [(p, p[at:].split(os.sep)[0]) for p in pictures_below(top) if os.sep in p[at:]]
     if row.part is None:
         names = dict.fromkeys(sorted({c for _, c in found}), ())
     elif row.part == "objectnet":
@@ -1452,8 +1485,6 @@ def _shapes(row: SetRow, top: Path, train: bool, data: Data):
                        "r" if row.name == "shapes-r" else "")
     return x, y, SHAPES
 
-
-# ---- the table -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class SetRow:
@@ -1613,7 +1644,6 @@ class Card:
 
 class Net(nn.Module):
     """A network that takes images and normalises and resizes them for itself.
-
     net: any module from normalised images to logits.  mean, std: of images in [0, 1].
     Shapes: x (B,3,H,W), uint8 or in [0, 1] -> logits (B, n_classes)."""
 
@@ -1655,7 +1685,6 @@ def autocast(amp: str, device: torch.device):
 
 class TextHead(nn.Module):
     """Zero-shot classifier: exp(logit_scale) cos(h, class embedding) + logit_bias, in float32.
-
     weight (C,D): the classes' embeddings; nothing here is trained.
     Shapes: image embeddings h (B,D) -> logits (B,C).  Paper: [A] section 4.4."""
 
@@ -1751,8 +1780,7 @@ def from_hub(name: str):
 # ---- the families: (name, classes, weights, size_px) -> Net --------------------------------------
 
 def _cifar(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
-    """resnetD[-wK][-s2]: the ResNet of depth D = 6n + 2 for small images (He et al. 2016, 4.2),
-    K times as wide, with a stem of stride 2."""
+    """resnetD[-wK][-s2]: He et al.'s (2016, 4.2) of depth D = 6n + 2, K times as wide, stride 2."""
     m = re.fullmatch(r"resnet(\d{1,3})(?:-w([1-9]\d?))?(?:-s([12]))?", name)
     if not m or int(m[1]) < 8 or (int(m[1]) - 2) % 6:
         raise UserError(f"unknown network cifar:{name}: expected cifar:resnetD[-wK][-s2] with "
@@ -1812,11 +1840,11 @@ TINY_CLIP = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
 
 
-def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Module:
+def clip_model(name: str, weights: str | None = None, size_px: int = 0,
+               state: dict[str, Tensor] | None = None) -> nn.Module:
     """The whole CLIP MODEL[/TAG] of open_clip, both towers, in eval mode; erpm-tiny is ours.
-
-    weights: None = those of the tag, a file of the whole model, or "random".  It normalises as its
-    tag does, or the first tag of its model.  Raises: UserError."""
+    weights: None = those of the tag, a file of the whole model (state: its tensors, if already
+    read), or "random".  It normalises as the tag does, or its model's first.  Raises: UserError."""
     import open_clip
     model, slash, tag = name.partition("/")
     open_clip.factory._MODEL_CONFIGS.setdefault("erpm-tiny", TINY_CLIP)
@@ -1824,20 +1852,21 @@ def clip_model(name: str, weights: str | None = None, size_px: int = 0) -> nn.Mo
     tags = open_clip.list_pretrained_tags_by_model(model)
     tag = choose(tags, tag, f"weights of open_clip:{model}") if slash else next(iter(tags), "")
     cfg = open_clip.get_pretrained_cfg(model, tag)
-    if weights not in (None, "random"):
-        read_weights(weights)  # says what is wrong with the file
     source = {None: tag if slash else None, "random": None}.get(weights, weights)
-    with from_hub(f"open_clip:{name}"):
+    if weights not in (None, "random"):
+        state = state or read_weights(weights)[0]  # once, and says what is wrong with the file
+    given = mock.patch("open_clip.factory.load_state_dict", lambda *args, **more: dict(state))
+    with from_hub(f"open_clip:{name}"), given if state else contextlib.nullcontext():
         clip = open_clip.create_model(
             model, source, force_quick_gelu=slash and cfg.get("quick_gelu", False),
             force_image_size=size_px or None, force_preprocess_cfg=cfg, pretrained_text=False)
     return clip.eval()
 
 
-def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int) -> Net:
+def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int, state: dict):
     """The visual tower of a CLIP with a linear head; None = without, it gives embeddings."""
     import open_clip
-    clip = clip_model(name, weights, size_px)
+    clip = clip_model(name, weights, size_px, state)
     clip.visual.output_tokens = False  # CoCa's tower gives a pair otherwise
     cfg, size = open_clip.get_model_preprocess_cfg(clip), int(np.max(clip.visual.image_size))
     width = open_clip.get_model_config(name.partition("/")[0])["embed_dim"]
@@ -1845,8 +1874,9 @@ def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int
     view = View(size, 1.0, cfg["interpolation"], cfg["resize_mode"] == "squash")
     card = Card(n_classes=classes or 0, size_px=size, view=view, clip=weights or "",
                 fresh=bool(classes) or not weights and "/" not in name)
-    net = nn.Sequential(OrderedDict(visual=clip.visual, fc=fc))
-    return Net(net, card, cfg["mean"], cfg["std"])
+    net = Net(nn.Sequential(OrderedDict(visual=clip.visual, fc=fc)), card, cfg["mean"], cfg["std"])
+    clip.visual, net.text = None, None if card.fresh else lambda: clip  # copies share a function
+    return net
 
 
 def named(name: str, classes: int | None = None, weights: str | None = None,
@@ -1856,10 +1886,11 @@ def named(name: str, classes: int | None = None, weights: str | None = None,
     make = choose({"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip,
                    "cifar": _cifar}, family, "family of networks (expected FAMILY:NAME)")
     state, ours = read_weights(weights) if weights not in (None, "", "random") else ({}, None)
+    own = [state] if family == "open_clip" else []  # which loads both towers itself
     with from_hub(name):
-        net = make(rest, classes, weights or None, size_px)
+        net = make(rest, classes, weights or None, size_px, *own)
     more = {"name": name}
-    if state and family != "open_clip":  # which loads both towers itself
+    if state and not own:
         adopt(net, state, f"{weights} does not fit {name}", classes)
     if net.card.n_classes == len(synsets()) and not net.card.fresh:  # a public network's
         more |= {"home": "imagenet", "classes": synsets()}
@@ -1873,8 +1904,7 @@ def named(name: str, classes: int | None = None, weights: str | None = None,
 # ---- stages --------------------------------------------------------------------------------------
 
 def part_of(net: nn.Module, forward: Callable, off: Iterable) -> nn.Module:
-    """A copy of the network with the same tensors and another forward, f(part, x); of what is off
-    the modules do nothing and the tensors are None."""
+    """A copy with the same tensors and another forward, f(part, x); what is off does nothing."""
     memo = {id(t): t for t in (*net.parameters(), *net.buffers())}
     memo |= {id(m): nn.Sequential() if isinstance(m, nn.Module) else None for m in off}
     part = copy.deepcopy(net, memo)
@@ -1939,9 +1969,8 @@ def _split_known(net: nn.Module, early: Callable, late: Callable):
 
 def split_net(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """(stages, tail) of net: one after another they are net(x); the tail is norm, pooling,
-    projection and, last, the classifier, where it has one.  In an nn.Sequential a child with
-    weights opens a stage, those without join the one before; a tower that comes first is split.
-    Raises: UserError."""
+    projection and, last, a classifier.  In an nn.Sequential a child with weights opens a stage,
+    those without join the one before; a tower that comes first is split.  Raises: UserError."""
     kind = f"{type(net).__module__.partition('.')[0]}.{type(net).__name__}"
     if kind in CUTS:
         return _split_known(net, *CUTS[kind])
@@ -1979,7 +2008,6 @@ def freeze(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def cut(net: Net, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
     """(frozen backbone, tail): the tail is the last `tune` stages and the classifier.
-
     Raises: UserError; also unless the stages give what the network gives on a random image."""
     parts, card = stages(net), net.card
     at, name = len(parts) - 1 - tune, card.name or "the network"
@@ -2000,7 +2028,6 @@ def cut(net: Net, tune: int) -> tuple[nn.Sequential, nn.Sequential]:
 def prompted(net: Net, n: int = 10, deep: bool = True) -> Net:
     """The ViT with n prompt tokens, in place: deep = new ones before every block, else before the
     first.  They stand behind the other tokens, have no position and are off before the pooling.
-
     Paper: VPT (Jia et al. 2022).  Raises: UserError on what is no ViT of timm or open_clip."""
     def put(block: nn.Module, args: tuple) -> tuple:
         x, *others = args
@@ -2165,7 +2192,6 @@ vqgan = VQGAN  # as other projects call it
 
 def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[tuple, tuple]:
     """(names, templates) of the classes that a network answers with on a set.
-
     names: a file; "" = OpenAI's where the classes are synsets, else the set's own, _ and - as
     spaces.  templates: a file; "" = OpenAI's 80 for ImageNet, else a photo of a {}."""
     import open_clip
@@ -2190,20 +2216,22 @@ def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
     card, device = model.card, pick_device()
     if card.prompts == prompts:
         return model
-    texts = model.__dict__.setdefault("texts", {})  # a text tower is slow, and sets are alike
-    if prompts not in texts:
+    texts, kept = model.__dict__.setdefault("texts", {}), getattr(model, "text", None)
+    if prompts not in texts:  # a text tower is slow, and sets are alike
         with from_hub(f"the text tower of {card.name}"):
             name = card.name.partition(":")[2]
-            clip = clip_model(name, card.clip or None, card.size_px).to(device)
+            clip = kept() if kept else clip_model(name, card.clip or None, card.size_px)
             tokenizer = open_clip.get_tokenizer(name.partition("/")[0])
         weight = open_clip.build_zero_shot_classifier(
-            clip, tokenizer, *prompts, device=device).T.float().cpu().contiguous()
+            clip.to(device), tokenizer, *prompts, device=device).T.float().cpu().contiguous()
+        clip.cpu()                                       # room for the next one's
         scale = (v.item() if v is not None else 0.0 for v in (clip.logit_scale, clip.logit_bias))
         texts[prompts] = TextHead(weight, *scale)
     head = copy.deepcopy(texts[prompts]).to(next(model.parameters()).device)
     old = [m for m in model.modules() if isinstance(m, TextHead)] or [model.net.fc]
     new = {id(t): t for t in (*model.parameters(), *model.buffers())}
     out = copy.deepcopy(model, new | {id(m): head for m in old})
+    out.__dict__.pop("text", None)                       # the tower stays with the model alone
     out.card = dataclasses.replace(card, n_classes=head.out_features, prompts=prompts, classes=())
     return out
 
@@ -2224,8 +2252,7 @@ HEADS = Heads._fields  # of what is in this order [:, ::2] is of the clean and t
 
 
 class Prediction(NamedTuple):
-    """probs (B,C) of the answering head; head (B,) index into HEADS; sigma, kl (B,2) of the clean
-    and the robust head."""
+    """probs (B,C) of the head that answers; head (B,) in HEADS; sigma, kl (B,2): clean, robust."""
     probs: Tensor
     head: Tensor
     sigma: Tensor
@@ -2234,7 +2261,6 @@ class Prediction(NamedTuple):
 
 class Dropout(nn.Module):
     """Dropout with three modes: training (random), off, and sampling, T passes as one batch.
-
     METHOD [A] section 3.3: T stochastic passes.  The T masks are functions of the key alone and the
     same for every image: T sub-networks, so that no answer depends on the rest of its batch."""
     sample = None  # of the class, set by Student.moments: off, or (T, copies of the images in x)
@@ -2306,7 +2332,6 @@ TINY = 1e-12  # a KL of 0, to the last bit, would decide every product; and log 
 
 def divergence(mean: Tensor) -> Tensor:
     """KL(head || combined) of the clean and the robust head, (B,2) in nats, from mean (B,3,C).
-
     METHOD [A] section 3.3: on very noisy input the clean head may collapse onto a random class with
     a small sigma; far from the combined head it is not believed."""
     log = mean.float().clamp_min(TINY).log()
@@ -2332,7 +2357,6 @@ RULES = (*HEADS, *OBJECTIVES)
 def select(mean: Tensor, sigma: Tensor, rule: str = "product", *, logits: Tensor | None = None,
            y: Tensor | None = None) -> Tensor:
     """Index into HEADS of the head that answers each image, (B,).
-
     Shapes: mean (B,3,C) probabilities in the order of HEADS, sigma (B,2) of clean and robust,
     logits (B,3,C) for "max-logit", labels y (B,) for "oracle" (clean unless only robust is right).
     Paper: [A] eq. 6.  Raises: UserError on an unknown rule, a missing input."""
@@ -2438,7 +2462,6 @@ class Student(nn.Module):
 
 def team(clean: Tensor, robust: Sequence[Tensor], tau: float = 0.5) -> Tensor:
     """Probabilities (B,C) of a clean answer and several robust ones, (B,C) each; tau in nats.
-
     METHOD ours: r = the mean of the robust answers; the clean one weighs exp(-KL(clean||r) / tau),
     so that it is heard unless they contradict it, and r the rest.  Nothing is fitted."""
     r = sum(robust) / len(robust)
@@ -2449,7 +2472,6 @@ def team(clean: Tensor, robust: Sequence[Tensor], tau: float = 0.5) -> Tensor:
 
 class Team(nn.Module):
     """A network and the robust teacher, which stays beside it: they answer by `team`.
-
     net: a Net, whose answer is the clean one, or a Student, whose last head is a robust one; tune:
     the last so many stages of a Net stand twice on its frozen backbone, as they were and as a copy
     that is to become robust.  forward(x) -> log probabilities (B,C)."""
@@ -2514,7 +2536,7 @@ def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generato
     each = [generator] * len(x) if isinstance(generator, torch.Generator) else generator
     draws = [(torch.rand((), generator=g, device=g.device) < start,
               torch.randn(x.shape[1:], generator=g, device=g.device)) for g in each]
-    noise = torch.stack([n * on for on, n in draws]).to(x.device)
+    noise = on(x, torch.stack([n * some for some, n in draws]))
     x0 = vqgan(x.float() / 255 if x.dtype == torch.uint8 else x)
     v = (x0 + radius * F.normalize(noise, dim=(1, 2, 3))).clamp(0, 1)
     for _ in range(steps):
@@ -2531,9 +2553,7 @@ def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generato
 def dad_loss(z: Tensor, zt: Tensor, y: Tensor, t: float = 4.0, smoothing: float = 0.0) \
         -> dict[str, Tensor]:
     """{part: loss}, to be summed, of a student on b images x and, where they follow, b samples x'.
-
-    Shapes: z of the student, zt of its teacher, (b or 2b,C); y (b,), or soft (b,C).
-    Paper: [B]'s objective; x' has no cross-entropy."""
+    Shapes: z of the student, zt of its teacher, (b or 2b,C); y (b,), or soft (b,C).  Paper: [B]."""
     b = len(y)
     # METHOD [B]: CE(s(x), y) + t^2/2 KL(t(x) || s(x)) + t^2/2 KL(t(x') || s(x'))
     parts = {"ce": F.cross_entropy(z[:b].float(), y, label_smoothing=smoothing),
@@ -2560,7 +2580,6 @@ def save(path: Path | str, module: nn.Module, **more) -> None:
 
 def load(run: str | Path, net: nn.Module | None = None) -> nn.Module:
     """The Student, Team, Net or VQGAN that a run or `save` made, in eval mode.
-
     run: a run's folder (its model.safetensors) or a weights file.  net: your own network, where it
     was made from one: the Net, for its mean and std are in no file.  Raises: UserError."""
     path = Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
@@ -2604,8 +2623,7 @@ def build(name: str | nn.Module, classes: int | Sequence[str] | None = None,
     classes: number of outputs, which gets a new classifier where the weights have none; None = its
     own; or names, for a zero-shot network of open_clip.  size_px: side of the images that it is to
     see; 0 = its own.  weights: a local file instead of the tag's, of open_clip one of the whole
-    CLIP; "random" = none.  templates: prompts with {} for the class.  Raises: UserError on an
-    unknown name and weights that do not fit."""
+    CLIP; "random" = none.  templates: prompts with {} for the class.  Raises: UserError."""
     if isinstance(name, nn.Module):
         return name
     if name.startswith("run:"):
@@ -2637,13 +2655,9 @@ def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
 
 
 def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay on matrices only."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=cfg.lr)
+    """AdamW, or SGD with Nesterov momentum; weight decay on matrices only."""
+    from timm.optim import create_optimizer_v2
+    return create_optimizer_v2(model, cfg.optimizer, cfg.lr, cfg.weight_decay, momentum=0.9)
 
 
 def differences(old: dict, new: dict) -> str:
@@ -2679,8 +2693,7 @@ def resume(path: Path, parts: dict, key: dict | None) -> tuple[int, float, int]:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         if saved["processes"] != world()[1]:
-            say(f"{file}: made by {saved['processes']} processes, goes on with {world()[1]}: the "
-                "same images a step, other draws of augmentation and dropout")
+            say(f"{file}: made by {saved['processes']} processes: other draws from here on")
         return saved["progress"]
     return 0, 0.0, 0
 
@@ -2716,7 +2729,6 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
         name: str, seed: int, checkpoint: Path | None = None, key: dict | None = None,
         workers: int = 0) -> dict[str, float]:
     """Trains the module in place and returns {"images", "seconds", "gflops"}, of all steps.
-
     step(model, Batch) -> (loss, {name: 0-d tensor}) makes one forward through `model`, the module
     or its DDP wrapper.  checkpoint: where it goes on, of the job that key tells, log.jsonl beside
     it; None = no file.  Raises: UserError on a loss of NaN or inf; KeyboardInterrupt, all saved."""
@@ -2732,7 +2744,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     data, per_epoch = feed(images, cfg, seed, at, workers), max(1, len(images) // cfg.batch)
     total, losses = max(1, round(cfg.epochs * per_epoch)), []
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
-    trained = [p for group in opt.param_groups for p in group["params"]]
+    trained = [p for group in opt.param_groups[::-1] for p in group["params"]]
     say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, "
         f"{sum(p.numel() for p in trained):,} trained parameters"
         + (f"; goes on at step {at:,}" if at else ""))
@@ -2854,7 +2866,6 @@ def dad_step(cfg: Robustify, teacher: nn.Module, vqgan: VQGAN | None, n_classes:
 
 def vqgan_step(model, batch):
     """Reconstruction, codebook and commitment loss of a VQGAN (van den Oord et al. 2017).
-
     Half of the places skip the quantiser, so that the decoder asks for what no code tells yet (on
     shapes: colour); a code that nothing is nearest to moves to where the codes fit worst."""
     x = batch.x.float() / 255
@@ -2863,12 +2874,14 @@ def vqgan_step(model, batch):
              "commitment": 0.25 * F.mse_loss(z, q.detach())}
     net = getattr(model, "module", model)
     codes = net.quantize.embedding.weight
-    used = net.nearest(z).flatten().bincount(minlength=len(codes)).clamp(max=1)
+    used = torch.zeros_like(codes[:, 0]).index_fill_(0, net.nearest(z).flatten(), 1)
     if world()[1] > 1:
         dist.all_reduce(used)
     places, gap = (v.detach().float().permute(0, 2, 3, 1).flatten(0, 2) for v in (z, z - q))
-    dead = (used == 0).nonzero()[:len(places), 0]
-    codes.data[dead] = places[gap.square().sum(1).topk(len(dead)).indices]
+    worst = places[gap.square().sum(1).topk(min(len(places), len(codes))).indices]
+    turn = (used == 0).cumsum(0) - 1                     # of a dead code, among the dead
+    moves = ((used == 0) & (turn < len(worst)))[:, None]
+    codes.data.copy_(torch.where(moves, worst[turn.clamp(0, len(worst) - 1)], codes.data))
     if world()[1] > 1:
         dist.broadcast(codes.data, 0)
     return sum(parts.values()), parts | {"codes used": (used > 0).float().mean()}
@@ -2891,7 +2904,6 @@ def check_outputs(images: ImageSet, *nets: nn.Module) -> int:
 def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip: bool = True,
               **options) -> nn.Module:
     """The network, trained in place to be robust: cross-entropy on images and augmented images.
-
     images: what as_images takes.  net: of images in [0, 1].  crop, flip: as in Data.  options:
     fields of Robustify (augment, severity, jsd, epochs, batch, lr, ...).  Raises: UserError."""
     net = net if isinstance(net, Net) else Net(net)
@@ -2905,8 +2917,7 @@ def robustify(net: nn.Module, images, *, seed: int = 0, crop: bool = True, flip:
 def distill(student: Student, teacher: nn.Module, images, *, augment: str = "pixmix+augmix",
             severity: float = 3.0, seed: int = 0, crop: bool = True, flip: bool = True,
             **options) -> Student:
-    """The Student, tuned in place by [A] eq. 5: its clean head learns from the original network,
-    its robust head from the teacher.
+    """The Student, tuned in place by [A] eq. 5: its clean head by the original, robust by teacher.
 
     teacher: a robust network, images -> logits of the same classes.  images: as for robustify.
     options: fields of Distill (alpha, temperature, norms, epochs, lr, ...; tune, head and dropout
@@ -3009,8 +3020,7 @@ def evaluate_all(models: dict[str, Callable], images: ImageSet, cell: tuple[str,
 
 
 def aligned(images: ImageSet, card: Card) -> ImageSet:
-    """The set with its classes looked up in a network's outputs, where these are the same classes
-    in another order: a folder's are sorted by name."""
+    """The set with its classes looked up in outputs that are the same in another order."""
     if images.corrupted == "read" and images.base == card.home:   # CIFAR's arrays name no classes
         return dataclasses.replace(images, outputs=card.classes)
     if images.outputs == card.classes or set(images.outputs) != set(card.classes):
@@ -3026,9 +3036,8 @@ def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **o
 
     predict: any function from images uint8 (B,3,H,W) to logits; a module is put in eval mode, on
     the accelerator.  images: what as_images takes (files in the set's view), or the name of a set
-    in ./data (in the network's).  cell: (corruption, severity), made on the fly, with the JPEG
-    round trip of the published files.  options: batch, passes, amp, workers.
-    Raises: UserError, on outputs that are not finite too."""
+    in ./data (in the network's).  cell: (corruption, severity), made on the fly, with the published
+    JPEG round trip.  options: batch, passes, amp, workers.  Raises: UserError, also on NaN."""
     card = getattr(predict, "card", Card())
     if isinstance(images, str) and set_row(images)[1]:
         raise UserError(f"{images}: name the clean set, and the corruption by cell=(NAME, 1 to 5)")
@@ -3066,7 +3075,6 @@ def _fit_softmax(fc: nn.Linear, x: Tensor, y: Tensor, l2: float) -> None:
 def linear_probe(features: Tensor, y: Tensor, n_classes: int, seed: int = 0) \
         -> tuple[nn.Linear, float]:
     """(layer, chosen l2): a multinomial logistic regression on frozen features.
-
     The least mean cross-entropy + l2/2 |W|^2 on standardised features (folded into the layer), in
     float64 on a CPU and float32 on a GPU.  l2: the one of PROBE_L2 with the least loss on a tenth
     that is held out; refitted on all.  Shapes: features (n,D) float32, labels y (n,)."""
@@ -3115,8 +3123,6 @@ def fit_probe(model: nn.Module, images: ImageSet, cfg: Config) -> nn.Sequential:
     probe.card = model.card
     return freeze(probe.to(pick_device()))
 
-
-# ---- rows ----------------------------------------------------------------------------------------
 
 def weights_sha(net: nn.Module) -> str:
     """A hash of the network's tensors, and of its prompts in the place of their embeddings."""
@@ -3298,11 +3304,6 @@ def latest(rows: list[dict]) -> list[dict]:
             | {x: beside.get((x, r["seed"]), {}) for x in ("FT", "original")} for r in kept]
 
 
-def plain(name: str) -> str:
-    """A set's name without its qualification: imagenet-c (regenerated) -> imagenet-c."""
-    return name.partition(" (")[0]
-
-
 def by_kind(rows: list[dict]) -> list[list[str]]:
     """The sets of home, shift and transfer, as scored; home (which comes last) wins."""
     kinds = {r["set"]: r["kind"] for r in sorted(rows, key=lambda r: r["kind"], reverse=True)}
@@ -3374,11 +3375,10 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     columns = places | {s.replace("imagenet-c", "mCE"): {"sets": [s], "measure": "mCE"}
                         for s in shifts if s.startswith("imagenet-c")}
     columns |= {m: {"sets": (home + shifts + transfer)[:1], "measure": m} for m in COSTS}
-    scored = {plain(s): s for s in home + shifts}
+    scored = {s.partition(" (")[0]: s for s in home + shifts}           # without its qualification
     known = [{"label": f"{label} (published)", "seed": 0, "set": scored[s], "corruption": "",
               "severity": 0, "mCE" if s == "imagenet-c" else "top-1": percent}
-             for label, values in KNOWN.items()
-             for s, percent in zip(KNOWN_ON, values) if s in scored]
+             for label, row in KNOWN.items() for s, percent in zip(KNOWN_ON, row) if s in scored]
     note = "(published) = of whole sets from disk" if known else ""
     tables = [pivot(known + rows, "Models", models(known + rows, home + shifts), columns, note)]
     free = {"original", "teacher", "original + teacher"} & models(rows, home + shifts).keys()
@@ -3390,11 +3390,10 @@ def main_tables(rows: list[dict], plan: dict[str, list[str]]) -> list[str]:
     tables.append(pivot(rows, "Transfer", models(rows, transfer), others))
     places |= {f"F {place}": column | {"measure": "F"} for place, column in places.items()}
     for label, rules in {r["label"]: r["rules"] for r in rows if "rules" in r}.items():
-        tables.append(pivot(
-            rows, f"{label}: which rule picks the head",
-            {rule: {"label": label, "rule": rule} for rule in rules}, places,
-            "F = share of images sent to the right head: clean at home, robust under shift; "
-            "oracle = either head right."))
+        lines = {rule: {"label": label, "rule": rule} for rule in rules}
+        tables.append(pivot(rows, f"{label}: which rule picks the head", lines, places, "F = share "
+                            "of images sent to the right head: clean at home, robust under shift; "
+                            "oracle = either head right."))
     return tables
 
 
@@ -3452,9 +3451,10 @@ def figures(rows: list[dict]) -> dict:
     front, where a model not trained here costs 0.  Raises: ImportError without matplotlib."""
     rows, panels, points, drawn = latest(rows), {}, {}, {}
     shifts = by_kind(rows)[1]
-    clean = {corrupted_name(plain(r["set"])): r["set"] for r in rows}
+    bare = lambda name: name.partition(" (")[0]          # imagenet-c (regenerated) -> imagenet-c
+    clean = {corrupted_name(bare(r["set"])): r["set"] for r in rows}
     for name in dict.fromkeys(r["set"] for r in rows if r["corruption"]):
-        at = [{"sets": [clean.get(plain(name), "")]}]
+        at = [{"sets": [clean.get(bare(name), "")]}]
         at += [{"sets": [name], "severity": k} for k in range(1, 6)]
         panels[name] = panel = {}
         for x in models(rows, [name]):
@@ -3500,8 +3500,8 @@ def paired(ours: Callable, theirs: Callable | None, n: int, n_theirs: int, round
     return row
 
 
-def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> Iterator[dict]:
-    """Every corruption, and all on a sample, against PyPI's imagecorruptions, where that runs."""
+def bench_images(size: int = 224, n: int = 64, severity: int = 3) -> Iterator[dict]:
+    """Every corruption against PyPI's imagecorruptions, where that runs; AugMix against v2's."""
     x = make_shapes(n, size, "test")[0].to(pick_device())
     pictures = [np.ascontiguousarray(i) for i in x[:8].permute(0, 2, 3, 1).cpu().numpy()]
     parts = {name: [name] for name in CORRUPTIONS} | {
@@ -3517,35 +3517,45 @@ def bench_corruptions(size: int = 224, n: int = 64, severity: int = 3) -> Iterat
             theirs = None
         row = paired(lambda: [corrupt(x, c, severity) for c in names], theirs, n, len(few), 3)
         yield {"part": part, "against": "imagecorruptions", **row}
-
-
-def bench_augment(size: int = 224, n: int = 64) -> Iterator[dict]:
-    """AugMix at severity 3, with the paper's nine operations, against torchvision v2."""
-    x, other = make_shapes(n, size, "test")[0].to(pick_device()), v2.AugMix(3, all_ops=False)
-    row = paired(lambda: augmix(x, rng(0), 3), lambda: [other(image) for image in x.cpu()], n, n)
+    mix = v2.AugMix(severity, all_ops=False)
+    row = paired(lambda: augmix(x, rng(0), severity), lambda: [mix(i) for i in x.cpu()], n, n)
     yield {"part": "augmix", "against": "torchvision v2", **row}
+
+
+def bench_loader(n: int = 64) -> Iterator[dict]:
+    """JPEG files of ImageNet's size to a batch of random crops, against torchvision's own way."""
+    fields = _bytes(255 * plasma([rng("bench", i) for i in range(3 * n)], 500, 1.1)[:, :375])
+    with tempfile.TemporaryDirectory() as top:
+        Path(top, "class").mkdir()
+        for i, picture in enumerate(fields.unflatten(0, (n, 3))):
+            v2.functional.to_pil_image(picture).save(f"{top}/class/{i}.jpg", quality=90)
+        images = ImageSet("bench", [0] * n, ["class"], images=pictures_below(top)).training(0)
+        theirs = torchvision.datasets.ImageFolder(top, v2.Compose([
+            v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]))
+        row = paired(lambda: next(iter(loader(images, 0, batch_sampler=batches(n, n, 0)))),
+                     lambda: next(iter(torch.utils.data.DataLoader(theirs, n, True))), n, n)
+    yield {"part": "loader", "against": "ImageFolder and v2", **row}
 
 
 def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]:
     """{method: a step of training} of timm's networks on images (n,3,224,224), not augmented: FT,
-    ERPM with the last stage tuned in each head, that from the cache, and ERPM without sharing."""
-    net, other = (freeze(named(f"timm:{name}", 1000, "random")).to(x.device)
-                  for name in (student, teacher))
-    tuned = Student(net, 1, 1)
-    whole, *copies = (copy.deepcopy(net) for _ in range(4))  # FT's, and three of one head each
-    for m in copies:
-        cut(m, 1)[1].requires_grad_(True)
-    aug = Robustify(augment="none")
+    ERPM with the last stage in each head, live, from a cache, and without sharing: whole copies."""
+    net, other = (freeze(named(f"timm:{name}", 1000, "random")) for name in (student, teacher))
+    parts, aug, cfg = stages(net), Robustify(augment="none"), Distill()
+    apart = ThreeHeads(parts, len(parts) - 1, cfg.dropout, "head")
+    for head in apart.heads.values():
+        head[:-2].requires_grad_(False)
+    tuned, apart, net, other = (m.to(x.device) for m in (Student(net, 1, 1), apart, net, other))
     see = frozen_views(tuned.backbone, aug, True, tuned.original, other)
     batch = Batch(x, torch.zeros(len(x), dtype=torch.long, device=x.device), rng(0))
     with autocast("auto", x.device):
         held = see(batch)
-
-    def naive(heads: nn.ModuleList, batch: Batch) -> tuple[Tensor, dict]:
-        views = x, torch.cat([x, x]), x
-        z = Heads(*(head(v) for head, v in zip(heads, views)))
-        parts = erpm_loss(z, net(x), other(x), batch.y, alpha=0.5, t=2.0)
-        return sum(parts.values()), parts
+    jobs = {"ERPM": (tuned.tuned, erpm_step(cfg, see)),
+            "ERPM, cached": (tuned.tuned, erpm_step(cfg, lambda batch: held)),
+            "FT": (copy.deepcopy(net).requires_grad_(True),
+                   plain_step(cfg, frozen_views(nn.Identity(), aug))),
+            "ERPM without sharing": (apart, erpm_step(
+                cfg, frozen_views(nn.Identity(), aug, True, net, other)))}
 
     def once(model: nn.Module, opt: torch.optim.Optimizer, step: Callable) -> None:
         with autocast("auto", x.device):
@@ -3554,36 +3564,26 @@ def training_steps(student: str, teacher: str, x: Tensor) -> dict[str, Callable]
         opt.step()
         opt.zero_grad()
 
-    jobs = {"ERPM": (tuned.tuned, erpm_step(Distill(), see)),
-            "ERPM, cached": (tuned.tuned, erpm_step(Distill(), lambda batch: held)),
-            "FT": (whole.requires_grad_(True),
-                   plain_step(Train(), frozen_views(nn.Identity(), aug))),
-            "ERPM without sharing": (nn.ModuleList(copies), naive)}
-    return {method: functools.partial(once, model.train(), make_optimizer(model, Train()), step)
+    return {method: functools.partial(once, model.train(), make_optimizer(model, cfg), step)
             for method, (model, step) in jobs.items()}
 
 
-def counted(student: str, teacher: str, n: int = 8) -> dict[str, tuple[float, float]]:
-    """{method: GFLOPs an image, GB that wait for the backward pass of n} of a step."""
-    keep = lambda v: held.update({v.untyped_storage()._cdata: v.untyped_storage().nbytes()}) or v
-    found, x = {}, torch.empty(n, 3, 224, 224, dtype=torch.uint8, device="meta")
-    for method, step in training_steps(student, teacher, x).items():
-        held, watch = {}, torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v)
-        with FlopCounterMode(display=False) as counter, watch:
-            step()
-        found[method] = counter.get_total_flops() / n / 1e9, sum(held.values()) / 1e9
-    return found
-
-
-def bench_training() -> Iterator[dict]:
-    """A step of ERPM, live and from the cache, over networks and batches, against FT, ERPM without
-    sharing and a matrix product of as many FLOPs; on a GPU [A]'s networks and the largest batch."""
+def bench_train() -> Iterator[dict]:
+    """A step of ERPM, live and cached, over networks and batches, against FT, ERPM without sharing
+    and a matrix product of as many FLOPs; those, and what waits for the backward pass, counted."""
     device, parts = pick_device(), ("ERPM", "ERPM, cached")
-    square = torch.randn(2048, 2048, device=device, dtype=amp_type("auto", device))
+    side = 8192 if device.type == "cuda" else 1024
+    square = torch.randn(side, side, device=device, dtype=amp_type("auto", device))
+    keep = lambda v: held.update({v.untyped_storage()._cdata: v.untyped_storage().nbytes()}) or v
     for label, *nets in (("ViT-Ti/16", "vit_tiny_patch16_224", "resnet18"),
                          ("ViT-S/16", "vit_small_patch16_224", "resnet18"),
                          ("ViT-L/14@336", "vit_large_patch14_clip_336", "vit_base_patch16_224")):
-        need = counted(*nets)
+        need, x = {}, torch.empty(8, 3, 224, 224, dtype=torch.uint8, device="meta")
+        for part, step in training_steps(*nets, x).items():
+            held, watch = {}, torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v)
+            with FlopCounterMode(display=False) as counter, watch:
+                step()
+            need[part] = counter.get_total_flops() / 8e9, sum(held.values()) / 1e9
         for part, (k, unit) in itertools.product(parts, enumerate(("GFLOPs an image", "GB of 8"))):
             ours, theirs = need[part][k], need["FT"][k]
             yield {"part": f"{part}, {label}", "against": f"FT, {unit}", "ours": ours,
@@ -3593,25 +3593,28 @@ def bench_training() -> Iterator[dict]:
                 steps = training_steps(*nets, make_shapes(n, 224, "test")[0].to(device))
                 steps["a matrix product"] = lambda: square @ square
                 for part, other in itertools.product(parts, [*steps][2:]):
-                    m = 2 * 2.048 ** 3 / need[part][0] if other == "a matrix product" else n
+                    m = 2e-9 * side ** 3 / need[part][0] if other == "a matrix product" else n
                     yield {"part": f"{part}, {label}, batch {n}", "against": other,
                            **paired(steps[part], steps[other], n, m)}
 
 
-def bench_answers(n: int = 32) -> Iterator[dict]:
-    """The choice of the head, closed form or by dropout passes, against the plain forward."""
-    x = make_shapes(n, 224, "test")[0].to(pick_device())
-    net = freeze(named("timm:vit_small_patch16_224", 1000, "random", 224)).to(x.device)
-    for part, where, passes in (("closed form", "head", 0), ("10 passes in the heads", "head", 10),
-                                ("10 passes in the tail", "tail", 10)):
+def bench_eval() -> Iterator[dict]:
+    """The choice of the head over networks and batches, against the plain forward; the passes in
+    the tail against three whole networks and a pass a sample."""
+    nets = {"ViT-Ti/16": "vit_tiny_patch16_224", "ViT-S/16": "vit_small_patch16_224"}
+    ways = {"closed form": ("head", 0), "10 in heads": ("head", 10), "10 in the tail": ("tail", 10)}
+    for label, n, way in itertools.product(nets, (1, 32), ways):
+        x, (where, passes) = make_shapes(n, 224, "test")[0].to(pick_device()), ways[way]
+        net = freeze(named(f"timm:{nets[label]}", 1000, "random", 224)).to(x.device)
         student = freeze(Student(net, 1, 1, dropout_in=where)).to(x.device)
-        row = paired(lambda: student.predict(x, passes), lambda: net(x), n, n)
-        share = gflops(student, 224, passes) / gflops(net, 224)
-        yield {"part": f"{part} (FLOPs x {share:.2f})", "against": "the network", **row}
+        ours, share = lambda: student.predict(x, passes), gflops(student, 224, passes)
+        part = f"{way}, {label}, batch {n} (FLOPs x {share / gflops(net, 224):.2f})"
+        yield {"part": part, "against": "the network", **paired(ours, lambda: net(x), n, n)}
+    naive = lambda: [net(x[:1]) for _ in range(3 * passes)]
+    yield {"part": part, "against": "3 networks, 10 passes", **paired(ours, naive, n, 1)}
 
 
-BENCHES = {"corruptions": bench_corruptions, "augment": bench_augment,
-           "training": bench_training, "answers": bench_answers}
+BENCHES = {"images": bench_images, "loader": bench_loader, "train": bench_train, "eval": bench_eval}
 
 
 # ==== 12. COMMANDS ====
@@ -3737,9 +3740,8 @@ def cached(cfg: Config, images: ImageSet, backbone: nn.Module, clean: bool = Tru
 def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQGAN) -> ImageSet:
     """The images with samples of [B] beside them, files CLASS/INDEX.png that all processes make."""
     r = cfg.robustify
-    key = attack(r) | {"data": images.base, "view": str(images.view), "seed": cfg.seed,
-                       "n": len(images.y), "teacher": weights_sha(teacher),
-                       "vqgan": weights_sha(vqgan)}
+    key = {"data": images.base, "view": str(images.view), "seed": cfg.seed, "n": len(images.y),
+           "teacher": weights_sha(teacher), "vqgan": weights_sha(vqgan), **attack(r)}
     top = cfg.dir / f"samples-{fold(key):016x}"
     if world()[0] == 0:
         write_atomically(top / "settings.yaml", yaml.safe_dump(key))
@@ -3967,8 +3969,6 @@ def network(own: Config, images: ImageSet, role: str, words: dict = {}, label=""
     say(f"{path}: {cost.get('images', 0):,} images in {cost.get('seconds', 0):.0f} s")
     return load(path).to(pick_device())
 
-
-# ---- eval ----------------------------------------------------------------------------------------
 
 def networks(cfg: Config) -> Iterator[dict[str, nn.Module]]:
     """{label: network} for those that want the same pixels: of eval.models, else of a run, its

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import dis
+import functools
 import io
 import itertools
 import json
@@ -648,7 +649,7 @@ def test_glass_blur_is_the_loop_that_copies(d, passes):
     ours = erpm.glass_blur(x, (0.05, d, passes), [erpm.rng("glass")])[0]
     g, y = erpm.rng("glass"), x[0].permute(1, 2, 0).numpy().copy()
     for _ in range(passes):
-        pick = erpm.draw([g], (h, w), torch.Tensor.random_, 0, 4 * d * d, dtype=torch.int32)
+        pick = erpm.draw([g], (h, w), "random_", 0, 4 * d * d)
         for i in range(h - d, d, -1):
             for j in range(w - d, d, -1):
                 dy, dx = divmod(int(pick[0, i, j]), 2 * d)
@@ -668,6 +669,79 @@ def test_frost_reads_the_five_textures_of_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(erpm, "frost_folder", lambda: tmp_path)
     y = erpm.corrupt(torch.zeros(40, 3, 221, 223, dtype=torch.uint8), "frost", 1)
     assert len(y[:, 0].flatten(1).float().mean(1).round().unique()) == 5
+
+
+# ---- on a GPU, which is a device without data here: what waits for it or copies has no answer ----
+
+@pytest.mark.parametrize("name", [c for c in erpm.CORRUPTIONS if c not in FIXED])
+def test_a_gpu_has_the_same_statistics_and_an_image_none_of_its_batch(name, monkeypatch):
+    x = picture(64).expand(32, -1, -1, -1)
+    cpu = (erpm.corrupt(x, name, 3).float() - x).flatten(1)
+    monkeypatch.setattr(erpm, "on_cpu", lambda x: False)
+    y = erpm.corrupt(x, name, 3)
+    assert torch.equal(y[[7, 4]], erpm.corrupt(x[:2], name, 3, index=[7, 4]))
+    gpu = (y.float() - x).flatten(1)
+    for of in (torch.mean, torch.std):
+        a, b = of(cpu, 1), of(gpu, 1)
+        assert abs(a.mean() - b.mean()) < 4 * ((a.var() + b.var()) / len(x)).sqrt() + 0.05
+
+
+def test_noise_of_a_gpu_is_splitmix64(monkeypatch):
+    monkeypatch.setattr(erpm, "on_cpu", lambda x: False)
+    u = erpm.draw([erpm.rng(0), erpm.rng(1)], (3, 2), "uniform_", near=torch.empty(0))
+    z = torch.randint(2 ** 62, (), generator=erpm.rng(1)).item() + 5 * 0x9E3779B97F4A7C15
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z % 2 ** 64 >> shift)) * factor % 2 ** 64
+    assert abs(u[1, 2, 1].item() - z / 2 ** 64) < 1e-6
+
+
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what runs on the device without data; a copy to it that is waited for is an error."""
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out))
+                   if isinstance(t, torch.Tensor) and t.ndim]
+        if len({t.device for t in tensors}) > 1:
+            assert (kwargs or {}).get("non_blocking"), f"{function} waits for the device"
+        self.n += any(t.is_meta for t in tensors) and not function.is_view
+        return out
+
+
+@pytest.mark.parametrize("name", ["augmix", "pixmix", "deepaugment",
+                                  *erpm.CORRUPTIONS[:13]])           # the others are Pillow's
+def test_a_gpu_runs_as_many_kernels_for_many_images_as_for_few(name, monkeypatch):
+    ice = erpm.ice(0, 64, 64, "cpu").to("meta")
+    monkeypatch.setattr(erpm, "ice", lambda *a: ice)                 # loaded once
+    counts = []
+    for n in (48, 192) if name in erpm.AUGMENTATIONS else (3, 12):
+        x = torch.empty(n, 3, 32, 32, dtype=torch.uint8, device="meta")
+        with Watched() as watched:
+            y = erpm.corrupt(x, name, 3) if name in erpm.CORRUPTIONS else \
+                erpm.augment(x, name, erpm.rng(0))
+        counts.append(watched.n)
+    assert y.is_meta and y.shape == x.shape
+    assert 0 < counts[1] < 1.3 * counts[0], counts
+
+
+def test_no_step_of_training_waits_for_the_device(monkeypatch):
+    """A value that the host would have to read does not exist there."""
+    monkeypatch.setattr(erpm, "pick_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(erpm, "log_row", lambda *a: "")              # that one may wait
+    net, teacher = (erpm.freeze(erpm.Net(tiny_net())).to("meta") for _ in range(2))
+    aug, codes = erpm.Robustify(augment="pixmix+augmix"), drawn_vqgan().to("meta")
+    s, whole = erpm.Student(net, 1, 1).to("meta"), copy.deepcopy(net).requires_grad_(True)
+    both = erpm.frozen_views(s.backbone, aug, True, s.original, teacher)
+    consistent, mixed = (dataclasses.replace(aug, augment=way, jsd=jsd) for way, jsd in (
+        ("none", 12.0), ("deepaugment+cutmix", 0.0)))
+    for module, step in ((s.tuned, erpm.erpm_step(erpm.Distill(), both)),
+                         (whole, erpm.robust_step(consistent, 5)),
+                         (whole, erpm.dad_step(mixed, teacher, codes, 5)),
+                         (codes.requires_grad_(True), erpm.vqgan_step)):
+        with Watched() as watched:
+            quick_fit(step, module, epochs=0.25, ema=0.9)
+        assert watched.n > 100
 
 
 # ==== augmentations ====
@@ -1332,14 +1406,19 @@ def test_the_three_heads_tune_a_projection_each_and_share_the_text():
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny-rn", "tiny-timm"])
-def test_zero_shot_logits_equal_open_clips_own_path(kind, tmp_path):
+def test_zero_shot_logits_equal_open_clips_own_path(kind, tmp_path, monkeypatch):
     torch.manual_seed(0)
     file, clip, x = str(tmp_path / "clip.pt"), erpm.clip_model(kind), images(3, 40)
     torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, file)
     names, templates = ("star", "half disc", "{ring}"), open_clip.OPENAI_IMAGENET_TEMPLATES[:5]
     weight = open_clip.build_zero_shot_classifier(clip, open_clip.get_tokenizer(kind), names,
                                                   templates)
+    makes = Mock(side_effect=open_clip.create_model)     # built once, its file read once
+    reads = Mock(side_effect=timm.models.load_state_dict)
+    monkeypatch.setattr(open_clip, "create_model", makes)
+    monkeypatch.setattr(timm.models, "load_state_dict", reads)
     net = erpm.build(f"open_clip:{kind}", names, file, templates=[t("{}") for t in templates])
+    assert makes.call_count == reads.call_count == 1
     with torch.no_grad():
         want = clip.logit_scale.exp() * clip.encode_image(net.prepare(x), normalize=True) @ weight
         want = want if clip.logit_bias is None else want + clip.logit_bias
@@ -1770,9 +1849,26 @@ def test_bench_pairs_the_same_work(monkeypatch):
     monkeypatch.setattr(erpm, "frost_folder", lambda: None)
     package = Mock(corrupt=lambda x, severity, name: calls.append(name))
     monkeypatch.setitem(sys.modules, "imagecorruptions", package)
-    rows = list(erpm.bench_corruptions(size=32, n=2))
-    assert [r["part"] for r in rows][-2:] == ["the 15", "the 14 without glass_blur"]
+    rows = list(erpm.bench_images(size=32, n=2))
+    assert [r["part"] for r in rows][-3:] == ["the 15", "the 14 without glass_blur", "augmix"]
     assert {*calls} == {"a", "b", *erpm.CORRUPTIONS} and all(len(r) == 6 for r in rows)
+
+
+def test_bench_runs_to_its_end(here, monkeypatch):
+    """Of small networks and images, once each side."""
+    shapes, net = erpm.make_shapes, erpm.Net(tiny_net())
+
+    def once(ours, theirs, n, m):
+        ours(), theirs()
+        return {"ours": n, "theirs": m}
+    monkeypatch.setattr(erpm, "paired", once)
+    monkeypatch.setattr(erpm, "make_shapes", lambda n, size, split: shapes(n, 32, split))
+    monkeypatch.setattr(erpm, "named", lambda *a: copy.deepcopy(net))
+    text = runs("bench", "train", "eval")
+    rows = [json.loads(line) for line in open("runs/shapes/bench.jsonl")]
+    assert [sum(r["bench"] == name for r in rows) for name in erpm.BENCHES] == [0, 0, 36, 13]
+    rows += erpm.bench_loader(n=4)
+    assert all(r["ours"] > 0 and r["theirs"] > 0 for r in rows) and "ViT-L/14@336" in text
 
 
 # ==== nothing lost, nothing silently wrong ====
@@ -1855,6 +1951,23 @@ def test_a_tree_is_walked_to_its_end_and_only_regular_files_count(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     paths = [p for name in "ab" for p in erpm.pictures_below(tmp_path / name)]
     assert [os.path.relpath(p, tmp_path) for p in paths] == ["a/x.png", "b/x.png"]
+
+
+def test_a_long_list_of_files_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    make_tree(tmp_path / "set")
+    listed = functools.partial(erpm.pictures_below, tmp_path / "set/train", long=10)
+    now, walk = listed(), Mock(side_effect=erpm._walk)   # of a folder that has just been filled
+    assert not (tmp_path / "home").exists() and len(now) == 12
+    for folder in (tmp_path / "set/train", *(tmp_path / "set/train").iterdir()):
+        os.utime(folder, (0, 0))
+    monkeypatch.setattr(erpm, "_walk", walk)
+    assert listed() == listed() == now and walk.call_count == 3      # once, the three folders
+    [file] = (tmp_path / "home").rglob("*.json")
+    file.write_text(file.read_text().replace("cat", "rat"))
+    assert listed() == now and walk.call_count == 6      # a damaged list is made again
+    shutil.copy(now[0], tmp_path / "set/train/dog/new.jpg")
+    assert listed() == sorted([*now, str(tmp_path / "set/train/dog/new.jpg")])
 
 
 def test_one_command_at_a_time_with_the_same_settings_on_all_processes_works_in_a_run(here, capfd):
