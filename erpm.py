@@ -49,6 +49,7 @@ import tempfile
 import time
 import types
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def rng(*key, device="cpu") -> torch.Generator:
 
 
 def _key(generator: torch.Generator) -> int:
-    """The next number of the generator: the seed of what draws otherwise."""
+    """The next number of the generator: a seed for NumPy, torchvision or a hash."""
     return torch.randint(2**62, (), generator=generator, device=generator.device).item()
 
 
@@ -203,11 +204,11 @@ def sha(*parts) -> str:
 
 
 def _walk(top: Path | str, times: dict[str, int], seen: Sequence[str] = ()) -> list[str]:
-    """`pictures_below`; the folders' times go into a dict."""
+    """As pictures_below; notes also each folder's time of change, which no tool sets back."""
     real, kinds = os.path.realpath(top), torchvision.datasets.folder.IMG_EXTENSIONS
     if not os.path.isdir(top) or real in seen:
         return []
-    times[str(top)] = os.stat(top).st_mtime_ns
+    times[str(top)] = os.stat(top).st_ctime_ns
     entries = [e for e in sorted(os.scandir(top), key=lambda e: e.name) if e.name[0] != "."]
     found = [e.path for e in entries if e.name.lower().endswith(kinds) and e.is_file()]
     for folder in (e.path for e in entries if e.is_dir()):
@@ -219,11 +220,11 @@ def pictures_below(top: Path | str, long: int = 10 ** 5) -> list[str]:
     """The picture files below a folder (none if it is absent), sorted, without hidden ones; a link
     to a folder that it lies in is passed over.  A long list is kept in torch's cache: it holds
     until a folder has another time.  Raises: OSError."""
-    kept = Path(torch.hub.get_dir(), "erpm", sha(str(top), os.path.realpath(top)) + ".json")
-    with contextlib.suppress(OSError, ValueError):
+    kept = Path(torch.hub.get_dir(), "erpm", sha(*map(os.fsencode, (top, os.path.realpath(top)))))
+    with contextlib.suppress(OSError, ValueError, TypeError):
         seal, text = kept.read_text().split("\n")
         times, found = json.loads(text)
-        if seal == sha(text) and all(os.stat(f).st_mtime_ns == t for f, t in times.items()):
+        if seal == sha(text) and all(os.stat(f).st_ctime_ns == t for f, t in times.items()):
             return found
     found = _walk(top, times := {})
     if len(found) > long and max(times.values()) < time.time_ns() - 2e9:     # at rest
@@ -250,15 +251,15 @@ def read_picture(path: Path | str) -> Image.Image:
 
 
 def decode(path: Path | str) -> Tensor:
-    """The picture, uint8 (3,H,W), for training: a JPEG by torchvision, 1.5 times as fast through a
+    """The picture, uint8 (3,H,W), for training: a JPEG by torchvision, 1.7 times as fast through a
     random crop and within a grey level; all else, and once that decoder is gone, by Pillow."""
-    tv, at = torchvision.io, 2
+    tv, most, at = torchvision.io, Image.MAX_IMAGE_PIXELS or math.inf, 2
     with contextlib.suppress(RuntimeError, AttributeError, OSError, IndexError):
         data = bytearray(Path(path).read_bytes())
-        while data[at] == 0xFF and not 0xC0 <= data[at + 1] <= 0xC3:         # until its size comes
-            at += 2 + int.from_bytes(data[at + 2:at + 4])
+        while data[at] == 0xFF and not 0xC0 <= data[at + 1] <= 0xC3:     # up to the size
+            at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2:at + 4])
         h, w = (int.from_bytes(data[i:i + 2]) for i in (at + 5, at + 7))
-        if data[:2] == b"\xff\xd8" and h * w < Image.MAX_IMAGE_PIXELS:       # else a bomb
+        if data[:2] == b"\xff\xd8" and data[at] == 0xFF and h * w < most:
             return tv.decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), tv.ImageReadMode.RGB)
     return v2.functional.pil_to_tensor(read_picture(path))
 
@@ -563,7 +564,8 @@ def slices(x, size):
 
 def on(x, values, dtype=None):
     """NumPy's or a list's values on x's device, which the host does not wait for."""
-    return torch.as_tensor(values, dtype=dtype).to(x.device, non_blocking=True)
+    values = torch.as_tensor(values, dtype=dtype)
+    return (values.pin_memory() if x.is_cuda else values).to(x.device, non_blocking=True)
 
 
 def draw(gens, shape, fill, *args, near=None):
@@ -792,7 +794,7 @@ def brightness(x, c, gens):
 def contrast(x, c, gens):
     """Distance to each channel's own mean, times c."""
     y = x.float()
-    return truncate(torch.lerp(y.mean((2, 3), keepdim=True), y, c))
+    return truncate(torch.lerp(y.double().mean((2, 3), keepdim=True).float(), y, c))
 
 
 def remap(x, points, corners):
@@ -1108,9 +1110,8 @@ AUGMENTATIONS = {  # in the order in which a sum applies them
     "pixmix": pixmix,
     "augmix": augmix,
     "randaugment": image_by_image(v2.RandAugment(2, 9)),
-    # a grey square of half the side, as on CIFAR-10; a rectangle (Zhong et al. 2020)
-    "cutout": image_by_image(v2.RandomErasing(1, (0.25, 0.25), (1, 1), 128)),
-    "erasing": image_by_image(v2.RandomErasing(0.25, value=128)),
+    "cutout": image_by_image(v2.RandomErasing(1, (0.25, 0.25), (1, 1), 128)),  # half of each side
+    "erasing": image_by_image(v2.RandomErasing(0.25, value=128)),  # Zhong et al. 2020
 }
 LABEL_MIXERS = {"mixup": functools.partial(v2.MixUp, alpha=0.8),  # alpha as in [B]
                 "cutmix": functools.partial(v2.CutMix, alpha=1.0)}
@@ -1155,7 +1156,7 @@ def mix_labels(x, y, spec, generator, n_classes):
 # Always: a sample is a function of (seed, epoch, index), the order of (seed, epoch).
 
 
-random_crop = functools.cache(v2.RandomResizedCrop)  # costs as much to make as to call
+RANDOM_CROP = v2.RandomResizedCrop(1)  # draws the place alone: to call it costs 17 % more
 
 
 @dataclass(frozen=True)
@@ -1173,14 +1174,11 @@ class View:
         cut = "squashed" if self.squash else f"crop {self.crop_pct:g}"
         return f"{border}{self.size_px} px, {cut}, {self.interpolation}"
 
-    def __call__(self, im: Image.Image | Tensor, random: bool = False) -> Image.Image | Tensor:
-        mode = v2.InterpolationMode(self.interpolation)
-        if random:
-            return random_crop(self.size_px, interpolation=mode)(im)
+    def __call__(self, im: Image.Image | Tensor) -> Image.Image | Tensor:
         if self.border_px:
             im = ImageOps.crop(im, self.border_px)
         size = [self.size_px] * 2 if self.squash else [math.floor(self.size_px / self.crop_pct)]
-        im = v2.functional.resize(im, size, interpolation=mode)
+        im = v2.functional.resize(im, size, interpolation=v2.InterpolationMode(self.interpolation))
         return v2.functional.center_crop(im, self.size_px)
 
 
@@ -1249,12 +1247,16 @@ class ImageSet(torch.utils.data.Dataset):
         return x, torch.from_numpy(self.y[index]), torch.from_numpy(index)
 
     def _read(self, epoch: int, i: int) -> Tensor:
-        seed, crop, flip = self.draw
-        im = decode(self.images[i]) if crop else read_picture(self.images[i])
+        (seed, crop, flip), path, view = self.draw, self.images[i], self.view
         with seeded(seed, "crop", epoch, i):
-            im = self.view(im, random=crop)
-            im = v2.functional.hflip(im) if flip and torch.rand(1) < 0.5 else im
-        return im if crop else v2.functional.pil_to_tensor(im)
+            if crop:
+                x = decode(path)
+                top, left, h, w = RANDOM_CROP.make_params([x]).values()
+                x = F.interpolate(x[None, :, top:top + h, left:left + w], [view.size_px] * 2,
+                                  mode=view.interpolation, antialias=True)[0]
+            else:
+                x = v2.functional.pil_to_tensor(view(read_picture(path)))
+            return x.flip(2) if flip and torch.rand(1) < 0.5 else x
 
 
 def as_images(images) -> ImageSet:
@@ -1635,8 +1637,7 @@ class Card:
     prompts: tuple = ()              # (names, templates) of a zero-shot network
     clip: str = ""                   # file of its two towers; "" = by tag; "both towers" = this one
     fresh: bool = False              # its classifier is not trained
-    # what `load` makes of it, {prompted, student, team or vqgan: its keywords}
-    made: dict = dataclasses.field(default_factory=dict)
+    made: dict = dataclasses.field(default_factory=dict)     # for `load`: {kind: its keywords}
     label: str = ""                  # its name in the tables
     key: dict = dataclasses.field(default_factory=dict)      # the settings that made it
     train: dict = dataclasses.field(default_factory=dict)    # {images, seconds, gflops}
@@ -1834,8 +1835,8 @@ def _torchvision(name: str, classes: int | None, weights: str | None, size_px: i
     return net
 
 
-# A whole CLIP that trains in a minute on a CPU: the student of recipe demo-clip.
-TINY_CLIP = {
+TEXT_TOWERS = weakref.WeakKeyDictionary()  # of networks whose file was read, not of their copies
+TINY_CLIP = {  # a whole one, which trains in a minute on a CPU: the student of recipe demo-clip
     "embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
 
@@ -1875,7 +1876,8 @@ def _open_clip(name: str, classes: int | None, weights: str | None, size_px: int
     card = Card(n_classes=classes or 0, size_px=size, view=view, clip=weights or "",
                 fresh=bool(classes) or not weights and "/" not in name)
     net = Net(nn.Sequential(OrderedDict(visual=clip.visual, fc=fc)), card, cfg["mean"], cfg["std"])
-    clip.visual, net.text = None, None if card.fresh else lambda: clip  # copies share a function
+    if not card.fresh and weights != "random":
+        clip.visual, TEXT_TOWERS[net] = None, clip
     return net
 
 
@@ -2216,11 +2218,11 @@ def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
     card, device = model.card, pick_device()
     if card.prompts == prompts:
         return model
-    texts, kept = model.__dict__.setdefault("texts", {}), getattr(model, "text", None)
+    texts, clip = model.__dict__.setdefault("texts", {}), TEXT_TOWERS.get(model)
     if prompts not in texts:  # a text tower is slow, and sets are alike
         with from_hub(f"the text tower of {card.name}"):
             name = card.name.partition(":")[2]
-            clip = kept() if kept else clip_model(name, card.clip or None, card.size_px)
+            clip = clip or clip_model(name, card.clip or None, card.size_px)
             tokenizer = open_clip.get_tokenizer(name.partition("/")[0])
         weight = open_clip.build_zero_shot_classifier(
             clip.to(device), tokenizer, *prompts, device=device).T.float().cpu().contiguous()
@@ -2231,7 +2233,6 @@ def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
     old = [m for m in model.modules() if isinstance(m, TextHead)] or [model.net.fc]
     new = {id(t): t for t in (*model.parameters(), *model.buffers())}
     out = copy.deepcopy(model, new | {id(m): head for m in old})
-    out.__dict__.pop("text", None)                       # the tower stays with the model alone
     out.card = dataclasses.replace(card, n_classes=head.out_features, prompts=prompts, classes=())
     return out
 
@@ -2529,14 +2530,12 @@ def dad_samples(x: Tensor, y: Tensor, teacher: nn.Module, vqgan: VQGAN, generato
     """Discrete adversarial samples x' of images, (B,3,S,S) in [0, 1].
 
     Shapes: x (B,3,S,S), uint8 or in [0, 1]; y (B,).  teacher: images in [0, 1] -> logits.
-    generator: one, from which the images draw in turn, or a sequence of one for each image.
-    radius, step: L2 norms, of the ball around the reconstruction and of a step.  start: probability
-    of a random start.  through: the gradient crosses the quantiser, straight through.
-    Paper: [B]'s algorithm, as its code has it; the student has no part in it."""
+    generator: on the CPU, one, or one for each image.  radius, step: L2 norms, of the ball around
+    the reconstruction and of a step.  start: probability of a random start.  through: the gradient
+    crosses the quantiser, straight through.  Paper: [B]'s algorithm, as its code has it."""
     each = [generator] * len(x) if isinstance(generator, torch.Generator) else generator
-    draws = [(torch.rand((), generator=g, device=g.device) < start,
-              torch.randn(x.shape[1:], generator=g, device=g.device)) for g in each]
-    noise = on(x, torch.stack([n * some for some, n in draws]))
+    some = draw(each, (1, 1, 1), "uniform_") < start
+    noise = draw(each, x.shape[1:], "normal_", near=x) * on(x, some)
     x0 = vqgan(x.float() / 255 if x.dtype == torch.uint8 else x)
     v = (x0 + radius * F.normalize(noise, dim=(1, 2, 3))).clamp(0, 1)
     for _ in range(steps):
@@ -2657,7 +2656,9 @@ def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
 def make_optimizer(model: nn.Module, cfg: Train) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum; weight decay on matrices only."""
     from timm.optim import create_optimizer_v2
-    return create_optimizer_v2(model, cfg.optimizer, cfg.lr, cfg.weight_decay, momentum=0.9)
+    opt = create_optimizer_v2(model, cfg.optimizer, cfg.lr, cfg.weight_decay, momentum=0.9)
+    opt.param_groups.reverse()                           # matrices first
+    return opt
 
 
 def differences(old: dict, new: dict) -> str:
@@ -2744,7 +2745,7 @@ def fit(model: nn.Module, step: Callable, images: ImageSet, cfg: Train, runtime:
     data, per_epoch = feed(images, cfg, seed, at, workers), max(1, len(images) // cfg.batch)
     total, losses = max(1, round(cfg.epochs * per_epoch)), []
     wrapped = model if size == 1 else nn.parallel.DistributedDataParallel(model)
-    trained = [p for group in opt.param_groups[::-1] for p in group["params"]]
+    trained = [p for group in opt.param_groups for p in group["params"]]
     say(f"{name}: {len(images):,} images, {total:,} steps of {cfg.batch}, "
         f"{sum(p.numel() for p in trained):,} trained parameters"
         + (f"; goes on at step {at:,}" if at else ""))
@@ -3451,10 +3452,9 @@ def figures(rows: list[dict]) -> dict:
     front, where a model not trained here costs 0.  Raises: ImportError without matplotlib."""
     rows, panels, points, drawn = latest(rows), {}, {}, {}
     shifts = by_kind(rows)[1]
-    bare = lambda name: name.partition(" (")[0]          # imagenet-c (regenerated) -> imagenet-c
-    clean = {corrupted_name(bare(r["set"])): r["set"] for r in rows}
+    clean = {corrupted_name(r["set"].partition(" (")[0]): r["set"] for r in rows}
     for name in dict.fromkeys(r["set"] for r in rows if r["corruption"]):
-        at = [{"sets": [clean.get(bare(name), "")]}]
+        at = [{"sets": [clean.get(name.partition(" (")[0], "")]}]
         at += [{"sets": [name], "severity": k} for k in range(1, 6)]
         panels[name] = panel = {}
         for x in models(rows, [name]):
@@ -3590,7 +3590,8 @@ def bench_train() -> Iterator[dict]:
                    "theirs": theirs, "ratio": round(theirs / ours, 2), "spread": "counted"}
         for n in (8, 32, 128, 512) if square.is_cuda else (2, 8) if nets[1] == "resnet18" else ():
             with contextlib.suppress(torch.OutOfMemoryError):
-                steps = training_steps(*nets, make_shapes(n, 224, "test")[0].to(device))
+                steps, x = None, make_shapes(n, 224, "test")[0].to(device)
+                steps = training_steps(*nets, x)
                 steps["a matrix product"] = lambda: square @ square
                 for part, other in itertools.product(parts, [*steps][2:]):
                     m = 2e-9 * side ** 3 / need[part][0] if other == "a matrix product" else n
@@ -3599,11 +3600,11 @@ def bench_train() -> Iterator[dict]:
 
 
 def bench_eval() -> Iterator[dict]:
-    """The choice of the head over networks and batches, against the plain forward; the passes in
-    the tail against three whole networks and a pass a sample."""
+    """The choice of the head over networks and batches, against the plain forward; the last row:
+    against three whole networks, of which each passes once a sample."""
     nets = {"ViT-Ti/16": "vit_tiny_patch16_224", "ViT-S/16": "vit_small_patch16_224"}
     ways = {"closed form": ("head", 0), "10 in heads": ("head", 10), "10 in the tail": ("tail", 10)}
-    for label, n, way in itertools.product(nets, (1, 32), ways):
+    for label, n, way in itertools.product(nets, (1, 8), ways):
         x, (where, passes) = make_shapes(n, 224, "test")[0].to(pick_device()), ways[way]
         net = freeze(named(f"timm:{nets[label]}", 1000, "random", 224)).to(x.device)
         student = freeze(Student(net, 1, 1, dropout_in=where)).to(x.device)
@@ -4261,8 +4262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # of 1 x 1 kernels after channels_last images: the strides of one element a place
-            warnings.filterwarnings("ignore", "Grad strides do not match")
+            warnings.filterwarnings("ignore", "Grad strides do not match")       # of 1 x 1 kernels
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         cfg = configure(args)
         if cfg.runtime.offline:
