@@ -1627,16 +1627,18 @@ def test_pictures_show_what_the_head_that_answers_said(run_of_demo):
 
 # ==== commands ====
 
-DEMO = [*TINY, "data.n_train=120", "data.n_test=30", "eval.n_cell=5", "distill.epochs=1",
+DEMO = [*TINY, "data.n_train=80", "data.n_test=30", "eval.n_cell=4", "distill.epochs=1",
         "distill.ema=0.5", "distill.accum=2", "compare.rows=ERPM:\nTeam: distill.method=team"]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
+    import matplotlib
     cwd = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(erpm, "figures", figures)
+        patch.setitem(matplotlib.rcParams, "savefig.dpi", 30)            # to be quick
         return cwd, runs("demo", *DEMO)
 
 
