@@ -793,8 +793,8 @@ def brightness(x, c, gens):
 
 def contrast(x, c, gens):
     """Distance to each channel's own mean, times c."""
-    y = x.float()
-    return truncate(torch.lerp(y.double().mean((2, 3), keepdim=True).float(), y, c))
+    y, dtype = x.float(), None if on_cpu(x) else torch.float64  # exact, however it is summed
+    return truncate(torch.lerp(y.mean((2, 3), True, dtype=dtype).float(), y, c))
 
 
 def remap(x, points, corners):
