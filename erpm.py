@@ -543,9 +543,8 @@ def resolve(words: Sequence[str] = (), recipe: str = "", file: Path | str = "") 
 
 
 # ==== 3. CORRUPTIONS ====
-# ImageNet-C's 15 corruptions, batched: uint8 (B,3,H,W) in and out, on the images' device.
-# Randomness is a function of (seed, image index, name, severity), not of the batch.
-# Each takes x, its constants c of one severity, and gens, a CPU generator for each image.
+# ImageNet-C's 15, batched: each takes x uint8 (B,3,H,W) on any device, constants c of a severity,
+# and gens, a CPU generator for each image, a function of (seed, image index, name, severity).
 
 
 SMALL_PX = 64  # images whose longer side is at most this get CIFAR-10-C's constants
@@ -915,8 +914,7 @@ def corrupt(x, name, severity, seed=0, index=None, jpeg=False):
 
 # ==== 4. AUGMENTATIONS ====
 # In: uint8 (B,3,H,W) on any device, a generator. Out: the same, drawn anew by image.
-# Always: a function of (x, generator state); the global generator stays as it was. A CPU
-# generator draws the same whatever the device of x.
+# Always: a function of (x, generator state); the global generator stays as it was.
 
 
 def _bytes(x):
@@ -1340,8 +1338,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _render_shapes(u: Tensor, field: Callable, size: int, style: str) -> Tensor:
     """uint8 images (B,3,size,size) of one shape from u (B,11,1,1) in 0..1: solids, bright to faint,
-    on an empty, nearly black ground, which noise, fog, frost and brightness destroy, as they do
-    Fashion-MNIST; style "r": drawings, outlines and hatching."""
+    on a nearly black ground; style "r": drawings, outlines and hatching."""
     g = (torch.arange(size) + 0.5) / size * 2 - 1
     gy, gx = torch.meshgrid(-g, g, indexing="ij")
     turn, scale = u[:, 0] - 0.5, 0.4 + 0.25 * u[:, 1]
@@ -1928,8 +1925,7 @@ class Classifier(nn.Module):
             return self.fc(h.float())
 
 
-# By package and exact class: the forwards of what is before the blocks, and of what is behind
-# them but the classifier.
+# By class: the forwards of what is before the blocks, and of what is behind but the classifier.
 CHAIN = (lambda n, x: nn.Sequential(*n.children())(x),) * 2
 TOKENS = (lambda n, x: n.forward_features(x),
           lambda n, x: n.forward_head(n.norm(x), pre_logits=True))
@@ -2211,9 +2207,8 @@ def prompts_of(images: ImageSet, templates: str = "", names: str = "") -> tuple[
 
 
 def zero_shot(model: nn.Module, prompts: tuple) -> nn.Module:
-    """The same network or Student for the classes of (names, templates): all weights are shared,
-    the class embeddings are new, by open_clip's build_zero_shot_classifier: the mean over the
-    templates of normalised prompt embeddings.  Raises: UserError without the text tower's file."""
+    """The same network or Student, its weights shared, for the classes of (names, templates), whose
+    embeddings are those of open_clip.build_zero_shot_classifier.  Raises: UserError."""
     import open_clip
     card, device = model.card, pick_device()
     if card.prompts == prompts:
@@ -2340,8 +2335,7 @@ def divergence(mean: Tensor) -> Tensor:
 
 
 # METHOD [A] eq. 6: the head with the least objective answers.  s sigma, d divergence, m mean of
-# clean and robust, (B,2) or (B,2,C); z logits, y labels.  "product" is [A]'s as we read it (product
-# or sum is not stated); the others are the ablations of Tables 6 and 7, and ours.
+# clean and robust, (B,2) or (B,2,C); z logits, y labels.  [A] does not state: product or sum.
 OBJECTIVES: dict[str, Callable] = {
     "product": lambda s, d, m, z, y: (s + TINY) * (d + TINY),
     "sum": lambda s, d, m, z, y: s + d,
@@ -2386,11 +2380,10 @@ def project(z: Tensor, ids: Tensor | None) -> Tensor:
 class Student(nn.Module):
     """[A] fig. 2: a frozen network whose last `tune` stages are tuned, with three heads.
 
-    net: the pretrained network, a Net, or any module from images in [0, 1] to logits that `stages`
-    can cut; its modules become the frozen backbone and the clean head's teacher.
-    tune: stages tuned; head: of these the last ones that each head has for itself.
-    dropout_in: "tail" as [A] (tuned stages and classifiers), "head" = before the classifiers only.
-    forward(x) -> Heads; x (B,3,H,W), uint8 or in [0, 1].  Raises: UserError."""
+    net: a Net, or any module from images in [0, 1] to logits that `stages` can cut; its modules
+    become the frozen backbone and the clean head's teacher.  tune: stages tuned; head: of these the
+    last ones that each head has for itself.  dropout_in: "tail" as [A] (tuned stages, classifiers),
+    "head" = before these only.  forward(x) -> Heads; x (B,3,H,W), uint8 or in [0, 1]."""
 
     def __init__(self, net: nn.Module, tune: int = 2, head: int = 2, dropout: float = 0.1, *,
                  dropout_in: str = "tail"):
@@ -2452,8 +2445,8 @@ class Student(nn.Module):
         return z.softmax(-1), sigma[:, ::2], z
 
     def predict(self, x: Tensor, passes: int = 10, rule: str = "product") -> Prediction:
-        """What the chosen head says, in eval mode.  passes: dropout passes in one batch after one
-        pass of the backbone; 0 = closed form.  rule: one of RULES that needs no label."""
+        """What the chosen head says, in eval mode.  passes: of dropout, 0 = closed form.  rule: one
+        of RULES that needs no label."""
         mean, sigma, logits = self.moments(self.backbone(x), passes)
         head = select(mean, sigma, rule, logits=logits)
         return Prediction(answer(mean, sigma, head, rule), head, sigma, divergence(mean))
@@ -3031,9 +3024,8 @@ def aligned(images: ImageSet, card: Card) -> ImageSet:
 
 
 def evaluate(predict: Callable, images, cell: tuple[str, int] | None = None, **options) -> dict:
-    """Figures of a network on a set, the same on any number of processes: {"n", "correct",
-    "correct5" (counts), "nll" (mean, nats), "ece" (15 bins)}; of a Student {"n", "rules": {rule:
-    these and "heads", the images that clean, combined and robust answered}}.
+    """Figures of a network on a set: {"n", "correct", "correct5" (counts), "nll" (nats), "ece" (15
+    bins)}; of a Student {"n", "rules": {rule: these and "heads", how often each answered}}.
 
     predict: any function from images uint8 (B,3,H,W) to logits; a module is put in eval mode, on
     the accelerator.  images: what as_images takes (files in the set's view), or the name of a set
@@ -3077,8 +3069,7 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, seed: int = 0) \
         -> tuple[nn.Linear, float]:
     """(layer, chosen l2): a multinomial logistic regression on frozen features.
     The least mean cross-entropy + l2/2 |W|^2 on standardised features (folded into the layer), in
-    float64 on a CPU and float32 on a GPU.  l2: the one of PROBE_L2 with the least loss on a tenth
-    that is held out; refitted on all.  Shapes: features (n,D) float32, labels y (n,)."""
+    float64 on a CPU.  l2: of PROBE_L2, by the loss on a tenth.  Shapes: features (n,D), y (n,)."""
     device = pick_device()
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     var, mean = torch.var_mean(features, 0, correction=0)
@@ -3098,6 +3089,14 @@ def linear_probe(features: Tensor, y: Tensor, n_classes: int, seed: int = 0) \
     return fc.float().cpu(), best[1]
 
 
+def weights_sha(net: nn.Module) -> str:
+    """A hash of the network's tensors, and of its prompts in the place of their embeddings."""
+    texts = {f"{n}.weight" for n, m in net.named_modules(remove_duplicate=False)
+             if isinstance(m, TextHead)}
+    prompts = getattr(net, "card", Card()).prompts
+    return sha({k: v for k, v in net.state_dict().items() if k not in texts}, repr(prompts))
+
+
 def frozen_features(model: nn.Module) -> nn.Module:
     """What stands before the last linear layer, the clean head's of a Student: images -> (B,D)."""
     if isinstance(model, Net) and not model.card.n_classes:        # an encoder
@@ -3110,27 +3109,30 @@ def frozen_features(model: nn.Module) -> nn.Module:
 
 
 def fit_probe(model: nn.Module, images: ImageSet, cfg: Config) -> nn.Sequential:
-    """The network's frozen features and a new linear layer, fitted to the images of the set."""
-    features = frozen_features(model)
-    bar = Progress(len(images), "linear probe: features")    # outside its context: stops at once
-    with autocast(cfg.runtime.amp, pick_device()):
-        x = over(images, lambda x, y, index: {"f": features(x)}, batch=cfg.eval.batch,
-                 workers=cfg.data.workers, bar=bar)["f"]
-    fc, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
-                          len(images.classes), seed=cfg.seed)
-    say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
-    fc.load_state_dict(gathered(fc.state_dict())[0])     # equal to the last bit on all processes
+    """The network's frozen features and a new linear layer, fitted to the images of the set; the
+    layer is kept in the run, under a hash of what it depends on."""
+    features, pixels, card = frozen_features(model), images.images, model.card
+    pixels = pixels if isinstance(pixels, Tensor) else "\n".join(map(str, pixels))
+    key = sha(pixels, images.y, images.index, weights_sha(model), versions()["erpm"], repr((
+        images.view, images.classes, cfg.seed, cfg.runtime.amp, card.name, card.size_px)))
+    file = cfg.dir / f"probes/{key}.safetensors"
+    if not any(gathered(file.is_file())):
+        bar = Progress(len(images), "linear probe: features")  # outside its context: stops at once
+        with autocast(cfg.runtime.amp, pick_device()):
+            x = over(images, lambda x, y, index: {"f": features(x)}, batch=cfg.eval.batch,
+                     workers=cfg.data.workers, bar=bar)["f"]
+        fc, l2 = linear_probe(torch.from_numpy(x), torch.from_numpy(images.y[images.index]),
+                              len(images.classes), seed=cfg.seed)
+        say(f"linear probe on {len(images):,} images of {images.name}: l2 = {l2:g}")
+        if world()[0] == 0:
+            write_tensors(file, fc.state_dict(), Card())
+        gathered()
+    state = read_weights(file)[0]                        # equal on all processes
+    fc = nn.Linear(*state["weight"].shape[::-1])
+    fc.load_state_dict(state)
     probe = nn.Sequential(features, Classifier(nn.Identity(), fc))
-    probe.card = model.card
+    probe.card = card
     return freeze(probe.to(pick_device()))
-
-
-def weights_sha(net: nn.Module) -> str:
-    """A hash of the network's tensors, and of its prompts in the place of their embeddings."""
-    texts = {f"{n}.weight" for n, m in net.named_modules(remove_duplicate=False)
-             if isinstance(m, TextHead)}
-    prompts = getattr(net, "card", Card()).prompts
-    return sha({k: v for k, v in net.state_dict().items() if k not in texts}, repr(prompts))
 
 
 @torch.no_grad()
@@ -3149,8 +3151,8 @@ def gflops(model: nn.Module, size_px: int, passes: int = 0) -> float:
 
 
 def kind_of(card: Card, images: ImageSet) -> str:
-    """What a set is to a network: "home" = trained on, or a part of it, "shift" = the same classes
-    otherwise, "transfer" = other classes.  A public network's home is ImageNet."""
+    """What a set is to a network: "home" = trained on, or a part of it (ImageNet for public ones),
+    "shift" = the same classes otherwise, "transfer" = other classes."""
     home = card.home or "imagenet"
     at_home = images.base == home or images.base.startswith(f"{home}@")
     if at_home and not images.corrupted:
@@ -3744,8 +3746,6 @@ def stored_samples(cfg: Config, images: ImageSet, teacher: nn.Module, vqgan: VQG
     key = {"data": images.base, "view": str(images.view), "seed": cfg.seed, "n": len(images.y),
            "teacher": weights_sha(teacher), "vqgan": weights_sha(vqgan), **attack(r)}
     top = cfg.dir / f"samples-{fold(key):016x}"
-    if world()[0] == 0:
-        write_atomically(top / "settings.yaml", yaml.safe_dump(key))
     paths = [top / slug(images.classes[k]) / f"{i:08d}.png" for i, k in enumerate(images.y)]
     files = {(0, k): paths[i] for k, i in enumerate(images.index)}
     for keys, x, y, index in missing("samples", images, cfg, r.batch // world()[1], files):
@@ -3892,8 +3892,8 @@ def tune_vpt(cfg, images, net):
     return tune_ft(cfg, images, net, Tuned(net))
 
 
-# name: (label, section of its settings, how it is made, what it is made from, and beside DRAWN the
-# settings, or beginnings of them, that it depends on: without a dot, of its section)
+# name: (label, section, how it is made, what of, and what settings, or beginnings of them, count
+# beside DRAWN: without a dot, of its section)
 TUNED = " ".join((*HARDENED, *vars(Train())))
 METHODS = {
     "student": ("original", "pretrain", make_student, "",
