@@ -1632,15 +1632,26 @@ DEMO = [*TINY, "data.n_train=80", "data.n_test=30", "eval.n_cell=4", "distill.ep
         "distill.ema=0.5", "distill.accum=2", "compare.rows=ERPM:\nTeam: distill.method=team"]
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    import matplotlib
+@pytest.fixture(scope="session", autouse=True)
+def ahead(tmp_path_factory):
+    """The demo, begun at once in a process of its own, while other tests run."""
     cwd = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(cwd)
-        patch.setattr(erpm, "figures", figures)
-        patch.setitem(matplotlib.rcParams, "savefig.dpi", 30)            # to be quick
-        return cwd, runs("demo", *DEMO)
+
+    def work():
+        import matplotlib
+        os.chdir(cwd)
+        erpm.figures, matplotlib.rcParams["savefig.dpi"] = figures, 30   # to be quick
+        Path("printed.txt").write_text(runs("demo", *DEMO))
+    yield cwd, (job := forked(work))
+    job.kill()
+
+
+@pytest.fixture(scope="module")
+def demo(ahead):
+    cwd, job = ahead
+    job.join(300)
+    assert job.exitcode == 0
+    return cwd, (cwd / "printed.txt").read_text()
 
 
 @pytest.fixture
@@ -1662,7 +1673,7 @@ def test_demo_leaves_everything_it_promises(demo, run_of_demo):
 
 
 def test_a_second_demo_computes_nothing_and_overwrites_nothing(run_of_demo, monkeypatch, capsys):
-    before = {p.name: p.read_bytes() for p in run_of_demo.iterdir() if p.suffix != ".md"}
+    before = {p.name: p.read_bytes() for p in run_of_demo.glob("[!.]*") if p.suffix != ".md"}
     for name in ("fit", "evaluate_all"):                                   # a call would fail
         monkeypatch.setattr(erpm, name, None)
     monkeypatch.setattr(erpm, "run_report", lambda *a: None)
